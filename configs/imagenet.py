@@ -1,0 +1,143 @@
+"""Family: class-conditional ImageNet at 64 and 128 pixels, with the numbers of the paper (arXiv:2403.06807v3).
+
+What that paper leaves to "follow simple diffusion" (optimiser, EMA, the teacher's length) is from arXiv:2301.11093, its
+U-ViT. The variant '' is the paper's small model, 'large' has twice the channels.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+_CHANNEL_MULTIPLIER = {'': 1, 'large': 2}
+
+# Levels of the U-ViT by their side in pixels, outermost first: kind and channels of the small model. A model starts at
+# its own resolution; what follows the last level is the middle.
+_LEVELS = {128: ('residual', 128), 64: ('residual', 256), 32: ('transformer', 512)}
+_MIDDLE_SIDE = 16
+_MIDDLE_CHANNELS = 1024
+
+# Dropout by (resolution, variant): the rate, and the largest side in pixels whose blocks have it.
+_DROPOUT = {(64, ''): (0.2, 16), (64, 'large'): (0.1, 32), (128, ''): (0.1, 16), (128, 'large'): (0.1, 64)}
+
+
+def _check(*, resolution: int, variant: str) -> None:
+    if variant not in _CHANNEL_MULTIPLIER:
+        choices = ', '.join(repr(name) for name in _CHANNEL_MULTIPLIER)
+        raise ValueError(f'unknown variant of the ImageNet configs: got {variant!r}, expected one of {choices}')
+    if (resolution, variant) not in _DROPOUT:
+        choices = ', '.join(str(side) for side in sorted({side for side, _ in _DROPOUT}))
+        raise ValueError(f'unknown resolution of the ImageNet configs: got {resolution}, expected one of {choices}')
+
+
+def _name(kind: str, *, resolution: int, variant: str) -> str:
+    return '_'.join(part for part in (f'imagenet{resolution}', kind, variant) if part)
+
+
+def _model(*, resolution: int, variant: str) -> dict:
+    rate, largest_side = _DROPOUT[resolution, variant]
+
+    def level(side: int, channels: int, num_blocks: int) -> dict:
+        dropout = rate if side <= largest_side else 0.0
+        return dict(width=channels * _CHANNEL_MULTIPLIER[variant], num_blocks=num_blocks, dropout=dropout)
+
+    levels = [(side, kind, channels) for side, (kind, channels) in _LEVELS.items() if side <= resolution]
+    return dict(
+        name='uvit',
+        stages={f'stage_{i}': dict(kind=kind, **level(side, width, 3)) for i, (side, kind, width) in enumerate(levels)},
+        middle=level(_MIDDLE_SIDE, _MIDDLE_CHANNELS, 16),
+        emb_dim=1024,
+        head_dim=128,
+        mlp_ratio=4,
+        patch_size=1,
+        logsnr_input='linear',
+        dtype='bfloat16',
+        scan_blocks=True,
+        remat='full',
+    )
+
+
+def _base(*, resolution: int, variant: str) -> ConfigDict:
+    _check(resolution=resolution, variant=variant)
+    return ConfigDict(
+        dict(
+            seed=0,
+            data=dict(
+                name=f'imagenet{resolution}',
+                split='train',
+                resolution=resolution,
+                channels=3,
+                num_classes=1000,
+                flip=True,
+            ),
+            model=_model(resolution=resolution, variant=variant),
+            schedule=dict(
+                name='interpolated',
+                resolution=resolution,
+                noise_low=32,
+                noise_high=resolution,
+                logsnr_min=-15.0,
+                logsnr_max=15.0,
+            ),
+            prediction='v',
+            optimizer=dict(
+                learning_rate=1e-4,
+                warmup_steps=10_000,
+                decay='constant',
+                b1=0.9,
+                b2=0.99,
+                eps=1e-12,
+                weight_decay=0.0,
+                clip_norm=1.0,
+            ),
+            ema=dict(decay=0.9999, warmup=False),
+            train=dict(
+                num_steps=200_000,
+                batch_size=2048,
+                steps_per_dispatch=1,
+                log_every_steps=100,
+                save_every_steps=5000,
+                keep_checkpoints=3,
+            ),
+            eval=dict(
+                num_images=50_000,
+                batch_size=1024,
+                seed=0,
+                teacher_steps=(1, 2, 4, 8, 64, 256, 512),  # 512 is what the paper's Table 1 quotes for the teacher
+            ),
+        )
+    )
+
+
+def _multiscale(resolution: int):
+    # The paper pools the residual once, by 2x2, above 64 pixels.
+    return (resolution, resolution // 2) if resolution > 64 else placeholder(tuple)
+
+
+def teacher(*, resolution: int, variant: str) -> ConfigDict:
+    """The diffusion model that the students start from."""
+    config = _base(resolution=resolution, variant=variant)
+    config.name = _name('teacher', resolution=resolution, variant=variant)
+    config.objective = dict(name='diffusion', loss='v_mse', multiscale=_multiscale(resolution), label_dropout=0.0)
+    config.teacher = None
+    config.train.num_steps = 500_000
+    return config
+
+
+def student(*, resolution: int, student_steps: int, distil: bool, variant: str) -> ConfigDict:
+    """A multistep consistency model: distilled (`distil=True`, CD) or trained on the data alone (CT)."""
+    config = _base(resolution=resolution, variant=variant)
+    config.name = _name(f'{"cd" if distil else "ct"}{student_steps}', resolution=resolution, variant=variant)
+    config.objective = dict(
+        name='multistep_consistency',
+        distil=distil,
+        student_steps=student_steps,
+        teacher_steps=dict(start=64.0, end=1280.0, anneal_steps=100_000),
+        x_var_frac=0.75,
+        distance='pseudo_huber',
+        huber_epsilon=1e-4,
+        multiscale=_multiscale(resolution),
+    )
+    teacher_file = f'configs/imagenet{resolution}_teacher.py'
+    config.teacher = dict(
+        config=f'{teacher_file}:{variant}' if variant else teacher_file, workdir=placeholder(str), guidance=0.0
+    )
+    return config

@@ -1,0 +1,15 @@
+"""ImageNet 128x128, consistency distillation, 8 steps.
+
+Command:   python -m mscm.main --config=configs/imagenet128_cd8.py --workdir=DIR
+           python -m mscm.main --config=configs/imagenet128_cd8.py:large --workdir=DIR
+Hardware:  64 TPU v5e chips; large: 256 (the paper's)
+Cost:      about 33 hours at 1.7 steps/s; large: about 31 hours at 1.8 steps/s (the paper's rates), after the teacher
+           (configs/imagenet128_teacher.py), which is trained first unless config.teacher.workdir names one
+Expected:  FID 2.1; large: 2.1 (the paper's, arXiv:2403.06807v3 Table 1; not reproduced here)
+"""
+
+from configs import imagenet
+
+
+def get_config(variant=''):
+    return imagenet.student(resolution=128, student_steps=8, distil=True, variant=variant)

@@ -1,0 +1,15 @@
+"""ImageNet 128x128, consistency training, 4 steps.
+
+Command:   python -m mscm.main --config=configs/imagenet128_ct4.py --workdir=DIR
+           python -m mscm.main --config=configs/imagenet128_ct4.py:large --workdir=DIR
+Hardware:  64 TPU v5e chips; large: 256 (the paper's)
+Cost:      about 25 hours at 2.2 steps/s; large: about 25 hours at 2.2 steps/s (the paper's rates), after the teacher
+           (configs/imagenet128_teacher.py), which is trained first unless config.teacher.workdir names one
+Expected:  FID 4.0; large: 2.7 (the paper's, arXiv:2403.06807v3 Table 1; not reproduced here)
+"""
+
+from configs import imagenet
+
+
+def get_config(variant=''):
+    return imagenet.student(resolution=128, student_steps=4, distil=False, variant=variant)

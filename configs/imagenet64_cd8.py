@@ -1,0 +1,15 @@
+"""ImageNet 64x64, consistency distillation, 8 steps.
+
+Command:   python -m mscm.main --config=configs/imagenet64_cd8.py --workdir=DIR
+           python -m mscm.main --config=configs/imagenet64_cd8.py:large --workdir=DIR
+Hardware:  64 TPU v5e chips; large: 256 (the paper's)
+Cost:      about 22 hours at 2.5 steps/s; large: about 22 hours at 2.5 steps/s (the paper's rates), after the teacher
+           (configs/imagenet64_teacher.py), which is trained first unless config.teacher.workdir names one
+Expected:  FID 1.6; large: 1.4 (the paper's, arXiv:2403.06807v3 Table 1; not reproduced here)
+"""
+
+from configs import imagenet
+
+
+def get_config(variant=''):
+    return imagenet.student(resolution=64, student_steps=8, distil=True, variant=variant)

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Installs mscm on this machine and runs one command, again after each failure, until it succeeds.
+#
+#   launch/run.sh tpu    python -m mscm.main --config=configs/imagenet64_cd8.py --workdir=DIR     # a TPU VM
+#   launch/run.sh cuda   python -m mscm.main --config=... --workdir=DIR                           # GPU, CUDA 13
+#   launch/run.sh cuda12 python -m mscm.main --config=... --workdir=DIR                           # GPU, CUDA 12
+#
+# The first argument is an extra of setup.cfg. A run continues from the last checkpoint of its work directory, so the
+# same command is right for a start and for a restart; as a start-up script of the machine it also survives a reboot.
+# VENV, MAX_RETRIES and MIN_SECONDS may be set in the environment.
+set -euo pipefail
+
+if (( $# < 2 )); then
+  echo "usage: $0 tpu|cuda|cuda12 COMMAND [ARGUMENT...]" >&2
+  exit 2
+fi
+extra="$1"
+shift
+case "$extra" in
+  tpu | cuda | cuda12) ;;
+  *) echo "$0: got '$extra', expected one of tpu, cuda, cuda12" >&2; exit 2 ;;
+esac
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv="${VENV:-$PWD/.venv}"
+max_retries="${MAX_RETRIES:-20}"
+min_seconds="${MIN_SECONDS:-60}"
+
+[[ -x "$venv/bin/python" ]] || "${PYTHON:-python3}" -m venv "$venv"
+export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
+python -m pip install --quiet --no-input -e ".[$extra]"
+
+for (( attempt = 0; ; attempt++ )); do
+  started=$SECONDS
+  status=0
+  "$@" || status=$?
+  (( status != 0 )) || exit 0
+  # 130 is Ctrl-C: the operator meant it.
+  (( status != 130 )) || exit "$status"
+  # A wrong flag or work directory fails before anything compiles; trying it again would only repeat the message.
+  if (( SECONDS - started < min_seconds )); then
+    echo "$0: exit status $status within $min_seconds seconds; not a preemption, giving up" >&2
+    exit "$status"
+  fi
+  if (( attempt >= max_retries )); then
+    echo "$0: exit status $status after $max_retries retries; giving up" >&2
+    exit "$status"
+  fi
+  echo "$0: exit status $status; retry $(( attempt + 1 )) of $max_retries" >&2
+  sleep 10
+done

@@ -1,0 +1,163 @@
+"""Checkpoints of a work directory: the only file that knows Orbax and where checkpoints lie.
+
+    WORKDIR/checkpoints/STEP/{params,ema,opt,facts}
+
+The four items of a step are separate, so that a sampler reads `ema` and `facts` alone. `facts` is JSON: what a sampler must
+know of the model (schedule, prediction, student steps, shapes, the whole config).
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import LatestN
+
+from mscm.training.step import TrainState
+from mscm.types import Params
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is absent or does not fit; the message says which, what was expected and what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one work directory; a context manager, because saving goes on in the background."""
+
+    def __init__(self, workdir: str | os.PathLike, *, keep: int | None = None):
+        """`keep` is the number of newest checkpoints to keep when saving; None for reading only."""
+        self._directory = epath.Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=LatestN(keep),
+            cleanup_tmp_directories=keep is not None,  # a reader must not touch what a trainer is writing
+            create=keep is not None,
+        )
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=options,
+            item_names=("params", "ema", "opt", "facts"),
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "ema": ocp.StandardCheckpointHandler(),
+                "opt": ocp.StandardCheckpointHandler(),
+                "facts": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        """Step of the newest finished checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, facts: dict[str, Any]) -> None:
+        """Starts to save `state` under its step; saving the newest step again does nothing."""
+        step = int(state.step)
+        if step == self.latest():
+            return
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                ema=ocp.args.StandardSave(state.ema),
+                opt=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+                facts=ocp.args.JsonSave(facts),
+            ),
+        )
+        if not saved:  # Orbax says nothing else when a newer step is already there
+            raise CheckpointError(
+                f"{self._directory}: got step {step} to save after step {self.latest()}, expected a newer step; "
+                "remove the newer checkpoints or use an empty work directory"
+            )
+
+    def facts(self, step: int | None = None) -> dict[str, Any]:
+        """What the checkpoint of `step` (None: the newest) says of its model."""
+        step = self._existing(step)
+        return self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
+        """The whole training state; `abstract` gives structure, shapes and types."""
+        step = self._existing(step)
+        self._check_shapes(abstract.params, step)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                ema=ocp.args.StandardRestore(abstract.ema),
+                opt=ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+            ),
+        )
+        opt = restored["opt"]
+        return TrainState(opt["step"], restored["params"], restored["ema"], opt["opt_state"])
+
+    def restore_ema(self, abstract: Params, step: int | None = None) -> Params:
+        """The averaged parameters alone."""
+        step = self._existing(step)
+        self._check_shapes(abstract, step)
+        return self._manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(abstract)))["ema"]
+
+    def check(self, abstract: Params, step: int | None = None) -> int:
+        """Step of a checkpoint (None: the newest) whose parameters fit; reads no array.
+
+        Raises:
+          CheckpointError: there is none, or its shapes differ.
+        """
+        step = self._existing(step)
+        self._check_shapes(abstract, step)
+        return step
+
+    def _existing(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(
+                f"{self._directory}: got no finished checkpoint, expected at least one; "
+                "name the work directory of a finished training"
+            )
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self._directory}: got step {step}, expected one of {', '.join(map(str, steps))}")
+        return steps[-1] if step is None else step
+
+    def _check_shapes(self, abstract: Params, step: int) -> None:
+        got, expected = self.facts(step)["parameters"], parameter_shapes(abstract)
+        for name in sorted(got.keys() | expected.keys()):
+            if got.get(name) != expected.get(name):
+                raise CheckpointError(
+                    f"{self._directory}/{step}: got another architecture than the config's: parameter {name} has shape "
+                    f"{got.get(name, 'absent')}, expected {expected.get(name, 'absent')}; "
+                    "use the config that it was trained with"
+                )
+
+
+def parameter_shapes(params: Params) -> dict[str, list[int]]:
+    """Shape of every parameter by its path, as JSON keeps it."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape) for path, leaf in leaves}
+
+
+@contextlib.contextmanager
+def reading(workdir: str | os.PathLike) -> Iterator[Checkpoints]:
+    """The checkpoints of an existing work directory, for reading.
+
+    Raises:
+      CheckpointError: the directory holds no checkpoints.
+    """
+    directory = epath.Path(workdir) / "checkpoints"
+    if not directory.exists():
+        raise CheckpointError(
+            f"{workdir}: got no directory checkpoints/ below it, expected the work directory of a training; "
+            "check the path or train first"
+        )
+    with Checkpoints(workdir) as checkpoints:
+        yield checkpoints

@@ -1,0 +1,82 @@
+"""What the commands share: flags, quiet logs, one sentence for an error, the files of a work directory."""
+
+import json
+import logging as python_logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits_cd4.py.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, scores, pictures.")
+
+# Their progress notes are not this program's; their warnings are.
+_QUIET = ("orbax", "jax", "grain")
+
+
+def run(main: Callable[[], None], *, doc: str) -> None:
+    """Runs a command: parses flags, and prints errors of the user's making as one sentence (exit code 2)."""
+    flags.mark_flags_as_required(["config", "workdir"])
+
+    def wrapped(argv: list[str]) -> None:
+        from mscm.checkpoint import CheckpointError
+        from mscm.experiment import ConfigError
+
+        if len(argv) > 1:
+            raise app.UsageError(f"got {argv[1:]}, expected flags only: --config=FILE --workdir=DIR")
+        logging.set_verbosity(logging.INFO)
+        handler = logging.get_absl_handler()
+        handler.addFilter(_is_ours)
+        for name in _QUIET:
+            python_logging.getLogger(name).setLevel(python_logging.WARNING)
+        try:
+            main()
+        except (ConfigError, CheckpointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    sys.modules["__main__"].__doc__ = doc  # what --help prints above the flags
+    app.run(wrapped)
+
+
+def _is_ours(record: python_logging.LogRecord) -> bool:
+    return record.levelno >= python_logging.WARNING or not any(f"{os.sep}{name}{os.sep}" in record.pathname for name in _QUIET)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a small file whole: a reader sees the old one or the new one."""
+    directory = os.path.dirname(os.fspath(path))
+    os.makedirs(directory, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=directory)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def append_json_line(path: str | os.PathLike, record: dict[str, Any]) -> None:
+    """Appends one JSON object as one line."""
+    os.makedirs(os.path.dirname(os.fspath(path)), exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a last line cut short by an interruption is left out."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    return [json.loads(line) for line in lines]
+
+
+def duration(seconds: float) -> str:
+    """`3h 05m`, `4m 10s` or `12s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,101 @@
+"""Noise schedules: time t -> Level(alpha, sigma).
+
+A schedule is a decreasing log-SNR lambda(t), t = 0 data, t = 1 noise. With a = atan(exp(-logsnr_max / 2)) and
+b = atan(exp(-logsnr_min / 2)):
+
+  (1) bounded cosine   lambda(t) = -2 log tan(a + t (b - a))                         Nichol & Dhariwal; PD; SiD
+  (2) shifted          lambda_n(t) = lambda(t) + 2 log(n / D)                        SiD, arXiv:2301.11093
+  (3) interpolated     lambda(t) = t lambda_{n_low}(t) + (1 - t) lambda_{n_high}(t)  SiD, image side D
+  (4) variance preserving   alpha^2 = sigmoid(lambda), sigma^2 = sigmoid(-lambda)
+  (5) Karras grid      sigma(t) = (s_min^(1/rho) + t (s_max^(1/rho) - s_min^(1/rho)))^rho   EDM, arXiv:2206.00364
+
+Average pooling s x s multiplies the SNR by s^2, so the shift (2) gives an image of side D the noise that a plain
+cosine gives an image of side n. In (3) the noise end follows the LOW noise resolution (more noise), the clean end the
+high one (fine detail). The bounds are applied before the shift, so they move with it.
+All arithmetic is float32, and alpha, sigma come from lambda through sigmoids: 1 - alpha^2 would cancel.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from mscm.types import Float, Level, Times
+
+
+def level_from_logsnr(logsnr: Times) -> Level:
+    """Variance-preserving level of a log-SNR, equation (4); gains the axes that broadcast over an image."""
+    logsnr = logsnr[:, None, None, None]
+    return Level(jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr)))
+
+
+def cosine_logsnr(t: Times, *, logsnr_min: float = -15.0, logsnr_max: float = 15.0, shift: float = 0.0) -> Times:
+    """Bounded and shifted cosine log-SNR, equations (1) and (2); `shift` = 2 log(n / D) is added to lambda."""
+    if not logsnr_min < logsnr_max:
+        raise ValueError(f"got logsnr_min={logsnr_min} and logsnr_max={logsnr_max}, expected logsnr_min < logsnr_max")
+    # log cos = log sin of the complement: each end keeps its own small angle, which a rounded tan near pi/2 would lose.
+    a = math.atan(math.exp(-logsnr_max / 2))
+    a_complement = math.atan(math.exp(logsnr_min / 2))
+    width = math.pi / 2 - a - a_complement
+    return 2.0 * (jnp.log(jnp.sin(a_complement + (1 - t) * width)) - jnp.log(jnp.sin(a + t * width))) + shift
+
+
+def cosine(t: Times, *, logsnr_min: float = -15.0, logsnr_max: float = 15.0, shift: float = 0.0) -> Level:
+    """Bounded cosine schedule, shifted by `shift` in log-SNR; equations (1), (2), (4)."""
+    return level_from_logsnr(cosine_logsnr(t, logsnr_min=logsnr_min, logsnr_max=logsnr_max, shift=shift))
+
+
+def interpolated_logsnr(
+    t: Times,
+    *,
+    resolution: int,
+    noise_low: int,
+    noise_high: int,
+    logsnr_min: float = -15.0,
+    logsnr_max: float = 15.0,
+) -> Times:
+    """Interpolated cosine log-SNR, equation (3); `resolution` is the image side D, all three in pixels."""
+    if min(resolution, noise_low, noise_high) <= 0:
+        raise ValueError(
+            f"got resolution={resolution}, noise_low={noise_low}, noise_high={noise_high}, expected pixel counts > 0"
+        )
+    plain = cosine_logsnr(t, logsnr_min=logsnr_min, logsnr_max=logsnr_max)
+    return plain + t * (2 * math.log(noise_low / resolution)) + (1 - t) * (2 * math.log(noise_high / resolution))
+
+
+def interpolated(
+    t: Times,
+    *,
+    resolution: int,
+    noise_low: int,
+    noise_high: int,
+    logsnr_min: float = -15.0,
+    logsnr_max: float = 15.0,
+) -> Level:
+    """Cosine schedule whose shift moves from `noise_high` at t = 0 to `noise_low` at t = 1; equations (3), (4)."""
+    return level_from_logsnr(
+        interpolated_logsnr(
+            t,
+            resolution=resolution,
+            noise_low=noise_low,
+            noise_high=noise_high,
+            logsnr_min=logsnr_min,
+            logsnr_max=logsnr_max,
+        )
+    )
+
+
+def karras_sigma(
+    t: Times | Float[jax.Array, ""], *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Times | Float[jax.Array, ""]:
+    """EDM noise level, equation (5): sigma(0) = sigma_min, sigma(1) = sigma_max, in units of the data."""
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"got sigma_min={sigma_min} and sigma_max={sigma_max}, expected 0 < sigma_min < sigma_max")
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (low + t * (high - low)) ** rho
+
+
+def karras(t: Times, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Level:
+    """Variance-exploding level alpha = 1, sigma on the Karras curve, equation (5)."""
+    sigma = karras_sigma(t, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)[:, None, None, None]
+    return Level(jnp.ones_like(sigma), sigma)

@@ -1,0 +1,102 @@
+"""Sampler steps from level t to a cleaner level s, one function per equation.
+
+With A(t, s) = alpha_s - alpha_t sigma_s / sigma_t:
+
+  (1) DDIM           z_s = alpha_s x + (sigma_s / sigma_t) (z_t - alpha_t x)  =  A(t, s) x + (sigma_s / sigma_t) z_t
+  (2) inverse DDIM   x   = (z_s - (sigma_s / sigma_t) z_t) / A(t, s)
+  (3) aDDIM          z_s = alpha_s x + sqrt(sigma_s^2 + A(t, s)^2 x_var / mean(eps^2)) eps
+                     with eps = (z_t - alpha_t x) / sigma_t
+  (4) ancestral      q(z_s | z_t, x), c = -expm1(lambda_t - lambda_s):
+                     z_s = (1 - c) (alpha_s / alpha_t) z_t + c alpha_s x + std xi
+
+A(t, s) equals sin(phi_t - phi_s) / sin(phi_t) for variance-preserving levels with phi = atan2(sigma, alpha), and for
+any level r_s times that (r = hypot(alpha, sigma)): a difference of angles does not cancel where t and s are close, but
+the literal expression does. Every step keeps its arithmetic per example and in the precision of its arguments.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mscm.diffusion.prediction import eps_from_x
+from mscm.types import Array, Denoiser, Float, Images, Key, Level, Times
+
+
+def ddim_coefficient(lvl_t: Level, lvl_s: Level) -> Float[Array, "b 1 1 1"]:
+    """A(t, s), the weight of x in a DDIM step, through the sine of an angle difference."""
+    radius_s = jnp.hypot(lvl_s.alpha, lvl_s.sigma)
+    return radius_s * jnp.sin(lvl_t.angle - lvl_s.angle) / jnp.sin(lvl_t.angle)
+
+
+def ddim(x: Images, z_t: Images, lvl_t: Level, lvl_s: Level) -> Images:
+    """Deterministic step, equation (1)."""
+    return ddim_coefficient(lvl_t, lvl_s) * x + (lvl_s.sigma / lvl_t.sigma) * z_t
+
+
+def inv_ddim(z_s: Images, z_t: Images, lvl_t: Level, lvl_s: Level) -> Images:
+    """The x for which `ddim(x, z_t, lvl_t, lvl_s) == z_s`, equation (2); infinite or nan where t = s."""
+    return (z_s - (lvl_s.sigma / lvl_t.sigma) * z_t) / ddim_coefficient(lvl_t, lvl_s)
+
+
+def addim(
+    x: Images, x_var: Float[Array, "b"] | Float[Array, "b 1 1 1"], z_t: Images, lvl_t: Level, lvl_s: Level
+) -> Images:
+    """Adjusted DDIM, equation (3) and Algorithm 3, arXiv:2403.06807v3.
+
+    Scales eps_hat up so that the norm of z_s is that of an exact sample; assumes x_hat orthogonal to eps_hat.
+    `x_var` is the variance of x given z_t per scalar and example; zero gives DDIM exactly.
+    """
+    x_var = x_var.reshape(-1, 1, 1, 1)
+    eps = eps_from_x(x, z_t, lvl_t)
+    # One mean per example: over the batch, images would depend on their batch mates.
+    eps_square = jnp.mean(jnp.square(eps), axis=(1, 2, 3), keepdims=True)
+    # Written as DDIM plus a correction, so that x_var = 0 and s = t are exact in floating point.
+    return ddim(x, z_t, lvl_t, lvl_s) + addim_correction(x_var, eps_square, lvl_t, lvl_s) * eps
+
+
+def addim_correction(
+    x_var: Float[Array, "b 1 1 1"], eps_square: Float[Array, "b 1 1 1"], lvl_t: Level, lvl_s: Level
+) -> Float[Array, "b 1 1 1"]:
+    """c - sigma_s with c = sqrt(sigma_s^2 + A(t, s)^2 x_var / mean(eps^2)), without cancellation."""
+    tiny = jnp.finfo(eps_square.dtype).tiny
+    added = jnp.square(ddim_coefficient(lvl_t, lvl_s)) * x_var / jnp.maximum(eps_square, tiny)
+    total = jnp.sqrt(jnp.square(lvl_s.sigma) + added) + lvl_s.sigma
+    # Both square roots are 0 only if sigma_s = 0 and x_var = 0, where the correction is 0 too.
+    return added / jnp.where(total > 0, total, 1)
+
+
+def analytic_x_var(lvl_t: Level) -> Times:
+    """x_var_t = 0.1 / (2 + SNR_t): a tenth of x's posterior variance under a Gaussian prior of variance 1/2."""
+    return (0.1 / (2 + lvl_t.snr))[:, 0, 0, 0]
+
+
+def ancestral(
+    x: Images, z_t: Images, lvl_t: Level, lvl_s: Level, key: Key, *, log_variance_mix: float = 0.0
+) -> Images:
+    """Sample of q(z_s | z_t, x), equation (4).
+
+    The variance is sigma_s^2 c (`log_variance_mix` 0, true posterior), sigma_t^2 c (1), or their geometric mix.
+    Consumes `key`; callers skip the noise of the last step.
+    """
+    c = -jnp.expm1(lvl_t.logsnr - lvl_s.logsnr)
+    mean = (1 - c) * (lvl_s.alpha / lvl_t.alpha) * z_t + c * lvl_s.alpha * x
+    std = jnp.sqrt(c) * lvl_s.sigma ** (1 - log_variance_mix) * lvl_t.sigma**log_variance_mix
+    return mean + std * jax.random.normal(key, z_t.shape, z_t.dtype)
+
+
+def heun(denoiser: Denoiser, z_t: Images, t: Times, s: Times, lvl_t: Level, lvl_s: Level) -> Images:
+    """Deterministic second-order step in (y, u) = (z / alpha, sigma / alpha), EDM's Algorithm 1; two evaluations."""
+    u_t, u_s = lvl_t.sigma / lvl_t.alpha, lvl_s.sigma / lvl_s.alpha
+    y_t = z_t / lvl_t.alpha
+    slope_t = (y_t - denoiser(z_t, t)) / u_t
+    y_s = y_t + (u_s - u_t) * slope_t
+    slope_s = (y_s - denoiser(lvl_s.alpha * y_s, s)) / u_s
+    return lvl_s.alpha * (y_t + (u_s - u_t) * (slope_t + slope_s) / 2)
+
+
+def dpm_solver_pp_2m(
+    x: Images, x_previous: Images, z_t: Images, lvl_previous: Level, lvl_t: Level, lvl_s: Level
+) -> Images:
+    """DPM-Solver++(2M), arXiv:2211.01095: extrapolates x_hat linearly in log(alpha / sigma), then steps by (1)."""
+    half_previous, half_t, half_s = (0.5 * level.logsnr for level in (lvl_previous, lvl_t, lvl_s))
+    ratio = (half_t - half_previous) / (half_s - half_t)
+    return ddim(x + (x - x_previous) / (2 * ratio), z_t, lvl_t, lvl_s)

@@ -1,0 +1,59 @@
+"""Scores every checkpoint of a work directory that has not been scored yet.
+
+  python -m mscm.eval --config=configs/digits_cd4.py --workdir=DIR
+
+Writes one JSON line per checkpoint to DIR/eval/scores.jsonl: fd_classifier, the Frechet distance to the data set in the
+features of a small classifier trained on it (not FID), under each sampler. Then prints the newest checkpoint beside the
+reference points of the same axis: the teacher under aDDIM, and real images against held-out real images.
+"""
+
+import os
+import time
+
+from mscm import cli
+
+
+def main() -> None:
+    """Scores what is new, prints all."""
+    from absl import logging  # here and not above: --help must not wait for jax
+
+    from mscm import evaluation
+    from mscm.checkpoint import reading
+    from mscm.experiment import build
+
+    experiment, workdir = build(cli.CONFIG.value), cli.WORKDIR.value
+    source = experiment.data.open()
+    with reading(workdir) as checkpoints:
+        newest = checkpoints.check(experiment.abstract_params())
+        steps = checkpoints.steps()
+    teacher = experiment.teacher
+    if teacher is not None:
+        teacher_params = evaluation.read_ema(teacher.experiment, evaluation.teacher_workdir_of(experiment, workdir))
+
+    directory = os.path.join(workdir, "eval")
+    scorer = evaluation.Scorer(source, directory, batch_size=experiment.eval.batch_size)
+    specs = evaluation.default_samplers(experiment)
+    scores_file = os.path.join(directory, "scores.jsonl")
+    identity = evaluation.identity(experiment, scorer, specs)
+    scored = {line["step"]: line for line in cli.read_json_lines(scores_file) if line["identity"] == identity}
+    for step in steps:
+        if step in scored:
+            continue
+        started = time.monotonic()
+        params = evaluation.read_ema(experiment, workdir, step)
+        rows = evaluation.score_model(scorer, experiment, params, specs)
+        seconds = round(time.monotonic() - started, 3)
+        scored[step] = {"step": step, "identity": identity, "seconds": seconds, "scores": rows}
+        cli.append_json_line(scores_file, scored[step])
+        logging.info("Step %d scored in %s", step, cli.duration(seconds))
+
+    rows = list(scored[newest]["scores"])
+    if teacher is not None:
+        teacher_specs = evaluation.default_samplers(teacher.experiment)
+        rows += evaluation.score_model(scorer, teacher.experiment, teacher_params, teacher_specs)
+    rows.append(evaluation.real_row(scorer))
+    print(f"\nstep {newest}\n{evaluation.result_table(rows)}\n\nall checkpoints: {scores_file}\n", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, doc=__doc__)

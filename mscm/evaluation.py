@@ -1,0 +1,218 @@
+"""Sampling and scoring of trained models: what `mscm.main`, `mscm.eval` and `mscm.sample` share.
+
+Image i of an evaluation starts from fold_in(key(seed), i) and has the label i modulo the number of classes (balanced), so
+that it is the same image whatever the batch size, and two models sample from common noise.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from mscm.checkpoint import reading
+from mscm.data import sources, transforms
+from mscm.diffusion import sampler
+from mscm.experiment import ConfigError, Experiment
+from mscm.metrics import classifier as classifiers
+from mscm.metrics import frechet, moments
+from mscm.report import grid, table
+from mscm.types import Images, Labels, Params
+
+_GRID_IMAGES, _GRID_COLUMNS = 50, 10
+
+# (params, z_1, labels) -> images
+SampleFn = Callable[[Params, Images, Labels], Images]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSpec:
+    """A sampler and its number of steps, which is its NFE."""
+
+    name: str  # "ddim": Algorithm 2, "addim": Algorithm 3
+    num_steps: int
+
+    def __str__(self) -> str:
+        steps = f"{self.num_steps} step" + ("s" if self.num_steps > 1 else "")
+        return f"{self.name} {steps}"
+
+
+SAMPLERS = {"ddim": sampler.sample, "addim": sampler.sample_addim}
+
+
+def default_samplers(experiment: Experiment) -> list[SamplerSpec]:
+    """A student's own steps with DDIM; a diffusion model's `eval.teacher_steps` with aDDIM."""
+    if experiment.student_steps is not None:
+        return [SamplerSpec("ddim", experiment.student_steps)]
+    return [SamplerSpec("addim", num_steps) for num_steps in experiment.eval.teacher_steps]
+
+
+def check_sampler(experiment: Experiment, spec: SamplerSpec, *, force: bool = False) -> None:
+    """Refuses what a student was not trained for, unless `force`.
+
+    Raises:
+      ConfigError: the sentence says which numbers of steps are possible.
+    """
+    if spec.num_steps < 1:
+        raise ConfigError(f"num_steps: got {spec.num_steps}, expected at least 1")
+    possible = experiment.student_steps
+    if not force and possible is not None and (spec.num_steps != possible or spec.name != "ddim"):
+        raise ConfigError(
+            f"got {spec} for {experiment.name!r}, expected ddim with {possible} steps: a student jumps to the starts of "
+            f"its {possible} segments and knows no others; train one for {spec.num_steps} steps, or use --force"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def make_sample_fn(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
+    """Jitted sampler; kept, so that a model is compiled once however many checkpoints are scored."""
+
+    def sample(params: Params, z_1: Images, labels: Labels) -> Images:
+        denoiser = experiment.denoiser(params, labels)
+        return SAMPLERS[spec.name](denoiser, experiment.schedule, z_1, num_steps=spec.num_steps)
+
+    return jax.jit(sample)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _noise(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> Images:
+    return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
+
+
+def generate(
+    experiment: Experiment,
+    params: Params,
+    spec: SamplerSpec,
+    *,
+    num_images: int,
+    batch_size: int,
+    seed: int,
+    labels: np.ndarray | None = None,
+) -> Iterator[np.ndarray]:
+    """Batches of uint8 images `b h w c` as an image file would hold them; the last may be smaller.
+
+    `labels`: one for each image; None: balanced.
+    """
+    data, sample = experiment.data, make_sample_fn(experiment, spec)
+    key = jax.random.key(seed)
+    shape = (data.resolution, data.resolution, data.channels)
+    for first in range(0, num_images, batch_size):
+        # The last batch is filled up and cut: one compiled shape, and no image is dropped.
+        indices = np.arange(first, first + batch_size)
+        wanted = indices % data.num_classes if labels is None else labels[indices % num_images]
+        z_1 = _noise(key, jnp.asarray(indices), shape)
+        images = transforms.to_uint8(sample(params, z_1, jnp.asarray(wanted, jnp.int32)))
+        yield np.asarray(images)[: num_images - first]
+
+
+class Scorer:
+    """Frechet distances to a data set in the features of a classifier trained on it: `fd_classifier`, never FID."""
+
+    def __init__(self, source: sources.Source, cache_dir: str, *, batch_size: int):
+        self._source, self._batch_size = source, batch_size
+        self.classifier = classifiers.load_or_train(source, cache_dir)
+        self._reference = self._source_moments(np.arange(len(source)))
+
+    def _source_moments(self, indices: np.ndarray) -> moments.Moments:
+        chunks = np.array_split(indices, -(-len(indices) // self._batch_size))
+        return self._moments(self._source.load(chunk)["image"] for chunk in chunks)
+
+    def _moments(self, batches: Iterator[np.ndarray]) -> moments.Moments:
+        features = (self.classifier.features(images) for images in batches)
+        return functools.reduce(moments.add, features, moments.empty(classifiers.FEATURE_DIM))
+
+    def score(self, experiment: Experiment, params: Params, spec: SamplerSpec) -> float:
+        """Distance of generated images to the whole data set."""
+        images = generate(
+            experiment,
+            params,
+            spec,
+            num_images=experiment.eval.num_images,
+            batch_size=experiment.eval.batch_size,
+            seed=experiment.eval.seed,
+        )
+        return frechet.frechet_distance(self._moments(images), self._reference)
+
+    def real_against_held_out(self) -> tuple[float, int]:
+        """Distance between two class-stratified halves of the data, and the size of one.
+
+        Counts below that of a score make it larger: with 1797 digits most of it is this bias.
+        """
+        half_a, half_b = sources.stratified_halves(self._source.labels)
+        distance = frechet.frechet_distance(self._source_moments(half_a), self._source_moments(half_b))
+        return distance, min(len(half_a), len(half_b))
+
+
+def score_row(name: str, spec: SamplerSpec, distance: float, num_images: int) -> dict[str, Any]:
+    """One line of a result table."""
+    return {
+        "model": name,
+        "sampler": spec.name,
+        "nfe": spec.num_steps,
+        "num_images": num_images,
+        "fd_classifier": distance,
+    }
+
+
+def score_model(scorer: Scorer, experiment: Experiment, params: Params, specs: list[SamplerSpec]) -> list[dict]:
+    """Scores of one checkpoint under each sampler."""
+    rows = []
+    for spec in specs:
+        distance = scorer.score(experiment, params, spec)
+        logging.info("%s, %s: fd_classifier %.3f", experiment.name, spec, distance)
+        rows.append(score_row(experiment.name, spec, distance, experiment.eval.num_images))
+    return rows
+
+
+def identity(experiment: Experiment, scorer: Scorer, specs: list[SamplerSpec]) -> str:
+    """Hash of all that decides a score beside the checkpoint; scores under another one are not comparable."""
+    evaluation = dataclasses.asdict(experiment.eval)
+    parts = [scorer.classifier.fingerprint, evaluation, [str(spec) for spec in specs]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def teacher_workdir_of(experiment: Experiment, workdir: str) -> str:
+    """Where the student's teacher lies: config.teacher.workdir, else below the student's own."""
+    return experiment.teacher.workdir or os.path.join(workdir, "teacher")
+
+
+def read_ema(experiment: Experiment, workdir: str, step: int | None = None) -> Params:
+    """Averaged parameters of a checkpoint (None: the newest)."""
+    with reading(workdir) as checkpoints:
+        return checkpoints.restore_ema(experiment.abstract_params(), step)
+
+
+def real_row(scorer: Scorer) -> dict:
+    """The reference point: real images against held-out real images."""
+    distance, count = scorer.real_against_held_out()
+    return {"model": "real, half against half", "nfe": 0, "num_images": count, "fd_classifier": distance}
+
+
+def result_table(rows: list[dict]) -> str:
+    """The scores as a person reads them."""
+    header = ["model", "sampler", "NFE", "images", "fd_classifier"]
+    body = [
+        [row["model"], row.get("sampler", ""), row["nfe"] or "", row["num_images"], f"{row['fd_classifier']:.3f}"]
+        for row in rows
+    ]
+    return table.format_table(header, body)
+
+
+def save_grid(models: list[tuple[Experiment, Params]], path: str) -> None:
+    """Samples of each model from the same noise, side by side; each with its best default sampler."""
+    panels = {}
+    for model, params in models:
+        spec = default_samplers(model)[-1]
+        images = generate(
+            model, params, spec, num_images=_GRID_IMAGES, batch_size=_GRID_IMAGES, seed=model.eval.seed
+        )
+        panels[f"{model.name}, {spec}"] = np.concatenate(list(images))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    grid.save_png(path, grid.side_by_side(panels, columns=_GRID_COLUMNS))

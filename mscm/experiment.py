@@ -1,0 +1,493 @@
+"""From a config to functions: the only reader of configs, shared by every command.
+
+`build(config)` turns every name of the config into a function once, reads every key, and refuses what nobody reads; a
+typing error is one sentence from here, before anything is compiled.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from mscm.checkpoint import parameter_shapes
+from mscm.data import sources, transforms
+from mscm.diffusion import denoiser as denoisers
+from mscm.diffusion import schedule as schedules
+from mscm.models import uvit
+from mscm.objectives import curriculum
+from mscm.objectives import distance as distances
+from mscm.objectives.diffusion import diffusion_loss
+from mscm.objectives.multistep_consistency import consistency_loss
+from mscm.training import optimizer as optimizers
+from mscm.training.step import Averages, Batch, LossFn, TrainState, init_state, make_train_steps
+from mscm.types import Array, Denoiser, Distance, Int, Key, Labels, Metrics, Params, PerExample, Schedule, Teacher
+
+SCHEDULES: dict[str, Callable[..., Any]] = {
+    "cosine": schedules.cosine,
+    "interpolated": schedules.interpolated,
+    "karras": schedules.karras,
+}
+DIFFUSION_LOSSES: dict[str, Distance] = {"v_mse": distances.v_mse, "eps_mse": distances.eps_mse}
+CONSISTENCY_DISTANCES: dict[str, Callable[..., PerExample]] = {
+    "pseudo_huber": distances.pseudo_huber,
+    "pseudo_huber_weighted": distances.pseudo_huber_weighted,
+    "charbonnier": distances.charbonnier,
+    "v_mse": lambda diff, lvl_t, *, epsilon: distances.v_mse(diff, lvl_t),
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+MODELS = ("uvit",)
+OBJECTIVES = ("diffusion", "multistep_consistency")
+
+
+class ConfigError(ValueError):
+    """The config asks for something that is not there; the message says what was got, expected and to do."""
+
+
+class Section:
+    """One level of a config that remembers which of its keys were read."""
+
+    def __init__(self, values: Mapping[str, Any], path: str = "config"):
+        self._values, self._path = dict(values.items()), path
+        self._unread = set(self._values)
+        self._sections: list[Section] = []
+
+    def take(self, key: str) -> Any:
+        """The value of `key`; every key is required, so that a config shows all that it decides."""
+        if key not in self._values:
+            raise ConfigError(f"{self._path}: got no key {key!r}{_nearest(key, self._values)}, expected it")
+        self._unread.discard(key)
+        return self._values[key]
+
+    def choose(self, key: str, choices: Mapping[str, Any] | tuple[str, ...]) -> Any:
+        """The choice that the value of `key` names: the value of a mapping, the name itself of a tuple."""
+        name = self.take(key)
+        if name not in choices:
+            hint = _nearest(str(name), choices)
+            raise ConfigError(f"{self._path}.{key}: got {name!r}{hint}, expected one of {', '.join(choices)}")
+        return choices[name] if isinstance(choices, Mapping) else name
+
+    def number(self, key: str, *, minimum: float, below: float | None = None) -> Any:
+        """The number of `key`, at least `minimum` and less than `below`."""
+        value = self.take(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or value < minimum or (below is not None and value >= below):
+            limit = "" if below is None else f" and below {below}"
+            raise ConfigError(f"{self._path}.{key}: got {value!r}, expected a number of at least {minimum}{limit}")
+        return value
+
+    def section(self, key: str) -> "Section":
+        """The section below `key`."""
+        value = self.take(key)
+        if not isinstance(value, Mapping | ConfigDict):
+            raise ConfigError(f"{self._path}.{key}: got {value!r}, expected a section of keys")
+        child = Section(value, f"{self._path}.{key}")
+        self._sections.append(child)
+        return child
+
+    def optional_section(self, key: str) -> "Section | None":
+        """The section below `key`, or None where the config says None."""
+        return None if self.take(key) is None else self.section(key)
+
+    def sections(self) -> list["Section"]:
+        """All keys as sections, in the order of their names."""
+        return [self.section(key) for key in sorted(self._values)]
+
+    def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` with its keyword-only arguments from the keys of this section; absent ones keep their default."""
+        parameters = inspect.signature(function).parameters.values()
+        names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        required = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+        given = {name: self.take(name) for name in names if name in self._values or name in required}
+        return functools.partial(function, **given)
+
+    def refuse_unread(self) -> None:
+        """Raises ConfigError for a key, here or below, that nobody took."""
+        for key in sorted(self._unread):
+            read = [other for other in self._values if other not in self._unread]
+            raise ConfigError(f"{self._path}.{key}: nothing reads this key{_nearest(key, read)}; remove or rename it")
+        for child in self._sections:
+            child.refuse_unread()
+
+
+def _nearest(name: str, choices: Any) -> str:
+    close = difflib.get_close_matches(name, list(choices), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """The data set and what its images look like."""
+
+    name: str
+    split: str
+    resolution: int
+    channels: int
+    num_classes: int
+    flip: bool
+
+    def open(self) -> sources.Source:
+        """The source, checked against what the config says of it."""
+        try:
+            source = sources.open_source(self.name, split=self.split)
+        except ValueError as error:
+            raise ConfigError(f"config.data: {error}") from error
+        for key in ("resolution", "channels", "num_classes"):
+            if getattr(source, key) != getattr(self, key):
+                raise ConfigError(
+                    f"config.data.{key}: got {getattr(self, key)}, expected {getattr(source, key)}, "
+                    f"which is what {self.name!r} has"
+                )
+        return source
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSpec:
+    """How long and how often."""
+
+    num_steps: int
+    batch_size: int
+    steps_per_dispatch: int
+    log_every_steps: int
+    save_every_steps: int
+    keep_checkpoints: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSpec:
+    """How models are scored."""
+
+    num_images: int
+    batch_size: int
+    seed: int
+    teacher_steps: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSpec:
+    """The diffusion model that a student starts from and, in distillation, learns from."""
+
+    experiment: "Experiment"
+    workdir: str | None  # None: trained first, below the student's work directory
+    guidance: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # eq: compiled samplers are cached by identity
+class Experiment:
+    """All that a command needs; made by `build`."""
+
+    name: str
+    seed: int
+    config: dict[str, Any]  # as JSON: for the checkpoint and the work directory
+    data: DataSpec
+    model: nn.Module
+    schedule: Schedule
+    to_x: denoisers.ToX
+    loss_fn: LossFn
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    ema_decay: float
+    ema_warmup: bool
+    train: TrainSpec
+    eval: EvalSpec
+    student_steps: int | None  # None: a diffusion model
+    distil: bool  # whether training calls the teacher
+    teacher: TeacherSpec | None
+
+    def init_params(self, key: Key) -> Params:
+        """Parameters at random; compile it with jit."""
+        return _init(self.model, self.data, key)
+
+    def abstract_params(self) -> Params:
+        """Shapes and types of the parameters, without computing them."""
+        return jax.eval_shape(self.init_params, jax.random.key(0))
+
+    def init_state(self, params: Params) -> TrainState:
+        """Training state before the first step."""
+        return init_state(params, self.optimizer)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and types of the training state."""
+        return jax.eval_shape(self.init_state, self.abstract_params())
+
+    def train_steps(self) -> Callable[[TrainState, Params, Batch, Key], tuple[TrainState, Averages]]:
+        """The jitted step; batches carry a leading axis of `train.steps_per_dispatch`."""
+        return make_train_steps(
+            self.loss_fn,
+            self.optimizer,
+            self.learning_rate,
+            ema_decay=self.ema_decay,
+            ema_warmup=self.ema_warmup,
+            num_segments=self.student_steps,
+        )
+
+    def denoiser(self, params: Params, labels: Labels) -> Denoiser:
+        """Deterministic denoiser for sampling."""
+        return denoisers.make_denoiser(_network(self.model, params), self.schedule, self.to_x, labels=labels)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says of its model."""
+        return {
+            "name": self.name,
+            "student_steps": self.student_steps,
+            "resolution": self.data.resolution,
+            "channels": self.data.channels,
+            "num_classes": self.data.num_classes,
+            "data_range": [-1.0, 1.0],
+            "schedule": self.config["schedule"],
+            "prediction": self.config["prediction"],
+            "parameters": parameter_shapes(self.abstract_params()),
+            "config": self.config,
+        }
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Everything that the config decides, as functions.
+
+    Raises:
+      ConfigError: a key is missing, unknown, unread or has an impossible value; nothing has been compiled yet.
+    """
+    root = Section(config)
+    try:
+        experiment = _build(root, config)
+    except ConfigError:
+        raise
+    except ValueError as error:  # a sentence of the part that refused its arguments
+        raise ConfigError(f"config {config.get('name')!r}: {error}") from error
+    root.refuse_unread()
+    return experiment
+
+
+def _build(root: Section, config: ConfigDict) -> Experiment:
+    data = DataSpec(**_fields(root.section("data"), DataSpec))
+    model = _model(root.section("model"), data)
+    schedule_section = root.section("schedule")
+    schedule = schedule_section.bind(schedule_section.choose("name", SCHEDULES))
+    to_x = root.choose("prediction", denoisers.PREDICTIONS)
+    train = _train(root.section("train"))
+    eval_section = root.section("eval")
+    spec = EvalSpec(
+        num_images=eval_section.number("num_images", minimum=2),
+        batch_size=eval_section.number("batch_size", minimum=1),
+        seed=eval_section.number("seed", minimum=0),
+        teacher_steps=tuple(eval_section.take("teacher_steps")),
+    )
+    optimizer_section = root.section("optimizer")
+    bind_rate = optimizer_section.bind(functools.partial(optimizers.make_learning_rate, num_steps=train.num_steps))
+    learning_rate = bind_rate()
+    ema = root.section("ema")
+    teacher = _teacher(root.optional_section("teacher"))
+    objective = root.section("objective")
+    kind = objective.choose("name", OBJECTIVES)
+    _check_teacher(config, teacher, needs_teacher=kind != "diffusion")
+    student_steps, distil = None, False
+    if kind == "diffusion":
+        loss_fn = _diffusion_objective(objective, data, model, schedule, to_x)
+    else:
+        student_steps, distil = objective.number("student_steps", minimum=1), bool(objective.take("distil"))
+        loss_fn = _consistency_objective(objective, data, model, schedule, to_x, teacher, student_steps, distil)
+    experiment = Experiment(
+        name=root.take("name"),
+        seed=root.number("seed", minimum=0),
+        config=json.loads(config.to_json_best_effort()),
+        data=data,
+        model=model,
+        schedule=schedule,
+        to_x=to_x,
+        loss_fn=loss_fn,
+        optimizer=optimizer_section.bind(optimizers.make_optimizer)(learning_rate),
+        learning_rate=learning_rate,
+        ema_decay=ema.number("decay", minimum=0.0, below=1.0),
+        ema_warmup=bool(ema.take("warmup")),
+        train=train,
+        eval=spec,
+        student_steps=student_steps,
+        distil=distil,
+        teacher=teacher,
+    )
+    jax.eval_shape(schedule, jnp.zeros((1,)))
+    experiment.abstract_params()  # shapes that do not fit are errors of the config
+    return experiment
+
+
+def load_config(path: str) -> ConfigDict:
+    """The config of `configs/name.py` or `configs/name.py:variant`; relative to here, or to the repository.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    file, _, variant = path.partition(":")
+    candidates = [Path(file), Path(__file__).resolve().parents[1] / file]
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        raise ConfigError(f"got config file {file!r}, expected an existing file; tried {candidates[0].absolute()}")
+    spec = importlib.util.spec_from_file_location(found.stem, found)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant) if variant else module.get_config()
+
+
+def _fields(section: Section, spec: type) -> dict[str, Any]:
+    return {field.name: section.take(field.name) for field in dataclasses.fields(spec)}
+
+
+def _train(section: Section) -> TrainSpec:
+    train = TrainSpec(**{f.name: section.number(f.name, minimum=1) for f in dataclasses.fields(TrainSpec)})
+    for key in ("num_steps", "log_every_steps", "save_every_steps"):
+        if getattr(train, key) % train.steps_per_dispatch:
+            raise ConfigError(
+                f"config.train.{key}: got {getattr(train, key)}, expected a multiple of "
+                f"config.train.steps_per_dispatch = {train.steps_per_dispatch}"
+            )
+    return train
+
+
+def _model(section: Section, data: DataSpec) -> uvit.UViT:
+    section.choose("name", MODELS)
+    stages = tuple(uvit.Stage(**_fields(stage, uvit.Stage)) for stage in section.section("stages").sections())
+    middle = section.section("middle")
+    return uvit.UViT(
+        out_channels=data.channels,
+        num_classes=data.num_classes,
+        stages=stages,
+        middle=uvit.Stage("transformer", **{key: middle.take(key) for key in ("width", "num_blocks", "dropout")}),
+        dtype=section.choose("dtype", DTYPES),
+        remat_policy=section.take("remat"),
+        **{
+            key: section.take(key)
+            for key in ("emb_dim", "head_dim", "mlp_ratio", "patch_size", "logsnr_input", "scan_blocks")
+        },
+    )
+
+
+def _init(model: nn.Module, data: DataSpec, key: Key) -> Params:
+    images = jnp.zeros((1, data.resolution, data.resolution, data.channels))
+    variables = model.init(key, images, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32), train=False)
+    return nn.meta.unbox(variables)["params"]
+
+
+def _network(model: nn.Module, params: Params, *, dropout_key: Key | None = None) -> denoisers.Network:
+    """The network as a function; with a key it drops out, the same units in every call (synchronised dropout)."""
+
+    def network(z_t, logsnr, labels):
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        return model.apply({"params": params}, z_t, logsnr, labels, train=dropout_key is not None, rngs=rngs)
+
+    return network
+
+
+def _teacher(section: Section | None) -> TeacherSpec | None:
+    if section is None:
+        return None
+    return TeacherSpec(
+        experiment=build(load_config(section.take("config"))),
+        workdir=section.take("workdir"),
+        guidance=section.number("guidance", minimum=0.0),
+    )
+
+
+def _check_teacher(config: ConfigDict, teacher: TeacherSpec | None, *, needs_teacher: bool) -> None:
+    if not needs_teacher:
+        if teacher is not None:
+            raise ConfigError("config.teacher: got a teacher, expected None because config.objective is 'diffusion'")
+        return
+    if teacher is None:
+        raise ConfigError("config.teacher: got None, expected a section naming the diffusion model to start from")
+    if teacher.experiment.student_steps is not None:
+        raise ConfigError(f"config.teacher.config: got {teacher.experiment.name!r}, expected a diffusion model's config")
+    ours = json.loads(config.to_json_best_effort())
+    for key in ("schedule", "prediction"):
+        if ours[key] != teacher.experiment.config[key]:
+            raise ConfigError(
+                f"config.{key}: got {ours[key]}, expected the teacher's {teacher.experiment.config[key]}, "
+                "because the student starts from the teacher's weights"
+            )
+
+
+def _scaled(section: Section, distance: Distance) -> Distance:
+    resolutions = section.take("multiscale")
+    return distance if resolutions is None else distances.multiscale(distance, tuple(resolutions))
+
+
+def _inputs(data: DataSpec, batch: Batch, key: Key):
+    x = transforms.to_float(batch["image"])
+    return (transforms.random_flip(x, key) if data.flip else x), batch["label"]
+
+
+def _diffusion_objective(section: Section, data: DataSpec, model, schedule: Schedule, to_x: denoisers.ToX) -> LossFn:
+    distance = _scaled(section, section.choose("loss", DIFFUSION_LOSSES))
+    label_dropout = section.number("label_dropout", minimum=0.0, below=1.0)
+
+    def loss_fn(params: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]):
+        del frozen, step
+        k_flip, k_dropout, k_label, k_loss = jax.random.split(key, 4)
+        x, labels = _inputs(data, batch, k_flip)
+        if label_dropout:
+            labels = jnp.where(jax.random.bernoulli(k_label, label_dropout, labels.shape), data.num_classes, labels)
+        network = _network(model, params, dropout_key=k_dropout)
+        return diffusion_loss(
+            denoisers.make_denoiser(network, schedule, to_x, labels=labels), schedule, x, k_loss, distance=distance
+        )
+
+    return loss_fn
+
+
+def _consistency_objective(
+    section: Section,
+    data: DataSpec,
+    model,
+    schedule: Schedule,
+    to_x: denoisers.ToX,
+    teacher: TeacherSpec,
+    student_steps: int,
+    distil: bool,
+) -> LossFn:
+    distance = functools.partial(
+        section.choose("distance", CONSISTENCY_DISTANCES), epsilon=section.number("huber_epsilon", minimum=0.0)
+    )
+    distance = _scaled(section, distance)
+    teacher_steps = section.section("teacher_steps").bind(curriculum.teacher_steps)
+    x_var_frac = section.number("x_var_frac", minimum=0.0)
+
+    def teacher_denoiser(frozen: Params, labels: Labels) -> Teacher | None:
+        if not distil:
+            return None
+        network = _network(teacher.experiment.model, frozen)
+        if teacher.guidance:
+            return denoisers.make_guided(
+                network, schedule, to_x, labels=labels, null_label=data.num_classes, guidance=teacher.guidance
+            )
+        return denoisers.make_denoiser(network, schedule, to_x, labels=labels)
+
+    def loss_fn(
+        params: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]
+    ) -> tuple[PerExample, Metrics]:
+        k_flip, k_dropout, k_loss = jax.random.split(key, 3)
+        x, labels = _inputs(data, batch, k_flip)
+        network = _network(model, params, dropout_key=k_dropout)
+        current_steps = teacher_steps(step)
+        loss, metrics = consistency_loss(
+            denoisers.make_denoiser(network, schedule, to_x, labels=labels),
+            teacher_denoiser(frozen, labels),
+            schedule,
+            x,
+            k_loss,
+            student_steps=student_steps,
+            teacher_steps=current_steps,
+            x_var_frac=x_var_frac,
+            distance=distance,
+        )
+        return loss, {**metrics, "teacher_steps": current_steps}
+
+    return loss_fn

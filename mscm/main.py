@@ -1,0 +1,22 @@
+"""Trains a model: the teacher first, if the student has none.
+
+  python -m mscm.main --config=configs/digits_cd4.py --workdir=DIR
+
+Run again with the same flags, it continues from the last checkpoint. Any key of the config can be overridden:
+--config.train.num_steps=100. Writes below DIR: checkpoints/, events (TensorBoard), report/samples.png,
+report/scores.json, and teacher/ (the teacher's own work directory, unless config.teacher.workdir names one).
+"""
+
+from mscm import cli
+
+
+def main() -> None:
+    """Builds, checks, trains, scores."""
+    from mscm import training_loop  # here and not above: --help must not wait for jax
+    from mscm.experiment import build
+
+    training_loop.run(build(cli.CONFIG.value), cli.WORKDIR.value)
+
+
+if __name__ == "__main__":
+    cli.run(main, doc=__doc__)

@@ -1,0 +1,227 @@
+"""A small classifier, trained on the spot, whose penultimate activations are the features of a Frechet distance.
+
+For data sets that Inception was not made for (8 x 8 digits) and machines that have no weights to download. Distances in
+these features compare runs of this package on one data set; they are not FID and are comparable only between equal
+`Classifier.fingerprint`s.
+
+    classifier = load_or_train(open_source("digits", split="all"), cache_dir="~/.cache/mscm")
+    features = classifier.features(images)  # uint8 "n 8 8 1" -> float32 "n 64"
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from flax import linen as nn
+from flax import traverse_util
+from jaxtyping import Array, Float, Float32, Integer, UInt8
+
+ARCHITECTURE = 'conv64-v1'  # change it with the network or its training: cached weights of another one are refused
+FEATURE_DIM = 64
+EVAL_BATCH = 256
+
+
+@runtime_checkable
+class LabelledImages(Protocol):
+    """What this module needs of a data set; every `mscm.data.sources.Source` has it."""
+
+    name: str
+    split: str
+    num_classes: int
+    resolution: int
+    channels: int
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def load(self, indices: Integer[np.ndarray, "b"]) -> dict[str, np.ndarray]:
+        """`{'image': uint8 'b h w c', 'label': int32 'b'}`."""
+
+
+class SmallConvNet(nn.Module):
+    """Scaling to [-1, 1], convolutions, halving down to at most 4 x 4, then 64 features and the logits."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: UInt8[Array, "b h w c"]) -> tuple[Float[Array, "b d"], Float[Array, "b k"]]:
+        hidden = nn.gelu(nn.Conv(32, (3, 3))(images.astype(jnp.float32) / 127.5 - 1.0))
+        while hidden.shape[1] > 4:
+            hidden = nn.gelu(nn.Conv(64, (3, 3), strides=(2, 2))(hidden))
+        hidden = hidden.reshape(hidden.shape[0], -1)
+        # Leaky: a unit that is always off would be a zero row of the covariance.
+        features = nn.leaky_relu(nn.Dense(FEATURE_DIM)(hidden), negative_slope=0.2)
+        return features, nn.Dense(self.num_classes)(features)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Classifier:
+    """Trained weights and the card that says where they come from."""
+
+    params: Mapping[str, Any]
+    card: Mapping[str, Any]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights: names, shapes, types and bytes."""
+        digest = hashlib.sha256()
+        for name, value in sorted(_flatten(self.params).items()):
+            digest.update(f'{name} {value.dtype.str} {value.shape}\n'.encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()
+
+    def features(self, images: UInt8[np.ndarray, "n h w c"]) -> Float32[np.ndarray, "n d"]:
+        """Penultimate activations; one image's features do not depend on the others'."""
+        return self._apply(images)[0]
+
+    def logits(self, images: UInt8[np.ndarray, "n h w c"]) -> Float32[np.ndarray, "n k"]:
+        """Unnormalised log-probabilities of the classes."""
+        return self._apply(images)[1]
+
+    @functools.cached_property
+    def _forward(self):
+        model = SmallConvNet(self.card['num_classes'])
+        return jax.jit(lambda params, images: model.apply({'params': params}, images))
+
+    def _apply(self, images) -> tuple[np.ndarray, np.ndarray]:
+        images = np.asarray(images)
+        expected = (self.card['resolution'], self.card['resolution'], self.card['channels'])
+        if images.dtype != np.uint8 or images.shape[1:] != expected:
+            raise ValueError(
+                f"classifier of {self.card['data_set']!r}: got {images.dtype} images of shape {images.shape}, expected "
+                f"uint8 of shape (n, {', '.join(map(str, expected))}); convert floats with transforms.to_uint8."
+            )
+        parts = []
+        for start in range(0, max(len(images), 1), EVAL_BATCH):
+            batch = images[start : start + EVAL_BATCH]
+            # The last batch is padded, not shortened: a second shape would compile a second time.
+            padded = np.pad(batch, ((0, EVAL_BATCH - len(batch)), (0, 0), (0, 0), (0, 0)))
+            features, logits = self._forward(self.params, padded)
+            parts.append((np.asarray(features)[: len(batch)], np.asarray(logits)[: len(batch)]))
+        return np.concatenate([f for f, _ in parts]), np.concatenate([k for _, k in parts])
+
+
+def train_classifier(
+    source: LabelledImages, *, seed: int = 0, num_epochs: int = 12, batch_size: int = 64, learning_rate: float = 2e-3
+) -> Classifier:
+    """Trains `SmallConvNet` on every example of `source`; bit for bit the same on one machine.
+
+    AdamW under a cosine schedule; the whole source is held in memory.
+    """
+    data = source.load(np.arange(len(source)))
+    images, labels = data['image'], data['label']
+    batch_size = min(batch_size, len(images))
+    steps_per_epoch = len(images) // batch_size
+    model = SmallConvNet(source.num_classes)
+    optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, num_epochs * steps_per_epoch), weight_decay=1e-2)
+
+    def loss_fn(params, images, labels):
+        _, logits = model.apply({'params': params}, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(params, opt_state, images, labels):
+        gradient = jax.grad(loss_fn)(params, images, labels)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    started = time.monotonic()
+    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *images.shape[1:]), jnp.uint8))['params']
+    opt_state = optimizer.init(params)
+    rng = np.random.RandomState(seed)
+    for _ in range(num_epochs):
+        shuffled = rng.permutation(len(images))
+        for step in range(steps_per_epoch):
+            chosen = shuffled[step * batch_size : (step + 1) * batch_size]
+            params, opt_state = update(params, opt_state, images[chosen], labels[chosen])
+    classifier = Classifier(
+        jax.tree.map(np.asarray, params),
+        _card(source, seed=seed) | {
+            'num_epochs': num_epochs, 'batch_size': batch_size, 'learning_rate': learning_rate,
+        },
+    )
+    logging.info(
+        'Trained the feature network on %d images of %s/%s in %.1f s (weights %s).',
+        len(images), source.name, source.split, time.monotonic() - started, classifier.fingerprint[:12],
+    )
+    return classifier
+
+
+def load_or_train(source: LabelledImages, cache_dir: str | os.PathLike, *, seed: int = 0) -> Classifier:
+    """The classifier of `source` from `cache_dir`, or trained (and stored there) when it is absent or does not match.
+
+    A file that is damaged, or whose card or weights are not what they should be, is named in the log and replaced.
+    """
+    path = os.path.join(os.path.expanduser(cache_dir), f'classifier_{source.name}_{source.split}_seed{seed}.npz')
+    if os.path.exists(path):
+        try:
+            return _load(path, _card(source, seed=seed))
+        # What numpy, zipfile and json raise for a file that is not what it should be; one flipped bit of a zip header
+        # can claim a compression that zipfile does not implement.
+        except (ValueError, KeyError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+            logging.warning('Not using the feature network %s: %s Training it again.', path, error)
+    classifier = train_classifier(source, seed=seed)
+    _save(path, classifier)
+    return classifier
+
+
+def _card(source: LabelledImages, *, seed: int) -> dict[str, Any]:
+    """What must agree before stored weights are used."""
+    return {
+        'architecture': ARCHITECTURE,
+        'data_set': source.name,
+        'split': source.split,
+        'count': len(source),
+        'num_classes': source.num_classes,
+        'resolution': source.resolution,
+        'channels': source.channels,
+        'seed': seed,
+    }
+
+
+def _flatten(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in traverse_util.flatten_dict(params, sep='/').items()}
+
+
+def _save(path: str, classifier: Classifier) -> None:
+    card = json.dumps({**classifier.card, 'weights_sha256': classifier.fingerprint}, indent=1)
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    # Its own name and one rename at the end: processes that train at the same time cannot mix their files.
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix='.npz.tmp')
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            np.savez(file, card=np.array(card), **_flatten(classifier.params))
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner reads
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _load(path: str, expected: Mapping[str, Any]) -> Classifier:
+    # Opened here because np.load leaves a file that is no zip open when it refuses it.
+    with open(path, 'rb') as handle, np.load(handle, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    card = json.loads(str(arrays.pop('card')))
+    sha256 = card.pop('weights_sha256')
+    for name, value in expected.items():
+        if card.get(name) != value:
+            raise ValueError(f'its card says {name} = {card.get(name)!r}, expected {value!r}.')
+    classifier = Classifier(traverse_util.unflatten_dict(arrays, sep='/'), card)
+    if classifier.fingerprint != sha256:
+        raise ValueError(f'its weights have SHA-256 {classifier.fingerprint[:12]}..., its card says {sha256[:12]}...')
+    return classifier

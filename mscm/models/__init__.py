@@ -1,0 +1,1 @@
+"""Networks: Flax Linen modules with logical axis names; they know no schedule, loss or mesh (design: level 2)."""

@@ -1,0 +1,208 @@
+"""Layers of the U-ViT: one class per block of the pseudo-code in papers B5 (simple diffusion, arXiv:2301.11093).
+
+What B5 leaves open is chosen here (papers J6):
+
+- `Normalize` is RMSNorm, `NormalizeWithBias` is LayerNorm over the channels of one pixel, query and key are normalised
+  by LayerNorm over the head dimension. The key's norm has no bias: it would add one number to all logits of a query,
+  which softmax ignores, so its gradient would be zero.
+- In a transformer block the MLP comes before the attention.
+- Every kernel carries logical axis names: `embed` (width), `mlp` (hidden), `heads` (all heads' channels), `kv`
+  (channels of one head), `conv_in`, `conv_out`, `freq` (sinusoids), `cond` (conditioning vector), `classes`, and
+  `layers` on scanned blocks. Which mesh axis each one maps to is `training/partition.py`'s business.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mscm.types import Images, Labels, Times
+
+Embedding = Float[Array, "b e"]
+Resized = Float[Array, "b h_new w_new c_new"]
+Tokens = Float[Array, "b n c"]
+Heads = Float[Array, "b n heads d"]
+
+
+def logsnr_linear(logsnr: Times) -> Times:
+    """(logsnr + 10) / 20: [-10, 10] becomes [0, 1].
+
+    The U-ViT's 'linear' time input (papers B5).
+    """
+    return (logsnr + 10.0) / 20.0
+
+
+def logsnr_inv_cos(logsnr: Times) -> Times:
+    """atan(exp(-clip(logsnr, -20, 20) / 2)) / (pi / 2) in [0, 1]: the time of an unshifted cosine schedule.
+
+    Time input of the progressive distillation code (papers B5).
+    """
+    return jnp.arctan(jnp.exp(-0.5 * jnp.clip(logsnr, -20.0, 20.0))) / (0.5 * math.pi)
+
+
+LOGSNR_INPUTS = {"linear": logsnr_linear, "inv_cos": logsnr_inv_cos}
+
+
+def sinusoids(x: Times, num_features: int) -> Embedding:
+    """Sines and cosines of x at geometric angular frequencies from 1 to 1/10000.
+
+    Transformer position encoding with maximum period 10000, as in the progressive distillation code (papers B5).
+    """
+    half = num_features // 2
+    frequencies = jnp.exp(jnp.arange(half) * (-math.log(10_000.0) / (half - 1)))
+    angles = x[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def space_to_depth(x: Images, patch_size: int) -> Resized:
+    """Moves every patch_size x patch_size patch into the channels; `depth_to_space` is its inverse."""
+    b, h, w, c = x.shape
+    p = patch_size
+    x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h // p, w // p, p * p * c)
+
+
+def depth_to_space(x: Images, patch_size: int) -> Resized:
+    """Unfolds the channels into patch_size x patch_size pixels; the inverse of `space_to_depth`."""
+    b, h, w, c = x.shape
+    p = patch_size
+    x = x.reshape(b, h, w, p, p, c // (p * p)).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * p, w * p, c // (p * p))
+
+
+def average_pool(x: Images) -> Resized:
+    """Mean of every 2 x 2 pixels."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+
+
+def upsample(x: Images) -> Resized:
+    """Nearest-neighbour enlargement by 2."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def attend(q: Heads, k: Heads, v: Heads) -> Heads:
+    """softmax(q k^T / sqrt(head_dim)) v over all tokens of one example."""
+    return jax.nn.dot_product_attention(q, k, v)
+
+
+def _kernel_init(axes: tuple[str | None, ...], zero: bool) -> nn.initializers.Initializer:
+    return nn.with_logical_partitioning(nn.initializers.zeros if zero else nn.initializers.lecun_normal(), axes)
+
+
+def _vector_init(init: nn.initializers.Initializer, axis: str) -> nn.initializers.Initializer:
+    return nn.with_logical_partitioning(init, (axis,))
+
+
+def dense(features: int, axes: tuple[str, str], *, dtype: Any, name: str, zero: bool = False) -> nn.Dense:
+    """A Dense layer whose kernel carries the logical axes (input, output); on images it is the 1 x 1 convolution."""
+    return nn.Dense(features, dtype=dtype, kernel_init=_kernel_init(axes, zero),
+                    bias_init=_vector_init(nn.initializers.zeros, axes[1]), name=name)
+
+
+def conv3x3(features: int, *, dtype: Any, name: str, zero: bool = False) -> nn.Conv:
+    """A 3 x 3 convolution with zero padding."""
+    return nn.Conv(features, (3, 3), dtype=dtype, kernel_init=_kernel_init((None, None, "conv_in", "conv_out"), zero),
+                   bias_init=_vector_init(nn.initializers.zeros, "conv_out"), name=name)
+
+
+def rms_norm(axis: str, *, dtype: Any, name: str) -> nn.RMSNorm:
+    """B5's `Normalize`: a norm over channels with a learned scale and no bias."""
+    return nn.RMSNorm(dtype=dtype, scale_init=_vector_init(nn.initializers.ones, axis), name=name)
+
+
+def layer_norm(axis: str, *, dtype: Any, name: str, use_bias: bool = True) -> nn.LayerNorm:
+    """B5's `NormalizeWithBias`: a norm over the channels of each pixel with a learned scale and bias."""
+    return nn.LayerNorm(dtype=dtype, use_bias=use_bias, scale_init=_vector_init(nn.initializers.ones, axis),
+                        bias_init=_vector_init(nn.initializers.zeros, axis), name=name)
+
+
+class ConditionEmbedding(nn.Module):
+    """Embedding of the noise level plus, where there are classes, of the label (papers B5, `emb`).
+
+    Computed in float32 whatever the network computes in: neighbouring teacher steps differ by less than bfloat16's
+    resolution, and the cost is one vector per example.
+    """
+
+    features: int
+    num_classes: int | None
+    logsnr_input: str
+
+    @nn.compact
+    def __call__(self, logsnr: Times, labels: Labels | None) -> Embedding:
+        time = LOGSNR_INPUTS[self.logsnr_input](logsnr.astype(jnp.float32))
+        emb = sinusoids(1000.0 * time, self.features)
+        emb = dense(self.features, ("freq", "mlp"), dtype=jnp.float32, name="time_in")(emb)
+        emb = dense(self.features, ("mlp", "cond"), dtype=jnp.float32, name="time_out")(nn.swish(emb))
+        if self.num_classes is not None:
+            init = nn.with_logical_partitioning(nn.linear.default_embed_init, ("classes", "cond"))
+            emb += nn.Embed(self.num_classes + 1, self.features, embedding_init=init, name="classes")(labels)
+        return emb
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions with FiLM between them; a U-Net skip is summed in, scaled by 1/sqrt(2) (papers B5).
+
+    Consumes the `dropout` key when `train` and `dropout > 0`.
+    """
+
+    width: int
+    dropout: float
+    train: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Images, emb: Embedding, skip: Images | None = None) -> Images:
+        h = layer_norm("conv_in", dtype=self.dtype, name="norm_in")(x)
+        if skip is not None:
+            h = (h + layer_norm("conv_in", dtype=self.dtype, name="norm_skip")(skip)) * math.sqrt(0.5)
+        h = conv3x3(self.width, dtype=self.dtype, name="conv_in")(nn.swish(h))
+        film = dense(2 * self.width, ("cond", "conv_out"), dtype=self.dtype, name="film")(emb)
+        scale, shift = jnp.split(film[:, None, None, :], 2, axis=-1)
+        h = layer_norm("conv_in", dtype=self.dtype, name="norm_film")(h) * (1.0 + scale) + shift
+        h = nn.Dropout(self.dropout, deterministic=not self.train)(nn.swish(h))
+        return x + conv3x3(self.width, dtype=self.dtype, name="conv_out", zero=True)(h)
+
+
+class TransformerBlock(nn.Module):
+    """An MLP with FiLM on its hidden layer, then self-attention, both residual (papers B5).
+
+    Consumes the `dropout` key when `train` and `dropout > 0`.
+    """
+
+    width: int
+    head_dim: int
+    mlp_ratio: int
+    dropout: float
+    train: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Tokens, emb: Embedding) -> Tokens:
+        x = x + self._mlp(x, emb)
+        return x + self._attention(x)
+
+    def _mlp(self, x: Tokens, emb: Embedding) -> Tokens:
+        hidden = self.mlp_ratio * self.width
+        h = rms_norm("embed", dtype=self.dtype, name="norm_mlp")(x)
+        h = dense(hidden, ("embed", "mlp"), dtype=self.dtype, name="mlp_in")(h)
+        film = dense(2 * hidden, ("cond", "mlp"), dtype=self.dtype, name="film")(emb)
+        scale, shift = jnp.split(film[:, None, :], 2, axis=-1)
+        h = nn.swish(h) * (1.0 + scale) + shift
+        h = nn.Dropout(self.dropout, deterministic=not self.train)(h)
+        return dense(self.width, ("mlp", "embed"), dtype=self.dtype, name="mlp_out", zero=True)(h)
+
+    def _attention(self, x: Tokens) -> Tokens:
+        b, n, _ = x.shape
+        h = rms_norm("embed", dtype=self.dtype, name="norm_attention")(x)
+        # One product for all three, head-major: a tensor-parallel shard then holds q, k and v of whole heads.
+        qkv = dense(3 * self.width, ("embed", "heads"), dtype=self.dtype, name="qkv")(h)
+        q, k, v = jnp.split(qkv.reshape(b, n, -1, 3 * self.head_dim), 3, axis=-1)
+        q = layer_norm("kv", dtype=self.dtype, name="norm_q")(q)
+        k = layer_norm("kv", dtype=self.dtype, use_bias=False, name="norm_k")(k)
+        h = attend(q, k, v).reshape(b, n, self.width)
+        return dense(self.width, ("heads", "embed"), dtype=self.dtype, name="attention_out", zero=True)(h)

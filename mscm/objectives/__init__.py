@@ -1,0 +1,1 @@
+"""Losses, one value per example, as functions of denoisers; no parameters, no optimiser, no config."""

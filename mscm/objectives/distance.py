@@ -1,0 +1,81 @@
+"""Distances between a target and a prediction of x, one value per example.
+
+Each takes the residual in x and the level at which it was predicted. The v-space residual is diff / sigma, so
+mean(diff^2 / sigma^2) = (SNR + 1) mean diff^2 = mean (v - v_hat)^2 for a variance-preserving level ("v-loss").
+
+  (H1) sqrt(mean (diff / sigma)^2 + epsilon^2) - epsilon             default: pseudo-Huber on the v-space rms
+  (H2) (SNR + 1) (sqrt(mean diff^2 + epsilon^2) - epsilon)           the paper's sentence read literally
+  (H3) mean(sqrt((diff / sigma)^2 + epsilon^2) - epsilon)            Charbonnier, element by element
+  (SQ) mean (diff / sigma)^2                                         squared error: ordinary v-MSE
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mscm.types import Array, Distance, Float, Images, Level, PerExample
+
+_PIXELS = (1, 2, 3)
+
+
+def mean_square(residual: Images) -> PerExample:
+    """Mean square per example; a mean, not a sum, so that epsilon means the same at every resolution."""
+    return jnp.mean(jnp.square(residual), axis=_PIXELS)
+
+
+def _softened(square: jax.Array, epsilon: float) -> jax.Array:
+    """sqrt(square + epsilon^2) - epsilon without cancellation; at epsilon = 0 its gradient at 0 is 0, not nan."""
+    root = jnp.sqrt(jnp.where(square > 0, square, 1.0) + epsilon**2)
+    return jnp.where(square > 0, square / (root + epsilon), 0.0)
+
+
+def pseudo_huber(diff: Images, lvl_t: Level, *, epsilon: float) -> PerExample:
+    """(H1): pseudo-Huber of the root mean square residual in v space."""
+    return _softened(mean_square(diff / lvl_t.sigma), epsilon)
+
+
+def pseudo_huber_weighted(diff: Images, lvl_t: Level, *, epsilon: float) -> PerExample:
+    """(H2): SNR + 1 times the pseudo-Huber of the root mean square residual in x space."""
+    return (lvl_t.snr + 1)[:, 0, 0, 0] * _softened(mean_square(diff), epsilon)
+
+
+def charbonnier(diff: Images, lvl_t: Level, *, epsilon: float) -> PerExample:
+    """(H3): mean over the elements of the pseudo-Huber of each v-space residual."""
+    return jnp.mean(_softened(jnp.square(diff / lvl_t.sigma), epsilon), axis=_PIXELS)
+
+
+def v_mse(diff: Images, lvl_t: Level) -> PerExample:
+    """(SQ): mean squared error in v space, weight SNR + 1 on x."""
+    return mean_square(diff / lvl_t.sigma)
+
+
+def eps_mse(diff: Images, lvl_t: Level) -> PerExample:
+    """Mean squared error in eps space, weight SNR on x."""
+    return mean_square(diff * (lvl_t.alpha / lvl_t.sigma))
+
+
+def multiscale(distance: Distance, resolutions: tuple[int, ...]) -> Distance:
+    """Weighted mean of `distance` on residuals pooled to each resolution, weights 1 / r (SiD, arXiv:2301.11093).
+
+    `distance` must be a mean over pixels. The weights are normalised to sum 1, so that one resolution, the image's
+    own, is no change.
+
+    Raises:
+      ValueError: a resolution that does not divide the image side.
+    """
+    weights = jnp.asarray([1 / r for r in resolutions], jnp.float32)
+    weights = weights / jnp.sum(weights)
+
+    def summed(diff: Images, lvl_t: Level) -> PerExample:
+        scales = jnp.stack([distance(average_pool(diff, r), lvl_t) for r in resolutions])
+        return jnp.sum(weights[:, None] * scales, axis=0)
+
+    return summed
+
+
+def average_pool(images: Images, resolution: int) -> Float[Array, "b r r c"]:
+    """Average pooling of square images down to `resolution` pixels a side."""
+    b, h, w, c = images.shape
+    if h != w or h % resolution:
+        raise ValueError(f"got images of {h} x {w} to pool to {resolution}, expected a square of a multiple of it")
+    factor = h // resolution
+    return jnp.mean(images.reshape(b, resolution, factor, resolution, factor, c), axis=(2, 4))

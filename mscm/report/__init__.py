@@ -1,0 +1,1 @@
+"""Reports (level 4): pictures and tables that a person reads."""

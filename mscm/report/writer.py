@@ -1,0 +1,34 @@
+"""Event files for TensorBoard, with the method names of clu's metric writers (which import TensorFlow)."""
+
+import os
+from collections.abc import Mapping
+
+import numpy as np
+import tensorboardX
+
+
+class Writer:
+    """Writes scalars and images of a run below `logdir`; a context manager."""
+
+    def __init__(self, logdir: str | os.PathLike):
+        self._writer = tensorboardX.SummaryWriter(os.fspath(logdir))
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._writer.close()
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Scalars by name at `step`."""
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Images `h w c`, uint8, by name at `step`."""
+        for name, image in images.items():
+            self._writer.add_image(name, image, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Makes what was written visible to readers."""
+        self._writer.flush()

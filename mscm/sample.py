@@ -1,0 +1,74 @@
+"""Draws images from a checkpoint: a PNG grid, a folder of PNGs, or one npz file.
+
+  python -m mscm.sample --config=configs/digits_cd4.py --workdir=DIR --output=samples.png
+
+The name of --output decides: FILE.png is a grid, FILE.npz holds `images` (uint8, n h w c) and `labels`, any other name is a
+folder with one PNG per image. Image i depends on --seed and i only.
+"""
+
+import os
+
+from absl import flags
+
+from mscm import cli
+
+OUTPUT = flags.DEFINE_string("output", None, "FILE.png: grid; FILE.npz: arrays; else a folder. Default: WORKDIR/samples.png")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 50, "Number of images.", lower_bound=1)
+NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps. Default: a student's own; a teacher's largest.")
+SAMPLER = flags.DEFINE_enum("sampler", None, ["ddim", "addim"], "Default: ddim for a student, addim for a teacher.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to read. Default: the newest.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
+LABELS = flags.DEFINE_list("labels", None, "Class indices, repeated as needed. Default: all classes in turn.")
+FORCE = flags.DEFINE_bool("force", False, "Sample a student with a sampler that it was not trained for.")
+
+
+def main() -> None:
+    """Checks, samples, writes."""
+    import numpy as np  # here and not above: --help must not wait for jax
+
+    from mscm import evaluation
+    from mscm.experiment import ConfigError, build
+    from mscm.report import grid
+
+    experiment, workdir = build(cli.CONFIG.value), cli.WORKDIR.value
+    default = evaluation.default_samplers(experiment)[-1]
+    num_steps = default.num_steps if NUM_STEPS.value is None else NUM_STEPS.value
+    spec = evaluation.SamplerSpec(SAMPLER.value or default.name, num_steps)
+    evaluation.check_sampler(experiment, spec, force=FORCE.value)
+    num_classes = experiment.data.num_classes
+    indices = np.arange(NUM_IMAGES.value)
+    labels = indices % num_classes
+    if LABELS.value:
+        if not all(text.isdecimal() and int(text) < num_classes for text in LABELS.value):
+            raise ConfigError(f"--labels: got {','.join(LABELS.value)}, expected numbers from 0 to {num_classes - 1}")
+        labels = np.resize(np.array(LABELS.value, np.int32), NUM_IMAGES.value)
+
+    params = evaluation.read_ema(experiment, workdir, STEP.value)
+    images = np.concatenate(
+        list(
+            evaluation.generate(
+                experiment,
+                params,
+                spec,
+                num_images=NUM_IMAGES.value,
+                batch_size=min(NUM_IMAGES.value, experiment.eval.batch_size),
+                seed=SEED.value,
+                labels=labels,
+            )
+        )
+    )
+    output = OUTPUT.value or os.path.join(workdir, "samples.png")
+    os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+    if output.endswith(".png"):
+        columns = min(len(images), num_classes, 10)
+        grid.save_png(output, grid.image_grid(images, columns=columns, title=f"{experiment.name}, {spec}"))
+    elif output.endswith(".npz"):
+        np.savez(output, images=images, labels=labels)
+    else:
+        for i, image in enumerate(images):
+            grid.save_png(os.path.join(output, f"{i:06d}.png"), image)
+    print(f"{len(images)} images of {experiment.name}, {spec}: {output}", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, doc=__doc__)

@@ -1,0 +1,34 @@
+"""The optimiser: an optax chain of clipping, Adam and a learning-rate schedule."""
+
+import optax
+
+DECAYS = ("constant", "cosine")
+
+
+def make_learning_rate(*, learning_rate: float, warmup_steps: int, decay: str, num_steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then constant or a cosine to 0 at `num_steps`.
+
+    Raises:
+      ValueError: unknown decay, or a warm-up longer than the training.
+    """
+    if decay not in DECAYS:
+        raise ValueError(f"optimizer.decay: got {decay!r}, expected one of {', '.join(DECAYS)}")
+    if not 0 <= warmup_steps <= num_steps:
+        raise ValueError(f"optimizer.warmup_steps: got {warmup_steps}, expected 0 to train.num_steps = {num_steps}")
+    after = (
+        optax.constant_schedule(learning_rate)
+        if decay == "constant"
+        else optax.cosine_decay_schedule(learning_rate, max(1, num_steps - warmup_steps))
+    )
+    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), after], [warmup_steps])
+
+
+def make_optimizer(
+    learning_rate: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float | None
+) -> optax.GradientTransformation:
+    """Clip the global norm (None: do not), then Adam, with decoupled weight decay where it is not 0."""
+    clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    decay = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
+    return optax.chain(
+        *clip, optax.scale_by_adam(b1=b1, b2=b2, eps=eps), *decay, optax.scale_by_learning_rate(learning_rate)
+    )

@@ -1,0 +1,101 @@
+"""The training step: the only gradient of the project.
+
+A step is pure: (state, frozen parameters, batch, root key) -> (state, metrics). Its randomness is fold_in(root, step), so
+it depends on the step's number and not on how the run got there.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics as clu_metrics
+
+from mscm.training import ema as ema_lib
+from mscm.types import Array, Int, Key, Metrics, Params, PerExample
+
+Batch = Mapping[str, Array]
+# (params, frozen, batch, key, step) -> (one loss per example, per-example metrics)
+LossFn = Callable[[Params, Params, Batch, Key, Int[Array, ""]], tuple[PerExample, Metrics]]
+Averages = dict[str, clu_metrics.Average]
+
+# Edges of the log-SNR bands in which the loss is reported.
+LOGSNR_EDGES = (-6.0, -3.0, 0.0, 3.0, 6.0)
+
+
+class TrainState(NamedTuple):
+    """What training changes; `step` counts finished optimiser steps."""
+
+    step: Int[Array, ""]
+    params: Params
+    ema: Params
+    opt_state: Any
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """State before the first step; the average is a copy, because the state is donated as a whole."""
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+def make_train_steps(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    *,
+    ema_decay: float,
+    ema_warmup: bool,
+    num_segments: int | None,
+) -> Callable[[TrainState, Params, Batch, Key], tuple[TrainState, Averages]]:
+    """Several optimiser steps as one jitted function with donated state.
+
+    The batches carry a leading axis, one entry per step; the metrics are sums and counts over all of them.
+    """
+
+    def one_step(state: TrainState, frozen: Params, batch: Batch, root: Key) -> tuple[TrainState, Averages]:
+        key = jax.random.fold_in(root, state.step)
+
+        def mean_loss(params: Params) -> tuple[Array, tuple[PerExample, Metrics]]:
+            loss, metrics = loss_fn(params, frozen, batch, key, state.step)
+            return jnp.mean(loss), (loss, metrics)
+
+        gradient, (loss, metrics) = jax.grad(mean_loss, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = ema_lib.decay_at(state.step, decay=ema_decay, warmup=ema_warmup)
+        averages = summarize(loss, metrics, num_segments=num_segments)
+        averages["gradient_norm"] = _average(optax.global_norm(gradient))
+        averages["learning_rate"] = _average(learning_rate(state.step))
+        return TrainState(state.step + 1, params, ema_lib.update(state.ema, params, decay), opt_state), averages
+
+    def steps(state: TrainState, frozen: Params, batches: Batch, root: Key) -> tuple[TrainState, Averages]:
+        state, averages = jax.lax.scan(lambda state, batch: one_step(state, frozen, batch, root), state, batches)
+        return state, jax.tree.map(lambda sums: jnp.sum(sums, axis=0), averages)
+
+    return jax.jit(steps, donate_argnums=0)
+
+
+def summarize(loss: PerExample, metrics: Metrics, *, num_segments: int | None) -> Averages:
+    """Sums and counts of the loss, over the batch, per segment and per log-SNR band; scalars pass as they are."""
+    averages = {"loss": _average(loss)}
+    band = jnp.searchsorted(jnp.asarray(LOGSNR_EDGES), metrics["logsnr"], side="right")
+    for i, name in enumerate(band_names()):
+        averages[f"loss_logsnr/{name}"] = _average(loss, band == i)
+    for k in range(num_segments or 0):
+        averages[f"loss_segment/{k}"] = _average(loss, metrics["segment"] == k)
+    for name, value in metrics.items():
+        if value.ndim == 0:
+            averages[name] = _average(value)
+    return averages
+
+
+def band_names() -> list[str]:
+    """Names of the log-SNR bands, noisiest first, such as `-3_to_0`."""
+    edges = [f"{edge:g}" for edge in LOGSNR_EDGES]
+    inner = [f"{low}_to_{high}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    return [f"below_{edges[0]}", *inner, f"above_{edges[-1]}"]
+
+
+def _average(values: Array, mask: Array | None = None) -> clu_metrics.Average:
+    values = jnp.atleast_1d(values)
+    return clu_metrics.Average.from_model_output(values, mask)

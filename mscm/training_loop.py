@@ -1,0 +1,169 @@
+"""The training loop and what ends it: read from top to bottom."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from absl import logging
+from clu import parameter_overview
+
+from mscm import cli, evaluation
+from mscm.checkpoint import Checkpoints, reading
+from mscm.data import pipeline, sources
+from mscm.experiment import ConfigError, Experiment
+from mscm.report.writer import Writer
+from mscm.training.step import Averages, Batch, TrainState
+from mscm.types import Params
+
+
+def run(experiment: Experiment, workdir: str) -> None:
+    """Trains the teacher if there is none, then the experiment, then scores both.
+
+    Raises:
+      ConfigError, CheckpointError: before anything is compiled.
+    """
+    started = time.monotonic()
+    source = check(experiment, workdir)
+    teacher_params = {}
+    if experiment.teacher is not None:
+        teacher_workdir = evaluation.teacher_workdir_of(experiment, workdir)
+        if experiment.teacher.workdir is None:
+            logging.info("Teacher %s in %s", experiment.teacher.experiment.name, teacher_workdir)
+            train(experiment.teacher.experiment, teacher_workdir, source, {})
+        teacher_params = evaluation.read_ema(experiment.teacher.experiment, teacher_workdir)
+    logging.info("Training %s in %s", experiment.name, workdir)
+    train(experiment, workdir, source, teacher_params)
+    finish(experiment, workdir, source, teacher_params)
+    logging.info("Done in %s", cli.duration(time.monotonic() - started))
+
+
+def check(experiment: Experiment, workdir: str) -> sources.Source:
+    """All that can be wrong is found here, before anything is compiled: data, work directory, teacher."""
+    source = experiment.data.open()
+    if os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise ConfigError(f"--workdir: got {workdir!r}, which is a file, expected a directory to write to")
+    try:
+        os.makedirs(workdir, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir: got {workdir!r}, expected a directory to write to: {error.strerror}") from error
+    if os.path.isdir(os.path.join(workdir, "checkpoints")):
+        with reading(workdir) as checkpoints:
+            if checkpoints.steps():
+                checkpoints.check(experiment.abstract_params())
+    if experiment.teacher is not None and experiment.teacher.workdir is not None:
+        with reading(experiment.teacher.workdir) as checkpoints:
+            checkpoints.check(experiment.teacher.experiment.abstract_params())
+    return source
+
+
+def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_params: Params) -> None:
+    """Trains from the newest checkpoint of `workdir`, or from the teacher's weights, to the last step."""
+    spec = experiment.train
+    cli.write_text(os.path.join(workdir, "config.json"), json.dumps(experiment.config, indent=2) + "\n")
+    with Checkpoints(workdir, keep=spec.keep_checkpoints) as checkpoints, Writer(workdir) as writer:
+        if checkpoints.latest() == spec.num_steps:
+            logging.info("%s: all %d steps are done", experiment.name, spec.num_steps)
+            return
+        state = initial_state(experiment, checkpoints, teacher_params)
+        step = int(state.step)
+        facts = experiment.facts()
+        run_steps = experiment.train_steps()
+        root = jax.random.key(experiment.seed + 1)  # not the key of the initialisation
+        frozen = teacher_params if experiment.distil else {}
+        progress = Progress(experiment, step, writer)
+        for batch in batches(experiment, source, step):
+            state, averages = run_steps(state, frozen, batch, root)
+            step += spec.steps_per_dispatch
+            progress.add(averages)
+            if step % spec.log_every_steps == 0 or step == spec.num_steps:
+                progress.report(step)
+            if step % spec.save_every_steps == 0 or step == spec.num_steps:
+                checkpoints.save(state, facts)
+            if step == spec.num_steps:
+                break
+
+
+def initial_state(experiment: Experiment, checkpoints: Checkpoints, teacher_params: Params) -> TrainState:
+    """The newest checkpoint; else the teacher's weights (students); else random ones."""
+    if checkpoints.latest() is not None:
+        logging.info("%s: continuing from step %d", experiment.name, checkpoints.latest())
+        return checkpoints.restore(experiment.abstract_state())
+    if experiment.teacher is not None:
+        params = jax.tree.map(jax.numpy.copy, teacher_params)
+    else:
+        params = jax.jit(experiment.init_params)(jax.random.key(experiment.seed))
+        logging.info("%s: %d parameters", experiment.name, parameter_overview.count_parameters(params))
+    return experiment.init_state(params)
+
+
+def batches(experiment: Experiment, source: sources.Source, start_step: int) -> Iterator[Batch]:
+    """Batches with a leading axis of the steps of a dispatch."""
+    spec = experiment.train
+    items = pipeline.batches(
+        source,
+        batch_size=spec.batch_size,
+        seed=experiment.seed,
+        start_step=start_step,
+        steps_per_item=spec.steps_per_dispatch,
+    )
+    try:
+        for item in items:
+            stacked = spec.steps_per_dispatch > 1
+            yield item if stacked else {name: array[None] for name, array in item.items()}
+    finally:
+        items.close()
+
+
+class Progress:
+    """Metrics since the last report, one console line and one event each time."""
+
+    def __init__(self, experiment: Experiment, step: int, writer: Writer):
+        self._experiment, self._writer, self._pending = experiment, writer, []
+        self._step, self._time = step, time.monotonic()
+
+    def add(self, averages: Averages) -> None:
+        """Keeps sums on the device: fetching them would wait for the step."""
+        self._pending.append(averages)
+
+    def report(self, step: int) -> None:
+        """Writes what was added since the last report."""
+        spec = self._experiment.train
+        totals = jax.tree.map(lambda *sums: np.sum(np.stack(sums), axis=0), *jax.device_get(self._pending))
+        scalars = {name: float(average.compute()) for name, average in totals.items() if average.count > 0}
+        now = time.monotonic()
+        rate = (step - self._step) / (now - self._time)
+        scalars |= {"steps_per_second": rate, "images_per_second": rate * spec.batch_size}
+        self._writer.write_scalars(step, scalars)
+        self._writer.flush()
+        logging.info(
+            "%s: step %d/%d, loss %.4f, %.1f steps/s, %.0f images/s, %s left",
+            self._experiment.name,
+            step,
+            spec.num_steps,
+            scalars["loss"],
+            rate,
+            scalars["images_per_second"],
+            cli.duration((spec.num_steps - step) / rate),
+        )
+        self._pending, self._step, self._time = [], step, now
+
+
+def finish(experiment: Experiment, workdir: str, source: sources.Source, teacher_params: Params) -> None:
+    """Sample grid, scores, and the table that ends a run."""
+    params = evaluation.read_ema(experiment, workdir)
+    models = [(experiment, params)]
+    if experiment.teacher is not None:
+        models.append((experiment.teacher.experiment, teacher_params))
+    logging.info("Drawing samples and scoring %d images a sampler", experiment.eval.num_images)
+    grid_path = os.path.join(workdir, "report", "samples.png")
+    evaluation.save_grid(models, grid_path)
+    scorer = evaluation.Scorer(source, os.path.join(workdir, "eval"), batch_size=experiment.eval.batch_size)
+    rows = []
+    for model, weights in models:
+        rows += evaluation.score_model(scorer, model, weights, evaluation.default_samplers(model))
+    rows.append(evaluation.real_row(scorer))
+    cli.write_text(os.path.join(workdir, "report", "scores.json"), json.dumps(rows, indent=2) + "\n")
+    print(f"\n{evaluation.result_table(rows)}\n\nsamples: {grid_path}\n", flush=True)

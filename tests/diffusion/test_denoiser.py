@@ -1,0 +1,115 @@
+"""From a network to a denoiser: prediction types, precision, guidance, clipping and the Gaussian oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mscm.diffusion import denoiser, schedule
+from mscm.types import Level
+
+X = jax.random.uniform(jax.random.key(0), (3, 4, 4, 1), minval=-1.0)
+Z = jax.random.normal(jax.random.key(1), (3, 4, 4, 1))
+T = jnp.array([0.2, 0.5, 0.8])
+LABELS = jnp.array([4, 0, 7])
+
+
+def network_that_knows_x(name):
+    """A network whose output, of type `name`, stands for X at the level it is told by its log-SNR."""
+
+    def network(z_t, logsnr, labels):
+        alpha, sigma = schedule.level_from_logsnr(logsnr)
+        eps = (z_t - alpha * X) / sigma
+        return {"x": X, "eps": eps, "v": alpha * eps - sigma * X}[name]
+
+    return network
+
+
+@pytest.mark.parametrize("name", denoiser.PREDICTIONS)
+def test_denoiser_of_each_prediction_type(name):
+    """The denoiser undoes the parametrisation, and the network's log-SNR is that of the schedule."""
+    denoise = denoiser.make_denoiser(network_that_knows_x(name), schedule.cosine, denoiser.PREDICTIONS[name])
+    np.testing.assert_allclose(denoise(Z, T), X, rtol=0, atol=5e-6)
+
+
+def test_low_precision_stops_at_the_network():
+    """A bfloat16 output becomes float32 before it meets the levels, and the network receives float32."""
+
+    def network(z_t, logsnr, labels):
+        assert z_t.dtype == jnp.float32 and logsnr.shape == (3,) and logsnr.dtype == jnp.float32
+        return jnp.full(z_t.shape, 0.5, jnp.bfloat16)  # 0.5 is exact in both
+
+    actual = denoiser.make_denoiser(network, schedule.cosine, denoiser.PREDICTIONS["v"])(Z, T)
+    alpha, sigma = schedule.cosine(T)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, alpha * Z - sigma * 0.5, rtol=0, atol=1e-6)
+
+
+def labelled_network(calls):
+    def network(z_t, logsnr, labels):
+        calls.append(labels)
+        return z_t * (1 + labels.astype(jnp.float32))[:, None, None, None]
+
+    return network
+
+
+def test_labels_reach_the_network():
+    """Without guidance the labels are passed on as they are, one call."""
+    calls = []
+    denoise = denoiser.make_denoiser(labelled_network(calls), schedule.cosine, denoiser.PREDICTIONS["x"], labels=LABELS)
+    np.testing.assert_allclose(denoise(Z, T), Z * (1 + LABELS)[:, None, None, None], rtol=1e-6)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 3.0])
+def test_guidance_extrapolates_in_one_forward_pass(guidance):
+    """x = (1 + g) x_cond - g x_null; x_cond does not depend on g; both halves share one call."""
+    calls = []
+    teacher = denoiser.make_guided(
+        labelled_network(calls), schedule.cosine, denoiser.PREDICTIONS["x"],
+        labels=LABELS, null_label=10, guidance=guidance,
+    )
+    x_hat, x_cond = teacher(Z, T)
+    conditional = Z * (1 + LABELS)[:, None, None, None]
+    np.testing.assert_allclose(x_cond, conditional, rtol=1e-6)
+    np.testing.assert_allclose(x_hat, (1 + guidance) * conditional - guidance * 11 * Z, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 1
+    np.testing.assert_array_equal(calls[0], [4, 0, 7, 10, 10, 10])
+
+
+def test_guided_times_belong_to_their_images():
+    """Both halves of the doubled batch are denoised at their own times."""
+    teacher = denoiser.make_guided(
+        lambda z, logsnr, labels: jnp.ones_like(z) * logsnr[:, None, None, None],
+        schedule.cosine, denoiser.PREDICTIONS["x"], labels=LABELS, null_label=10, guidance=2.0,
+    )
+    x_hat, x_cond = teacher(Z, T)
+    expected = jnp.ones_like(Z) * schedule.cosine(T).logsnr
+    np.testing.assert_allclose(x_cond, expected, rtol=1e-6)
+    np.testing.assert_allclose(x_hat, expected, rtol=1e-5)
+
+
+def test_clipped_stays_in_the_range_of_the_data():
+    """x_hat is cut at the bounds and unchanged inside."""
+    inside = 0.9 * X
+    np.testing.assert_array_equal(denoiser.clipped(lambda z, t: inside)(Z, T), inside)
+    np.testing.assert_array_equal(denoiser.clipped(lambda z, t: 100 * jnp.sign(X))(Z, T), jnp.sign(X))
+    np.testing.assert_array_equal(denoiser.clipped(lambda z, t: Z, low=-0.5, high=0.25)(Z, T), jnp.clip(Z, -0.5, 0.25))
+
+
+def test_gaussian_oracle_is_the_posterior_mean(x64):
+    """E[x | z] by precisions: (mean / v + alpha z / sigma^2) / (1 / v + alpha^2 / sigma^2)."""
+    t, z = T.astype(jnp.float64), Z.astype(jnp.float64)
+    lvl = schedule.cosine(t)
+    actual = denoiser.gaussian_oracle(schedule.cosine, 0.25, 0.3)(z, t)
+    expected = (0.3 / 0.25 + lvl.alpha * z / lvl.sigma**2) / (1 / 0.25 + lvl.snr)
+    np.testing.assert_allclose(actual, expected, rtol=1e-10)
+
+
+def test_gaussian_oracle_with_one_variance_per_scalar():
+    """Variance 0 gives the mean, infinite variance gives z / alpha, in one image."""
+    variance = jnp.zeros((4, 4, 1)).at[:2].set(1e12)
+    lvl = schedule.cosine(T)
+    actual = denoiser.gaussian_oracle(lambda t: Level(*lvl), variance)(Z, T)
+    np.testing.assert_allclose(actual[:, :2], (Z / lvl.alpha)[:, :2], rtol=1e-5)
+    np.testing.assert_array_equal(actual[:, 2:], 0)

@@ -1,0 +1,225 @@
+"""Every config file: it loads, says only what is its own, and carries the paper's numbers."""
+
+import ast
+import os
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+ROOT = Path(__file__).resolve().parents[1]
+FAMILIES = ('digits', 'imagenet')
+FILES = sorted(p for p in (ROOT / 'configs').glob('*.py') if p.stem not in (*FAMILIES, '__init__'))
+# What --config takes, relative to the root of the repository: every file, and its large variant where there is one.
+ALL_CONFIGS = [
+    f'configs/{path.name}{suffix}'
+    for path in FILES
+    for suffix in (('', ':large') if path.stem.startswith('imagenet') else ('',))
+]
+
+
+def load(name: str) -> ConfigDict:
+    """The config that --config=`name` gives: a file by its path, and what follows the colon as its argument."""
+    file, _, variant = name.partition(':')
+    spec = spec_from_file_location(f'config_{Path(file).stem}', ROOT / file)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant) if variant else module.get_config()
+
+
+def paths(config: ConfigDict, prefix: str = '') -> set[str]:
+    """Every key of a config as a dotted path."""
+    found = set()
+    for key, value in config.items():
+        found |= paths(value, f'{prefix}{key}.') if isinstance(value, ConfigDict) else {prefix + key}
+    return found
+
+
+def test_the_files_that_the_readme_promises_exist():
+    digits = {'digits_teacher', *(f'digits_{kind}{s}' for kind in ('cd', 'ct') for s in (1, 2, 4, 8))}
+    imagenet = {
+        f'imagenet{side}_{run}'
+        for side in (64, 128)
+        for run in ('teacher', *(f'{kind}{s}' for kind in ('cd', 'ct') for s in (1, 2, 4, 8, 16)))
+    }
+    assert {path.stem for path in FILES} == digits | imagenet
+
+
+@pytest.mark.parametrize('name', ALL_CONFIGS)
+def test_loads_and_is_deterministic(name):
+    config = load(name)
+    assert config.to_dict() == load(name).to_dict()
+    # The name of a run is the name of its file, so that a work directory can be traced back.
+    assert config.name == Path(name.partition(':')[0]).stem + name.partition(':')[2].replace('large', '_large')
+
+
+@pytest.mark.parametrize('name', ALL_CONFIGS)
+def test_a_caller_cannot_change_the_next_one(name):
+    config = load(name)
+    config.model.middle.width += 1
+    assert load(name).model.middle.width == config.model.middle.width - 1
+
+
+def test_every_config_has_the_keys_of_its_kind():
+    # The parameters of a schedule and the number of stages may differ; everything else is one schema.
+    differs = ('model.stages', 'schedule.')
+    for teacher in (True, False):
+        names = [name for name in ALL_CONFIGS if ('teacher' in name) == teacher]
+        schemas = [{path for path in paths(load(name)) if not path.startswith(differs)} for name in names]
+        assert all(schema == schemas[0] for schema in schemas)
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+def test_a_named_file_states_only_its_difference(path):
+    tree = ast.parse(path.read_text())
+    docstring, imports, function = tree.body
+    assert isinstance(imports, ast.ImportFrom) and imports.module == 'configs'
+    assert imports.names[0].name in FAMILIES
+    # The function is one call of the family, and its only numbers are the resolution and the number of student steps.
+    (statement,) = function.body
+    assert isinstance(statement, ast.Return) and isinstance(statement.value, ast.Call)
+    allowed = {
+        id(keyword.value) for keyword in statement.value.keywords if keyword.arg in ('resolution', 'student_steps')
+    }
+    numbers = [
+        node.value
+        for node in ast.walk(function)
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float) and id(node) not in allowed
+    ]
+    assert numbers == []
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+def test_header_names_command_hardware_cost_and_expected_result(path):
+    header = ast.get_docstring(ast.parse(path.read_text()))
+    for field in ('Command:', 'Hardware:', 'Cost:', 'Expected:'):
+        assert field in header
+    assert f'python -m mscm.main --config=configs/{path.name} --workdir=' in header
+    expected = ' '.join(header.partition('Expected:')[2].split())
+    if path.stem.startswith('imagenet'):
+        assert f'--config=configs/{path.name}:large' in header
+        # A number that this project has not measured is not presented as its own.
+        assert expected.startswith('FID') and "the paper's" in expected and 'not reproduced' in expected
+    else:
+        assert 'fd_classifier' in expected and 'FID' not in expected
+
+
+# FID of Table 1, arXiv:2403.06807v3: by number of steps, (small, large) of CT and of CD.
+_TABLE_1 = {
+    64: {
+        'ct': {1: (7.2, 6.4), 2: (2.7, 2.3), 4: (1.8, 1.6), 8: (1.5, 1.5), 16: (1.5, 1.6)},
+        'cd': {1: (4.3, 3.2), 2: (2.0, 1.9), 4: (1.7, 1.6), 8: (1.6, 1.4), 16: (1.5, 1.4)},
+    },
+    128: {
+        'ct': {1: (16.0, 14.5), 2: (6.0, 4.2), 4: (4.0, 2.7), 8: (3.3, 2.2), 16: (3.4, 2.3)},
+        'cd': {1: (8.5, 7.0), 2: (3.1, 3.1), 4: (2.4, 2.3), 8: (2.1, 2.1), 16: (2.0, 2.0)},
+    },
+}
+
+
+@pytest.mark.parametrize('side', (64, 128))
+@pytest.mark.parametrize('kind', ('ct', 'cd'))
+@pytest.mark.parametrize('steps', (1, 2, 4, 8, 16))
+def test_imagenet_student_is_the_papers(side, kind, steps):
+    name = f'configs/imagenet{side}_{kind}{steps}.py'
+    small, large = _TABLE_1[side][kind][steps]
+    assert f'FID {small}; large: {large} (' in (ROOT / name).read_text()
+    for suffix in ('', ':large'):
+        config = load(name + suffix)
+        assert config.data.name == f'imagenet{side}' and config.data.resolution == side
+        assert config.train.batch_size == 2048 and config.train.num_steps == 200_000
+        assert config.objective.teacher_steps.to_dict() == dict(start=64, end=1280, anneal_steps=100_000)
+        assert config.objective.x_var_frac == 0.75 and config.objective.huber_epsilon == 1e-4
+        assert config.objective.student_steps == steps and config.objective.distil == (kind == 'cd')
+        assert config.teacher.config == f'configs/imagenet{side}_teacher.py{suffix}'
+        assert config.teacher.workdir is None
+
+
+@pytest.mark.parametrize(
+    ('name', 'stages', 'middle'),
+    [  # Per level: kind, channels, dropout (the paper's table of U-ViT configurations)
+        ('64_teacher.py', [('residual', 256, 0), ('transformer', 512, 0)], (1024, 0.2)),
+        ('64_teacher.py:large', [('residual', 512, 0), ('transformer', 1024, 0.1)], (2048, 0.1)),
+        ('128_teacher.py', [('residual', 128, 0), ('residual', 256, 0), ('transformer', 512, 0)], (1024, 0.1)),
+        (
+            '128_teacher.py:large',
+            [('residual', 256, 0), ('residual', 512, 0.1), ('transformer', 1024, 0.1)],
+            (2048, 0.1),
+        ),
+    ],
+)
+def test_imagenet_network_is_the_papers(name, stages, middle):
+    model = load(f'configs/imagenet{name}').model
+    assert list(model.stages) == [f'stage_{i}' for i in range(len(stages))]
+    assert [(s.kind, s.width, s.dropout) for s in model.stages.values()] == stages
+    assert all(s.num_blocks == 3 for s in model.stages.values())
+    assert (model.middle.width, model.middle.dropout) == middle and model.middle.num_blocks == 16
+    assert model.emb_dim == 1024 and model.mlp_ratio == 4
+
+
+@pytest.mark.parametrize('name', [n for n in ALL_CONFIGS if 'teacher' not in n])
+def test_student_differs_from_its_teacher_only_in_the_method(name):
+    student = load(name)
+    teacher = load(student.teacher.config)
+    for part in ('data', 'model', 'schedule', 'prediction'):
+        assert student[part] == teacher[part]
+
+
+def test_imagenet_schedules_and_teacher():
+    for side in (64, 128):
+        config = load(f'configs/imagenet{side}_teacher.py')
+        assert config.schedule.name == 'interpolated' and config.schedule.resolution == side
+        assert (config.schedule.noise_low, config.schedule.noise_high) == (32, side)
+        # Simple diffusion, arXiv:2301.11093, the U-ViT
+        optimizer = config.optimizer
+        assert (optimizer.b1, optimizer.b2, optimizer.eps) == (0.9, 0.99, 1e-12)
+        assert (optimizer.learning_rate, optimizer.warmup_steps, optimizer.clip_norm) == (1e-4, 10_000, 1)
+        assert config.ema.decay == 0.9999 and config.train.num_steps == 500_000
+    assert load('configs/imagenet64_teacher.py').objective.multiscale is None
+    assert load('configs/imagenet128_teacher.py').objective.multiscale == (128, 64)
+
+
+@pytest.mark.parametrize('path', [p for p in FILES if p.stem.startswith('imagenet')], ids=lambda path: path.stem)
+def test_unknown_variant_names_the_choices(path):
+    with pytest.raises(ValueError, match="got 'huge', expected one of '', 'large'"):
+        load(f'configs/{path.name}:huge')
+
+
+def test_flag_finds_the_family_from_another_directory(tmp_path):
+    """By path and through the flag, from a directory that is not the repository, as an installed mscm is used."""
+    script = (
+        'from absl import app\n'
+        'from ml_collections import config_flags\n'
+        'CONFIG = config_flags.DEFINE_config_file("config")\n'
+        'def main(_):\n'
+        '    c = CONFIG.value\n'
+        '    print(c.name, c.teacher.workdir, c.model.remat, c.objective.multiscale, c.model.middle.width)\n'
+        'app.run(main)\n'
+    )
+    overrides = [
+        '--config.teacher.workdir=there',
+        '--config.model.remat=dots',
+        '--config.objective.multiscale=(64,32)',
+        '--config.model.middle.width=8',
+    ]
+    out = subprocess.run(
+        [sys.executable, '-c', script, f'--config={ROOT}/configs/imagenet64_cd8.py:large', *overrides],
+        cwd=tmp_path,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert out.split() == ['imagenet64_cd8_large', 'there', 'dots', '(64,', '32)', '8']
+
+
+def test_reading_a_config_imports_no_heavy_library():
+    """`--help` and an error in a config must not wait for jax."""
+    script = 'import sys, configs.digits, configs.imagenet'
+    heavy = 'jax', 'flax', 'numpy', 'tensorflow_datasets'
+    script += f'\nprint([name for name in {heavy} if name in sys.modules])'
+    out = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == '[]'

@@ -12,7 +12,7 @@ def _base() -> ConfigDict:
             model=dict(
                 name='uvit',
                 stages=dict(),  # 8x8 pixels in 2x2 patches are 16 tokens: there is nothing to pool
-                middle=dict(width=96, num_blocks=3, dropout=0.0),
+                middle=dict(width=96, num_blocks=2, dropout=0.0),
                 emb_dim=64,
                 head_dim=32,
                 mlp_ratio=4,
@@ -37,8 +37,8 @@ def _base() -> ConfigDict:
             ema=dict(decay=0.999, warmup=True),
             train=dict(
                 num_steps=3000,
-                batch_size=128,
-                steps_per_dispatch=1,
+                batch_size=64,
+                steps_per_dispatch=10,
                 log_every_steps=100,
                 save_every_steps=500,
                 keep_checkpoints=3,
@@ -71,12 +71,12 @@ def student(*, student_steps: int, distil: bool) -> ConfigDict:
         distil=distil,
         student_steps=student_steps,
         # The paper's schedule in small: most of the run anneals, the rest trains at the finest grid.
-        teacher_steps=dict(start=16.0, end=256.0, anneal_steps=2000),
+        teacher_steps=dict(start=16.0, end=256.0, anneal_steps=1500),
         x_var_frac=0.75,
         distance='pseudo_huber',
         huber_epsilon=1e-4,
         multiscale=placeholder(tuple),
     )
     config.teacher = dict(config='configs/digits_teacher.py', workdir=placeholder(str), guidance=0.0)
-    config.train.num_steps = 2500
+    config.train.num_steps = 2000
     return config

@@ -2,8 +2,8 @@
 
     WORKDIR/checkpoints/STEP/{params,ema,opt,facts}
 
-The four items of a step are separate, so that a sampler reads `ema` and `facts` alone. `facts` is JSON: what a sampler must
-know of the model (schedule, prediction, student steps, shapes, the whole config).
+The four items of a step are separate, so that a sampler reads `ema` and `facts` alone. `facts` is JSON: what a sampler
+must know of the model (schedule, prediction, student steps, shapes, the whole config).
 """
 
 import contextlib

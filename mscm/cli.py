@@ -11,7 +11,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits_cd4.py.", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits_cd4.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, scores, pictures.")
 
 # Their progress notes are not this program's; their warnings are.
@@ -40,11 +40,24 @@ def run(main: Callable[[], None], *, doc: str) -> None:
             sys.exit(2)
 
     sys.modules["__main__"].__doc__ = doc  # what --help prints above the flags
-    app.run(wrapped)
+    app.run(wrapped, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Flags and config overrides; what a config file or an override gets wrong is a sentence, not a traceback."""
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        _ = CONFIG.value.to_dict  # a config that could not be loaded says so when it is first used
+        return rest
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        text = " ".join(str(error).replace("\\n", " ").split())
+        print(f"error: --config: {text}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _is_ours(record: python_logging.LogRecord) -> bool:
-    return record.levelno >= python_logging.WARNING or not any(f"{os.sep}{name}{os.sep}" in record.pathname for name in _QUIET)
+    theirs = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in _QUIET)
+    return not theirs or record.levelno >= python_logging.WARNING
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

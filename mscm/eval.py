@@ -10,7 +10,11 @@ reference points of the same axis: the teacher under aDDIM, and real images agai
 import os
 import time
 
+from absl import flags
+
 from mscm import cli
+
+flags.adopt_module_key_flags(cli)  # so that --help lists them
 
 
 def main() -> None:

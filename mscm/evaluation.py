@@ -1,7 +1,7 @@
 """Sampling and scoring of trained models: what `mscm.main`, `mscm.eval` and `mscm.sample` share.
 
-Image i of an evaluation starts from fold_in(key(seed), i) and has the label i modulo the number of classes (balanced), so
-that it is the same image whatever the batch size, and two models sample from common noise.
+Image i of an evaluation starts from fold_in(key(seed), i) and has the label i modulo the number of classes (balanced),
+so that it is the same image whatever the batch size, and two models sample from common noise.
 """
 
 import dataclasses
@@ -65,8 +65,8 @@ def check_sampler(experiment: Experiment, spec: SamplerSpec, *, force: bool = Fa
     possible = experiment.student_steps
     if not force and possible is not None and (spec.num_steps != possible or spec.name != "ddim"):
         raise ConfigError(
-            f"got {spec} for {experiment.name!r}, expected ddim with {possible} steps: a student jumps to the starts of "
-            f"its {possible} segments and knows no others; train one for {spec.num_steps} steps, or use --force"
+            f"got {spec} for {experiment.name!r}, expected ddim with {possible} steps: a student jumps to the starts "
+            f"of its {possible} segments and knows no others; train one for {spec.num_steps} steps, or use --force"
         )
 
 

@@ -405,7 +405,8 @@ def _check_teacher(config: ConfigDict, teacher: TeacherSpec | None, *, needs_tea
     if teacher is None:
         raise ConfigError("config.teacher: got None, expected a section naming the diffusion model to start from")
     if teacher.experiment.student_steps is not None:
-        raise ConfigError(f"config.teacher.config: got {teacher.experiment.name!r}, expected a diffusion model's config")
+        got = teacher.experiment.name
+        raise ConfigError(f"config.teacher.config: got {got!r}, expected the config of a diffusion model")
     ours = json.loads(config.to_json_best_effort())
     for key in ("schedule", "prediction"):
         if ours[key] != teacher.experiment.config[key]:
@@ -425,7 +426,9 @@ def _inputs(data: DataSpec, batch: Batch, key: Key):
     return (transforms.random_flip(x, key) if data.flip else x), batch["label"]
 
 
-def _diffusion_objective(section: Section, data: DataSpec, model, schedule: Schedule, to_x: denoisers.ToX) -> LossFn:
+def _diffusion_objective(
+    section: Section, data: DataSpec, model: nn.Module, schedule: Schedule, to_x: denoisers.ToX
+) -> LossFn:
     distance = _scaled(section, section.choose("loss", DIFFUSION_LOSSES))
     label_dropout = section.number("label_dropout", minimum=0.0, below=1.0)
 
@@ -434,7 +437,8 @@ def _diffusion_objective(section: Section, data: DataSpec, model, schedule: Sche
         k_flip, k_dropout, k_label, k_loss = jax.random.split(key, 4)
         x, labels = _inputs(data, batch, k_flip)
         if label_dropout:
-            labels = jnp.where(jax.random.bernoulli(k_label, label_dropout, labels.shape), data.num_classes, labels)
+            dropped = jax.random.bernoulli(k_label, label_dropout, labels.shape)
+            labels = jnp.where(dropped, data.num_classes, labels)
         network = _network(model, params, dropout_key=k_dropout)
         return diffusion_loss(
             denoisers.make_denoiser(network, schedule, to_x, labels=labels), schedule, x, k_loss, distance=distance
@@ -446,7 +450,7 @@ def _diffusion_objective(section: Section, data: DataSpec, model, schedule: Sche
 def _consistency_objective(
     section: Section,
     data: DataSpec,
-    model,
+    model: nn.Module,
     schedule: Schedule,
     to_x: denoisers.ToX,
     teacher: TeacherSpec,

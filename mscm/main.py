@@ -7,7 +7,11 @@ Run again with the same flags, it continues from the last checkpoint. Any key of
 report/scores.json, and teacher/ (the teacher's own work directory, unless config.teacher.workdir names one).
 """
 
+from absl import flags
+
 from mscm import cli
+
+flags.adopt_module_key_flags(cli)  # so that --help lists them
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
   python -m mscm.sample --config=configs/digits_cd4.py --workdir=DIR --output=samples.png
 
-The name of --output decides: FILE.png is a grid, FILE.npz holds `images` (uint8, n h w c) and `labels`, any other name is a
-folder with one PNG per image. Image i depends on --seed and i only.
+The name of --output decides: FILE.png is a grid, FILE.npz holds `images` (uint8, n h w c) and `labels`, any other name
+is a folder with one PNG per image. Image i depends on --seed and i only.
 """
 
 import os
@@ -12,7 +12,9 @@ from absl import flags
 
 from mscm import cli
 
-OUTPUT = flags.DEFINE_string("output", None, "FILE.png: grid; FILE.npz: arrays; else a folder. Default: WORKDIR/samples.png")
+flags.adopt_module_key_flags(cli)  # so that --help lists them
+
+OUTPUT = flags.DEFINE_string("output", None, "FILE.png, FILE.npz or a folder. Default: WORKDIR/samples.png")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 50, "Number of images.", lower_bound=1)
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps. Default: a student's own; a teacher's largest.")
 SAMPLER = flags.DEFINE_enum("sampler", None, ["ddim", "addim"], "Default: ddim for a student, addim for a teacher.")

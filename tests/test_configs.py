@@ -1,14 +1,21 @@
 """Every config file: it loads, says only what is its own, and carries the paper's numbers."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
+
+from mscm.checkpoint import parameter_shapes
+from mscm.experiment import ConfigError, build
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ('digits', 'imagenet')
@@ -223,3 +230,156 @@ def test_reading_a_config_imports_no_heavy_library():
     script += f'\nprint([name for name in {heavy} if name in sys.modules])'
     out = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.strip() == '[]'
+
+
+def _abstract_step(name: str):
+    """The state before and after one dispatch, and its metrics, as shapes."""
+    experiment = build(load(name))
+    spec, data = experiment.train, experiment.data
+    lead = (spec.steps_per_dispatch, spec.batch_size)
+    batch = {
+        'image': jax.ShapeDtypeStruct((*lead, data.resolution, data.resolution, data.channels), jnp.uint8),
+        'label': jax.ShapeDtypeStruct(lead, jnp.int32),
+    }
+    frozen = experiment.teacher.experiment.abstract_params() if experiment.distil else {}
+    state = experiment.abstract_state()
+    return state, *jax.eval_shape(experiment.train_steps(), state, frozen, batch, jax.random.key(0))
+
+
+@pytest.mark.parametrize('name', ALL_CONFIGS)
+def test_builds(name):
+    """Every config is accepted whole, and what its checkpoints would say of it is JSON."""
+    experiment = build(load(name))
+    facts = experiment.facts()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts['config'] == json.loads(load(name).to_json_best_effort())
+    assert facts['parameters'] == parameter_shapes(experiment.abstract_params())
+    if experiment.teacher is not None:
+        assert facts['parameters'] == parameter_shapes(experiment.teacher.experiment.abstract_params())
+
+
+# The files of a family differ in numbers that no shape depends on, so one of each kind of run and of each network.
+STEPPED = [name for name in ALL_CONFIGS if name.startswith('configs/digits')] + [
+    f'configs/imagenet{side}_{run}.py{suffix}'
+    for side, run, suffix in (
+        (64, 'teacher', ''), (64, 'cd4', ':large'), (128, 'ct16', ''), (128, 'teacher', ':large'), (128, 'cd8', '')
+    )
+]
+
+
+@pytest.mark.parametrize('name', STEPPED)
+def test_a_training_step_keeps_the_shapes_of_the_state(name):
+    """One dispatch maps the state onto itself and reports scalars."""
+    before, after, averages = _abstract_step(name)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(*map(jax.tree.leaves, (before, after))))
+    assert all(leaf.shape == () for leaf in jax.tree.leaves(averages))
+    segments = [key for key in averages if key.startswith('loss_segment/')]
+    config = load(name)
+    assert len(segments) == config.objective.get('student_steps', 0)
+
+
+def _changed(name: str, **changes) -> ConfigDict:
+    """The config with the value of dotted keys set, also of keys that it does not have; None removes nothing."""
+    config = load(name)
+    for path, value in changes.items():
+        *sections, key = path.split('__')
+        section = config
+        for part in sections:
+            section = section[part]
+        with section.unlocked():
+            if value is _REMOVED:
+                del section[key]
+            else:
+                section[key] = value
+    return config
+
+
+_REMOVED = object()
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'nearest'),
+    [
+        ('optimizer__learning_rat', 1e-3, 'learning_rate'),
+        ('model__widht', 3, None),
+        ('model__emb_dims', 3, 'emb_dim'),
+        ('model__middle__num_block', 3, 'num_blocks'),
+        ('schedule__logsnr_mins', -3.0, 'logsnr_min'),
+        ('objective__teacher_steps__anneal_step', 3, 'anneal_steps'),
+        ('objective__huber_epsilo', 3, 'huber_epsilon'),
+        ('ema__decays', 0.3, 'decay'),
+        ('eval__num_image', 3, 'num_images'),
+        ('seeds', 3, 'seed'),
+        ('notes', 'mine', None),
+    ],
+)
+def test_a_key_that_nobody_reads_is_refused(path, value, nearest):
+    """The error names the key by its path, and the key that was meant where one is near."""
+    with pytest.raises(ConfigError) as error:
+        build(_changed('configs/digits_cd2.py', **{path: value}))
+    message = str(error.value)
+    assert f"config.{path.replace('__', '.')}: nothing reads this key" in message
+    assert f'did you mean {nearest!r}?' in message if nearest else 'did you mean' not in message
+
+
+@pytest.mark.parametrize(
+    'path', ['optimizer__learning_rate', 'model__emb_dim', 'schedule__logsnr_min', 'objective__distance', 'ema__decay']
+)
+def test_a_missing_key_is_named(path):
+    """A key without a default that is absent is an error that names it, and the misspelt key beside it."""
+    section, key = path.rsplit('__', 1)
+    value = load('configs/digits_cd2.py')[section][key]
+    with pytest.raises(ConfigError, match=f"config.{section}: got no key '{key}' .did you mean '{key[:-1]}'"):
+        build(_changed('configs/digits_cd2.py', **{path: _REMOVED, path[:-1]: value}))
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'sentence'),
+    [
+        ('schedule__name', 'cosin', "config.schedule.name: got 'cosin' .did you mean 'cosine'"),
+        ('prediction', 'w', "config.prediction: got 'w'"),
+        ('objective__name', 'consistency', "config.objective.name: got 'consistency'"),
+        ('objective__distance', 'huber', "config.objective.distance: got 'huber'"),
+        ('objective__student_steps', 0, 'config.objective.student_steps: got 0, expected a number of at least 1'),
+        ('optimizer__decay', 'linear', 'optimizer.decay: got .linear., expected one of constant, cosine'),
+        ('train__num_steps', 15, 'config.train.num_steps: got 15, expected a multiple of'),
+        ('ema__decay', 1.0, 'config.ema.decay: got 1.0, expected a number of at least 0.0 and below 1.0'),
+        ('model', None, 'config.model: got None, expected a section'),
+        ('teacher', None, 'config.teacher: got None'),
+        ('teacher__config', 'configs/absent.py', "got config file 'configs/absent.py'"),
+        ('teacher__config', 'configs/digits_cd4.py', "got 'digits_cd4', expected a diffusion model's config"),
+        # The student starts from the teacher's weights, which mean nothing under another schedule.
+        ('schedule__shift', 1.0, "config.schedule: got .* expected the teacher's"),
+        ('prediction', 'x', "config.prediction: got x, expected the teacher's v"),
+    ],
+)
+def test_an_impossible_value_is_refused(path, value, sentence):
+    """One sentence with the path of the key, what was got and what was expected."""
+    with pytest.raises(ConfigError, match=sentence):
+        build(_changed('configs/digits_cd2.py', **{path: value}))
+
+
+def test_a_diffusion_model_has_no_teacher():
+    """A teacher of a teacher would be ignored, so it is refused."""
+    config = load('configs/digits_teacher.py')
+    with config.unlocked():
+        config.teacher = load('configs/digits_cd2.py').teacher
+    with pytest.raises(ConfigError, match='config.teacher: got a teacher, expected None'):
+        build(config)
+
+
+def test_a_student_of_another_architecture_is_refused():
+    """A student starts from the teacher's weights, so it has the teacher's shapes."""
+    with pytest.raises(ConfigError, match='model'):
+        build(_changed('configs/digits_cd2.py', model__middle__width=64))
+
+
+def test_the_data_must_be_what_the_config_says():
+    """The sizes in the config and in the data set agree, or the error says both."""
+    experiment = build(_changed('configs/digits_teacher.py', data__num_classes=11))
+    with pytest.raises(ConfigError, match='config.data.num_classes: got 11, expected 10'):
+        experiment.data.open()
+    with pytest.raises(ConfigError, match='config.data: '):
+        build(_changed('configs/digits_teacher.py', data__name='digitz')).data.open()
+    assert len(np.unique(build(load('configs/digits_teacher.py')).data.open().labels)) == 10

@@ -21,7 +21,7 @@ LAYERS = (
     (4, 'checkpoint', ('mscm.checkpoint',)),
     (4, 'metrics', ('mscm.metrics.*',)),
     (4, 'report', ('mscm.report.*',)),
-    (5, 'build', ('mscm.experiment', 'mscm.evaluation')),
+    (5, 'build', ('mscm.experiment', 'mscm.evaluation', 'mscm.cli', 'mscm.training_loop')),
     (6, 'main', ('mscm.main',)),
     (6, 'eval', ('mscm.eval',)),
     (6, 'sample', ('mscm.sample',)),

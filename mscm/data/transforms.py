@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped, UInt8
 def to_float(images: UInt8[Array | np.ndarray, "*b h w c"]) -> Float[Array, "*b h w c"]:
     """x / 127.5 - 1: uint8 in [0, 255] to float32 in [-1, 1].
 
-    papers.md section H (data): the scaling of the Progressive Distillation code.
+    The scaling of Progressive Distillation, arXiv:2202.00512.
     """
     if images.dtype != np.uint8:
         raise TypeError(f'to_float: got {images.dtype} images, expected uint8; images are scaled to [-1, 1] only once.')
@@ -19,7 +19,7 @@ def to_float(images: UInt8[Array | np.ndarray, "*b h w c"]) -> Float[Array, "*b 
 def to_uint8(images: Float[Array | np.ndarray, "*b h w c"]) -> UInt8[Array, "*b h w c"]:
     """clip(round((x + 1) 127.5), 0, 255): floats in [-1, 1] to uint8, the inverse of `to_float`.
 
-    papers.md section G3 (how generated samples are quantised before they are scored).
+    Samples are quantised as an image file would before they are scored.
     """
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(f'to_uint8: got {images.dtype} images, expected floats in [-1, 1]; are they uint8 already?')

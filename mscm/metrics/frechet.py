@@ -14,7 +14,7 @@ from mscm.metrics.moments import Moments
 def frechet_distance(a: Moments, b: Moments) -> float:
     """The squared Frechet (Wasserstein-2) distance between the Gaussians with these moments.
 
-    papers.md section G2 (Heusel et al., arXiv:1706.08500): tr (S_a S_b)^(1/2) is the sum of the square roots of the
+    Heusel et al., arXiv:1706.08500: tr (S_a S_b)^(1/2) is the sum of the square roots of the
     eigenvalues of the symmetric S_a^(1/2) S_b S_a^(1/2). Unlike a general matrix square root this needs no imaginary
     part thrown away and no jitter for a singular covariance.
 

@@ -22,7 +22,7 @@ class Moments(NamedTuple):
 def from_features(features: Float[np.ndarray, "n d"]) -> Moments:
     """Moments of all rows at once.
 
-    papers.md section G2 (mean and covariance in float64, ddof = 1).
+    Mean and covariance in float64, ddof = 1, as Heusel et al., arXiv:1706.08500, use them.
 
     Raises:
       ValueError: for fewer than two rows, a wrong rank or a non-finite value.

@@ -1,6 +1,6 @@
-"""Layers of the U-ViT: one class per block of the pseudo-code in papers B5 (simple diffusion, arXiv:2301.11093).
+"""Layers of the U-ViT: one class per block of the pseudo-code of simple diffusion (arXiv:2301.11093).
 
-What B5 leaves open is chosen here (papers J6):
+What that paper leaves open is chosen here:
 
 - `Normalize` is RMSNorm, `NormalizeWithBias` is LayerNorm over the channels of one pixel, query and key are normalised
   by LayerNorm over the head dimension. The key's norm has no bias: it would add one number to all logits of a query,
@@ -30,7 +30,7 @@ Heads = Float[Array, "b n heads d"]
 def logsnr_linear(logsnr: Times) -> Times:
     """(logsnr + 10) / 20: [-10, 10] becomes [0, 1].
 
-    The U-ViT's 'linear' time input (papers B5).
+    The U-ViT's 'linear' time input.
     """
     return (logsnr + 10.0) / 20.0
 
@@ -38,7 +38,7 @@ def logsnr_linear(logsnr: Times) -> Times:
 def logsnr_inv_cos(logsnr: Times) -> Times:
     """atan(exp(-clip(logsnr, -20, 20) / 2)) / (pi / 2) in [0, 1]: the time of an unshifted cosine schedule.
 
-    Time input of the progressive distillation code (papers B5).
+    Time input of the progressive distillation code.
     """
     return jnp.arctan(jnp.exp(-0.5 * jnp.clip(logsnr, -20.0, 20.0))) / (0.5 * math.pi)
 
@@ -49,7 +49,7 @@ LOGSNR_INPUTS = {"linear": logsnr_linear, "inv_cos": logsnr_inv_cos}
 def sinusoids(x: Times, num_features: int) -> Embedding:
     """Sines and cosines of x at geometric angular frequencies from 1 to 1/10000.
 
-    Transformer position encoding with maximum period 10000, as in the progressive distillation code (papers B5).
+    Transformer position encoding with maximum period 10000, as in the progressive distillation code.
     """
     half = num_features // 2
     frequencies = jnp.exp(jnp.arange(half) * (-math.log(10_000.0) / (half - 1)))
@@ -111,18 +111,18 @@ def conv3x3(features: int, *, dtype: Any, name: str, zero: bool = False) -> nn.C
 
 
 def rms_norm(axis: str, *, dtype: Any, name: str) -> nn.RMSNorm:
-    """B5's `Normalize`: a norm over channels with a learned scale and no bias."""
+    """The paper's `Normalize`: a norm over channels with a learned scale and no bias."""
     return nn.RMSNorm(dtype=dtype, scale_init=_vector_init(nn.initializers.ones, axis), name=name)
 
 
 def layer_norm(axis: str, *, dtype: Any, name: str, use_bias: bool = True) -> nn.LayerNorm:
-    """B5's `NormalizeWithBias`: a norm over the channels of each pixel with a learned scale and bias."""
+    """The paper's `NormalizeWithBias`: a norm over the channels of each pixel with a learned scale and bias."""
     return nn.LayerNorm(dtype=dtype, use_bias=use_bias, scale_init=_vector_init(nn.initializers.ones, axis),
                         bias_init=_vector_init(nn.initializers.zeros, axis), name=name)
 
 
 class ConditionEmbedding(nn.Module):
-    """Embedding of the noise level plus, where there are classes, of the label (papers B5, `emb`).
+    """Embedding of the noise level plus, where there are classes, of the label.
 
     Computed in float32 whatever the network computes in: neighbouring teacher steps differ by less than bfloat16's
     resolution, and the cost is one vector per example.
@@ -145,7 +145,7 @@ class ConditionEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with FiLM between them; a U-Net skip is summed in, scaled by 1/sqrt(2) (papers B5).
+    """Two 3 x 3 convolutions with FiLM between them; a U-Net skip is summed in, scaled by 1/sqrt(2).
 
     Consumes the `dropout` key when `train` and `dropout > 0`.
     """
@@ -169,7 +169,7 @@ class ResidualBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """An MLP with FiLM on its hidden layer, then self-attention, both residual (papers B5).
+    """An MLP with FiLM on its hidden layer, then self-attention, both residual.
 
     Consumes the `dropout` key when `train` and `dropout > 0`.
     """

@@ -1,15 +1,15 @@
 """The U-ViT of Multistep Consistency Models: convolutions where pixels are many, transformers where they are few.
 
-Papers A12 (the configurations), B5 (the blocks). From the outside in:
+Blocks of simple diffusion (arXiv:2301.11093) in the configurations of arXiv:2403.06807v3. From the outside in:
 
     z -> space-to-depth -> 3x3 conv -> [stage -> average pool -> 1x1] per stage -> middle
       -> [1x1 -> nearest x2 -> skips -> stage] per stage, mirrored -> norm, swish, 3x3 conv -> depth-to-space
 
-Skips are summed and scaled by 1/sqrt(2), never concatenated (A12's parameter counts decide this). In a residual stage
-every block's output is a skip, consumed last first by the up path's blocks. A transformer stage has no skip inside; its
-level has one: the down stage's output is added to what comes up from below. The papers do not say whether it exists and
-parameter counts cannot tell (J6); without it the down path's work at that level could reach the output only through
-the coarser level.
+Skips are summed and scaled by 1/sqrt(2), never concatenated (the published parameter counts decide this). In a residual
+stage every block's output is a skip, consumed last first by the up path's blocks. A transformer stage has no skip
+inside; its level has one: the down stage's output is added to what comes up from below. The papers do not say whether
+it exists and parameter counts cannot tell; without it the down path's work at that level could reach the output only
+through the coarser level.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Blocks of one kind at one resolution: a row's entry in the table of papers A12, such as `3 Tr 512`.
+    """Blocks of one kind at one resolution: a row's entry in the paper's table of networks, such as `3 Tr 512`.
 
     Raises:
         ValueError: unknown kind, no blocks, width below 1 or dropout outside [0, 1).
@@ -82,7 +82,7 @@ class ResidualStage(nn.Module):
 
 
 class TransformerStage(nn.Module):
-    """Learned position embedding, then transformer blocks in a row (papers B5, `transformer level`).
+    """Learned position embedding, then transformer blocks in a row.
 
     With `scan` the blocks are one scanned body, `blocks`, whose parameters have a leading axis `layers`, so that
     compile time does not depend on depth; without it they are `block_0`, `block_1`, ... The function is the same.
@@ -121,7 +121,7 @@ class TransformerStage(nn.Module):
 class UViT(nn.Module):
     """The U-ViT: raw network output, float32, exactly 0 at initialisation.
 
-    Papers A12 and B5; Multistep Consistency Models, arXiv:2403.06807v3, and simple diffusion, arXiv:2301.11093.
+    Multistep Consistency Models, arXiv:2403.06807v3, and simple diffusion, arXiv:2301.11093.
 
     `init` returns parameters boxed with logical axis names; unbox them with `nn.meta.unbox`. Parameters are float32.
     The resolution is fixed by `init`, through the position embeddings.
@@ -132,7 +132,7 @@ class UViT(nn.Module):
     middle: Stage  # a transformer
     emb_dim: int = 1024
     num_classes: int | None = None  # label `num_classes` is the null class of classifier-free guidance
-    head_dim: int = 128  # papers J6: heads = width / 128 fills a TPU's lanes; A12's widths are all multiples
+    head_dim: int = 128  # heads = width / 128 fills a TPU's lanes; the paper's widths are all multiples
     mlp_ratio: int = 4
     patch_size: int = 1
     logsnr_input: str = "linear"  # one of layers.LOGSNR_INPUTS

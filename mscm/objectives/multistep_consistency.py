@@ -102,8 +102,9 @@ def sample_grid(key: Key, batch: int, *, student_steps: int, teacher_steps: floa
     if student_steps < 1:
         raise ValueError(f"got student_steps={student_steps}, expected at least 1 segment")
     per_segment = jnp.maximum(1, jnp.round(jnp.asarray(teacher_steps) / student_steps)).astype(jnp.int32)
-    # The barrier keeps XLA from turning the division by a known T into a product with its rounded inverse.
-    total = jax.lax.optimization_barrier(per_segment * student_steps).astype(jnp.float32)
+    # One T per example, behind a barrier: XLA turns division by a known or a shared number into a product with its
+    # rounded inverse.
+    total = jax.lax.optimization_barrier(jnp.broadcast_to(per_segment * student_steps, (batch,))).astype(jnp.float32)
     k_segment, k_rel = jax.random.split(key)
     segment = jax.random.randint(k_segment, (batch,), 0, student_steps)
     n_rel = jax.random.randint(k_rel, (batch,), 1, per_segment + 1)
@@ -129,7 +130,7 @@ def target(
     """
     is_first = is_first[:, None, None, None]
     to_step = steps.ddim_coefficient(lvl_t, lvl_step)
-    shrink = lvl_step.sigma / lvl_s.sigma
+    shrink = jnp.where(is_first, 1.0, lvl_step.sigma / lvl_s.sigma)  # a schedule without bounds has 0 / 0 at t = 0
     weight = jnp.where(is_first, 1.0, shrink * steps.ddim_coefficient(lvl_t, lvl_s) / to_step)
     # f(z_s, s) at s = t_step belongs to the segment below and may be anything: 0 * nan is nan, so select.
     x_ref = jnp.where(is_first, x_teacher, x_ref)

@@ -1,7 +1,7 @@
 """The training step: the only gradient of the project.
 
-A step is pure: (state, frozen parameters, batch, root key) -> (state, metrics). Its randomness is fold_in(root, step), so
-it depends on the step's number and not on how the run got there.
+A step is pure: (state, frozen parameters, batch, root key) -> (state, metrics). Its randomness is fold_in(root, step),
+so it depends on the step's number and not on how the run got there.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Frechet distance: closed forms (papers.md G6) and scipy's general matrix square root."""
+"""Frechet distance: closed forms and scipy's general matrix square root."""
 
 import numpy as np
 import pytest

@@ -30,6 +30,11 @@ def trigonometric(t):
     return level(jnp.pi / 2 * t.astype(jnp.result_type(float)))
 
 
+def cosine(t):
+    """The bounded cosine, in float64 where that is enabled."""
+    return schedule.cosine(t.astype(jnp.result_type(float)))
+
+
 def images(seed, shape=(4, 3, 3, 2)):
     return jax.random.normal(jax.random.key(seed), shape)
 
@@ -219,7 +224,8 @@ def test_rounding_of_the_target(x64, student_steps):
     """At T = 1280 the convex form keeps float32 precision; the literal chain loses over an order of magnitude."""
     convex, literal = chain_errors(student_steps)
     assert convex < 1e-6
-    assert literal > 10 * convex
+    if student_steps > 1:  # tau = 0 divides by A(t, 0), which is about 1, and nothing is lost
+        assert literal > 10 * convex
 
 
 # ---------------------------------------------------------------------------------------------- consistency training
@@ -240,7 +246,7 @@ def test_training_keeps_the_noise_sample(x64, student_steps, teacher_steps):
     np.testing.assert_allclose(t - s, 1 / (round(teacher_steps / student_steps) * student_steps), rtol=1e-4)
 
 
-@pytest.mark.parametrize("schedule_", [trigonometric, schedule.cosine])
+@pytest.mark.parametrize("schedule_", [trigonometric, cosine])
 @pytest.mark.parametrize("student_steps, teacher_steps", [(1, 8.0), (3, 10.0), (8, 8.0)])
 def test_perfect_student_has_no_loss(x64, schedule_, student_steps, teacher_steps):
     """A student that returns the true x has zero loss for every (k, m), also where sigma_0 = 0."""
@@ -267,7 +273,7 @@ def test_as_many_steps_as_the_teacher_is_diffusion(student_steps):
 
 def test_many_segments_have_the_mean_of_the_diffusion_loss():
     """S = N large, squared: the same expectation as the diffusion objective over uniform times."""
-    x = 0.5 * jax.random.normal(jax.random.key(3), (2048, 2, 2, 1))
+    x = 0.5 * jax.random.normal(jax.random.key(3), (1024, 2, 2, 1))
     denoiser = gaussian_oracle(schedule.cosine, 0.25)
     loss, _ = msc.consistency_loss(
         denoiser, None, schedule.cosine, x, KEY, student_steps=256, teacher_steps=256.0, distance=distance.v_mse
@@ -346,15 +352,12 @@ def test_distillation_is_the_printed_algorithm(x64, x_var_frac):
         residuals.append(diff)
         return distance.v_mse(diff, lvl_t)
 
-    def double(t):
-        return schedule.cosine(t.astype(jnp.float64))
-
     _, metrics = msc.consistency_loss(
-        student, teacher, double, x, KEY,
+        student, teacher, cosine, x, KEY,
         student_steps=4, teacher_steps=20.0, x_var_frac=x_var_frac, distance=keeping,
     )
     (z_s, s), (z_t, t) = student.calls
-    lvl_t, lvl_s, lvl_step = double(t), double(s), double(metrics["segment"] / 4)
+    lvl_t, lvl_s, lvl_step = cosine(t), cosine(s), cosine(metrics["segment"] / 4)
     x_teacher = teacher(z_t, t)
     x_var = x_var_frac * jnp.mean(jnp.square(x_teacher - x), axis=(1, 2, 3))
     np.testing.assert_allclose(z_s, steps.addim(x_teacher, x_var, z_t, lvl_t, lvl_s), rtol=0, atol=1e-6)

@@ -4,7 +4,6 @@ import json
 import logging as python_logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -62,10 +61,9 @@ def _is_ours(record: python_logging.LogRecord) -> bool:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a small file whole: a reader sees the old one or the new one."""
-    directory = os.path.dirname(os.fspath(path))
-    os.makedirs(directory, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=directory)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
+    os.makedirs(os.path.dirname(os.fspath(path)), exist_ok=True)
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # not mkstemp's private mode: an evaluator may be another user
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(temporary, path)
 

@@ -54,6 +54,15 @@ def default_samplers(experiment: Experiment) -> list[SamplerSpec]:
     return [SamplerSpec("addim", num_steps) for num_steps in experiment.eval.teacher_steps]
 
 
+def teacher_samplers(experiment: Experiment) -> list[SamplerSpec]:
+    """What ends a student's training: its teacher with the student's number of steps, and with its largest.
+
+    `mscm.eval` scores the teacher at all of `eval.teacher_steps`; most of that time is one large number of steps.
+    """
+    largest = experiment.teacher.experiment.eval.teacher_steps[-1]
+    return [SamplerSpec("addim", num_steps) for num_steps in sorted({experiment.student_steps, largest})]
+
+
 def check_sampler(experiment: Experiment, spec: SamplerSpec, *, force: bool = False) -> None:
     """Refuses what a student was not trained for, unless `force`.
 
@@ -205,11 +214,11 @@ def result_table(rows: list[dict]) -> str:
     return table.format_table(header, body)
 
 
-def save_grid(models: list[tuple[Experiment, Params]], path: str) -> None:
-    """Samples of each model from the same noise, side by side; each with its best default sampler."""
+def save_grid(models: list[tuple[Experiment, Params, list[SamplerSpec]]], path: str) -> None:
+    """Samples of each model from the same noise, side by side; each with its last sampler."""
     panels = {}
-    for model, params in models:
-        spec = default_samplers(model)[-1]
+    for model, params, specs in models:
+        spec = specs[-1]
         images = generate(
             model, params, spec, num_images=_GRID_IMAGES, batch_size=_GRID_IMAGES, seed=model.eval.seed
         )

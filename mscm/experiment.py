@@ -57,7 +57,7 @@ class ConfigError(ValueError):
 class Section:
     """One level of a config that remembers which of its keys were read."""
 
-    def __init__(self, values: Mapping[str, Any], path: str = "config"):
+    def __init__(self, values: Mapping[str, Any] | ConfigDict, path: str = "config"):
         self._values, self._path = dict(values.items()), path
         self._unread = set(self._values)
         self._sections: list[Section] = []
@@ -77,7 +77,7 @@ class Section:
             raise ConfigError(f"{self._path}.{key}: got {name!r}{hint}, expected one of {', '.join(choices)}")
         return choices[name] if isinstance(choices, Mapping) else name
 
-    def number(self, key: str, *, minimum: float, below: float | None = None) -> Any:
+    def number(self, key: str, *, minimum: int | float, below: int | float | None = None) -> Any:
         """The number of `key`, at least `minimum` and less than `below`."""
         value = self.take(key)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -316,7 +316,15 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
         teacher=teacher,
     )
     jax.eval_shape(schedule, jnp.zeros((1,)))
-    experiment.abstract_params()  # shapes that do not fit are errors of the config
+    ours = parameter_shapes(experiment.abstract_params())  # shapes that do not fit are errors of the config
+    if teacher is not None:
+        theirs = parameter_shapes(teacher.experiment.abstract_params())
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise ConfigError(
+                    f"config.model: got shape {ours.get(name, 'absent')} for parameter {name}, expected the teacher's "
+                    f"{theirs.get(name, 'absent')}, because the student starts from the teacher's weights"
+                )
     return experiment
 
 

@@ -272,7 +272,8 @@ def test_a_training_step_keeps_the_shapes_of_the_state(name):
     """One dispatch maps the state onto itself and reports scalars."""
     before, after, averages = _abstract_step(name)
     assert jax.tree.structure(before) == jax.tree.structure(after)
-    assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(*map(jax.tree.leaves, (before, after))))
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
     assert all(leaf.shape == () for leaf in jax.tree.leaves(averages))
     segments = [key for key in averages if key.startswith('loss_segment/')]
     config = load(name)
@@ -317,7 +318,8 @@ _REMOVED = object()
 def test_a_key_that_nobody_reads_is_refused(path, value, nearest):
     """The error names the key by its path, and the key that was meant where one is near."""
     with pytest.raises(ConfigError) as error:
-        build(_changed('configs/digits_cd2.py', **{path: value}))
+        # A student's schedule is first compared with its teacher's.
+        build(_changed(f"configs/digits_{'teacher' if path.startswith('schedule') else 'cd2'}.py", **{path: value}))
     message = str(error.value)
     assert f"config.{path.replace('__', '.')}: nothing reads this key" in message
     assert f'did you mean {nearest!r}?' in message if nearest else 'did you mean' not in message
@@ -329,9 +331,10 @@ def test_a_key_that_nobody_reads_is_refused(path, value, nearest):
 def test_a_missing_key_is_named(path):
     """A key without a default that is absent is an error that names it, and the misspelt key beside it."""
     section, key = path.rsplit('__', 1)
-    value = load('configs/digits_cd2.py')[section][key]
+    name = f"configs/digits_{'teacher' if section == 'schedule' else 'cd2'}.py"
+    value = load(name)[section][key]
     with pytest.raises(ConfigError, match=f"config.{section}: got no key '{key}' .did you mean '{key[:-1]}'"):
-        build(_changed('configs/digits_cd2.py', **{path: _REMOVED, path[:-1]: value}))
+        build(_changed(name, **{path: _REMOVED, path[:-1]: value}))
 
 
 @pytest.mark.parametrize(
@@ -348,7 +351,7 @@ def test_a_missing_key_is_named(path):
         ('model', None, 'config.model: got None, expected a section'),
         ('teacher', None, 'config.teacher: got None'),
         ('teacher__config', 'configs/absent.py', "got config file 'configs/absent.py'"),
-        ('teacher__config', 'configs/digits_cd4.py', "got 'digits_cd4', expected a diffusion model's config"),
+        ('teacher__config', 'configs/digits_cd4.py', "got 'digits_cd4', expected the config of a diffusion model"),
         # The student starts from the teacher's weights, which mean nothing under another schedule.
         ('schedule__shift', 1.0, "config.schedule: got .* expected the teacher's"),
         ('prediction', 'x', "config.prediction: got x, expected the teacher's v"),
@@ -371,7 +374,7 @@ def test_a_diffusion_model_has_no_teacher():
 
 def test_a_student_of_another_architecture_is_refused():
     """A student starts from the teacher's weights, so it has the teacher's shapes."""
-    with pytest.raises(ConfigError, match='model'):
+    with pytest.raises(ConfigError, match="config.model: got shape .* expected the teacher's"):
         build(_changed('configs/digits_cd2.py', model__middle__width=64))
 
 

@@ -64,7 +64,7 @@ def make_train_steps(
         params = optax.apply_updates(state.params, updates)
         decay = ema_lib.decay_at(state.step, decay=ema_decay, warmup=ema_warmup)
         averages = summarize(loss, metrics, num_segments=num_segments)
-        averages["gradient_norm"] = _average(optax.global_norm(gradient))
+        averages["gradient_norm"] = _average(optax.tree.norm(gradient))
         averages["learning_rate"] = _average(learning_rate(state.step))
         return TrainState(state.step + 1, params, ema_lib.update(state.ema, params, decay), opt_state), averages
 

@@ -1,0 +1,88 @@
+"""Checkpoints: what is saved comes back, and what does not fit is named."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mscm.checkpoint import CheckpointError, Checkpoints, parameter_shapes, reading
+from mscm.training.step import init_state
+
+FACTS_MORE = {'name': 'tiny', 'student_steps': 2, 'schedule': {'name': 'cosine', 'shift': 0.5}, 'nothing': None}
+
+
+def _state(step: int, width: int = 3):
+    params = {'dense': {'kernel': jnp.arange(2.0 * width).reshape(2, width) + step, 'bias': jnp.ones(width)}}
+    state = init_state(params, optax.adam(1e-3))
+    return state._replace(step=jnp.int32(step), ema=jax.tree.map(lambda p: p / 3, params))
+
+
+def _facts(state):
+    return FACTS_MORE | {'parameters': parameter_shapes(state.params)}
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+    """Checkpoints of the steps 2, 4 and 6, of which the two newest are kept."""
+    path = tmp_path_factory.mktemp('run')
+    with Checkpoints(path, keep=2) as checkpoints:
+        for step in (2, 4, 6):
+            checkpoints.save(_state(step), _facts(_state(step)))
+        checkpoints.save(_state(6), {})  # the newest again: nothing happens
+    return path
+
+
+def test_a_state_comes_back_bit_for_bit(workdir):
+    """restore(save(state)) = state with its types, newest or named; those beyond `keep` are gone."""
+    abstract = jax.eval_shape(lambda: _state(0))
+    with reading(workdir) as checkpoints:
+        assert checkpoints.steps() == [4, 6] and checkpoints.latest() == 6
+        for step in (4, None):
+            expected, got = _state(step or 6), checkpoints.restore(abstract, step)
+            assert jax.tree.structure(got) == jax.tree.structure(expected)
+            jax.tree.map(np.testing.assert_array_equal, got, expected)
+            assert all(a.dtype == b.dtype for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True))
+
+
+def test_the_average_and_the_facts_are_read_alone(workdir):
+    """A sampler needs `ema` and `facts` only; facts are the same JSON, None included."""
+    abstract = jax.eval_shape(lambda: _state(0).ema)
+    with reading(workdir) as checkpoints:
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_ema(abstract), _state(6).ema)
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_ema(abstract, 4), _state(4).ema)
+        assert checkpoints.facts() == _facts(_state(6))
+        assert checkpoints.check(abstract) == 6
+
+
+def test_another_architecture_is_refused_by_the_name_of_the_parameter(workdir):
+    """The first parameter whose shape differs, both shapes, and a parameter that is absent."""
+    wider = jax.eval_shape(lambda: _state(0, width=5))
+    sentence = r'parameter dense/bias has shape \[3\], expected \[5\]'
+    with reading(workdir) as checkpoints:
+        with pytest.raises(CheckpointError, match=sentence):
+            checkpoints.restore(wider)
+        with pytest.raises(CheckpointError, match=sentence):
+            checkpoints.restore_ema(wider.ema)
+        with pytest.raises(CheckpointError, match=r'parameter dense/kernel has shape \[2, 3\], expected absent'):
+            checkpoints.check({'dense': {'bias': jax.ShapeDtypeStruct((3,), jnp.float32)}})
+
+
+def test_what_is_not_there_is_said_in_a_sentence(workdir, tmp_path):
+    """A step, a checkpoint, and a directory that do not exist."""
+    with reading(workdir) as checkpoints, pytest.raises(CheckpointError, match='got step 3, expected one of 4, 6'):
+        checkpoints.facts(3)
+    with pytest.raises(CheckpointError, match='got no directory checkpoints/ below it'), reading(tmp_path):
+        pass
+    (tmp_path / 'checkpoints').mkdir()
+    with reading(tmp_path) as checkpoints, pytest.raises(CheckpointError, match='got no finished checkpoint'):
+        checkpoints.facts()
+
+
+def test_an_older_step_is_not_saved(workdir):
+    """Orbax would skip it silently."""
+    state = _state(5)
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        with pytest.raises(CheckpointError, match='got step 5 to save after step 6, expected a newer step'):
+            checkpoints.save(state, _facts(state))
+        assert checkpoints.steps() == [4, 6]

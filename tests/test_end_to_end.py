@@ -1,0 +1,260 @@
+"""The commands on a network of 20,000 parameters: train, continue, score, sample, and refuse with one sentence."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mscm import evaluation, training_loop
+from mscm.checkpoint import reading
+from mscm.experiment import build, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Teacher and student, made small in the same way.
+_TINY = '''
+from configs import digits
+
+
+def get_config():
+    config = digits.{family}
+    config.model.middle.width = 32
+    config.model.middle.num_blocks = 1
+    config.model.head_dim = 16
+    config.model.emb_dim = 16
+    config.optimizer.warmup_steps = 2
+    config.train.num_steps = 4
+    config.train.batch_size = 8
+    config.train.steps_per_dispatch = 2
+    config.train.log_every_steps = 2
+    config.train.save_every_steps = 2
+    config.eval.num_images = 20
+    config.eval.batch_size = 10
+    config.eval.teacher_steps = (1, 2)
+    {more}
+    return config
+'''
+
+
+def command(name: str, *flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """`python -m mscm.NAME` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, '-m', f'mscm.{name}', *flags],
+        cwd=cwd,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def sentence_of(result: subprocess.CompletedProcess) -> str:
+    """The last line of an error of the user's making: no traceback, exit code 2."""
+    assert 'Traceback' not in result.stderr, result.stderr
+    assert result.returncode == 2, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith('error: ')]
+    return line
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    """Config files, and the work directory of a run that nothing interrupted."""
+    root = tmp_path_factory.mktemp('tiny')
+    (root / 'teacher.py').write_text(_TINY.format(family='teacher()', more=''))
+    more = f"config.teacher.config = '{root / 'teacher.py'}'"
+    (root / 'student.py').write_text(_TINY.format(family='student(student_steps=2, distil=True)', more=more))
+    experiment = build(load_config(str(root / 'student.py')))
+    workdir = root / 'run'
+    training_loop.run(experiment, str(workdir))
+    return SimpleNamespace(root=root, workdir=workdir, experiment=experiment)
+
+
+@pytest.fixture
+def flags(tiny):
+    return f"--config={tiny.root / 'student.py'}", f'--workdir={tiny.workdir}'
+
+
+def states_of(experiment, workdir):
+    """The newest training state as numpy."""
+    with reading(workdir) as checkpoints:
+        return checkpoints.latest(), jax.tree.map(np.asarray, checkpoints.restore(experiment.abstract_state()))
+
+
+def test_a_run_leaves_what_the_readme_says(tiny):
+    """One command leaves checkpoints, events, the config, samples and scores, also of the teacher that it trained."""
+    for workdir, experiment in (
+        (tiny.workdir, tiny.experiment),
+        (tiny.workdir / 'teacher', tiny.experiment.teacher.experiment),
+    ):
+        assert sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir()) == [2, 4]
+        assert json.loads((workdir / 'config.json').read_text()) == experiment.config
+        (events,) = workdir.glob('events.*')
+        assert b'loss_logsnr' in events.read_bytes()
+    with Image.open(tiny.workdir / 'report' / 'samples.png') as image:
+        assert min(image.size) > 200
+    rows = json.loads((tiny.workdir / 'report' / 'scores.json').read_text())
+    assert [(row.get('sampler'), row['nfe']) for row in rows] == [('ddim', 2), ('addim', 1), ('addim', 2), (None, 0)]
+    assert [row['num_images'] for row in rows] == [20, 20, 20, 898]
+    assert all(np.isfinite(row['fd_classifier']) and row['fd_classifier'] > 0 for row in rows)
+
+
+def test_training_moves_the_student_away_from_its_teacher(tiny):
+    """The checkpoint's parameters are not the teacher's, nor is their average."""
+    _, student = states_of(tiny.experiment, tiny.workdir)
+    teacher = evaluation.read_ema(tiny.experiment.teacher.experiment, str(tiny.workdir / 'teacher'))
+    same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), student.params, teacher)
+    assert not all(jax.tree.leaves(same))
+    assert student.step == 4
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_run_continues_bit_for_bit(tiny, tmp_path, monkeypatch):
+    """Stopped after step 2 of 4 and started again, a run ends with the same bits: parameters, average, optimiser."""
+    workdir = tmp_path / 'run'
+    shutil.copytree(tiny.workdir / 'teacher', workdir / 'teacher')
+    report = training_loop.Progress.report
+
+    def stop(self, step):
+        report(self, step)
+        if step == 4:
+            raise _Interrupted
+
+    monkeypatch.setattr(training_loop.Progress, 'report', stop)
+    teacher = evaluation.read_ema(tiny.experiment.teacher.experiment, str(workdir / 'teacher'))
+    source = training_loop.check(tiny.experiment, str(workdir))
+    with pytest.raises(_Interrupted):
+        training_loop.train(tiny.experiment, str(workdir), source, teacher)
+    assert states_of(tiny.experiment, workdir)[0] == 2
+    monkeypatch.undo()
+    training_loop.train(tiny.experiment, str(workdir), source, teacher)
+    (step, got), (expected_step, expected) = (states_of(tiny.experiment, w) for w in (workdir, tiny.workdir))
+    assert step == expected_step == 4
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_a_finished_run_trains_no_further(tiny, tmp_path):
+    """Started again with all steps done, training changes no checkpoint."""
+    workdir = tmp_path / 'run'
+    shutil.copytree(tiny.workdir, workdir)
+    before = {path: path.stat().st_mtime_ns for path in (workdir / 'checkpoints').rglob('*')}
+    source = training_loop.check(tiny.experiment, str(workdir))
+    training_loop.train(tiny.experiment, str(workdir), source, {})
+    assert before == {path: path.stat().st_mtime_ns for path in (workdir / 'checkpoints').rglob('*')}
+
+
+def test_eval_reproduces_the_scores_of_the_run(tiny, flags):
+    """Scores from another process are the run's to the last digit, one line per checkpoint, and none twice."""
+    lines = tiny.workdir / 'eval' / 'scores.jsonl'
+    result = command('eval', *flags)
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [record['step'] for record in records] == [2, 4]
+    rows = json.loads((tiny.workdir / 'report' / 'scores.json').read_text())
+    assert records[1]['scores'] == rows[:1]
+    assert records[0]['scores'] != rows[:1]
+    for row in rows:
+        assert f"{row['fd_classifier']:.3f}" in result.stdout
+    again = command('eval', *flags)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == result.stdout
+    assert [json.loads(line) for line in lines.read_text().splitlines()] == records
+
+
+def test_sample_writes_arrays_a_grid_and_a_folder(tiny, flags, tmp_path):
+    """The output's name decides what is written; image i is the same in all of them."""
+    npz, png, folder = tmp_path / 'a' / 'images.npz', tmp_path / 'b' / 'grid.png', tmp_path / 'folder'
+    for output, more in ((npz, ()), (png, ()), (folder, ('--labels=3,7',))):
+        result = command('sample', *flags, '--num_images=10', f'--output={output}', *more)
+        assert result.returncode == 0, result.stderr
+        assert f'10 images of digits_cd2, ddim 2 steps: {output}' in result.stdout
+    with np.load(npz) as file:
+        images, labels = file['images'], file['labels']
+    assert images.shape == (10, 8, 8, 1) and images.dtype == np.uint8
+    assert labels.tolist() == list(range(10))
+    with Image.open(png) as image:
+        assert image.size[0] >= 10 * 48
+    files = sorted(folder.iterdir())
+    assert [path.name for path in files] == [f'{i:06d}.png' for i in range(10)]
+    with Image.open(files[3]) as image:
+        # Label 7 there and 3 in the npz: the same noise under another label.
+        assert image.size == (8, 8) and image.mode == 'L'
+    with Image.open(files[7]) as image:
+        np.testing.assert_array_equal(np.asarray(image), images[7, ..., 0])
+
+
+def test_sample_refuses_what_the_student_was_not_trained_for(tiny, flags, tmp_path):
+    """Another number of steps is refused in a sentence that names the student's, and --force takes it."""
+    output = f"--output={tmp_path / 'x.npz'}"
+    refused = sentence_of(command('sample', *flags, '--num_steps=3', output))
+    assert 'ddim 3 steps' in refused and 'expected ddim with 2 steps' in refused and '--force' in refused
+    assert not (tmp_path / 'x.npz').exists()
+    forced = command('sample', *flags, '--num_steps=3', '--num_images=10', '--force', output)
+    assert forced.returncode == 0, forced.stderr
+    assert (tmp_path / 'x.npz').exists()
+    assert "--labels: got 10, expected numbers from 0 to 9" in sentence_of(command('sample', *flags, '--labels=10'))
+
+
+def test_mistakes_on_the_command_line_are_one_sentence(tiny, flags, tmp_path):
+    """What can be wrong is said before anything is compiled, in one line, with exit code 2 and what to do."""
+    config, workdir = flags
+    fresh = f"--workdir={tmp_path / 'fresh'}"
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'empty').mkdir()
+    said = sentence_of(command('main', config, fresh, f"--config.teacher.workdir={tmp_path / 'empty'}"))
+    assert str(tmp_path / 'empty') in said and 'checkpoints' in said
+    said = sentence_of(command('main', config, f"--workdir={tmp_path / 'file'}"))
+    assert 'which is a file, expected a directory' in said
+    said = sentence_of(command('main', '--config=configs/digits_cd3.py', fresh))
+    assert 'digits_cd3.py' in said
+    said = sentence_of(command('main', config, fresh, '--config.train.num_stepz=3'))
+    assert 'num_stepz' in said and 'num_steps' in said
+    said = sentence_of(command('main', config, fresh, '--config.optimizer.decay=linear'))
+    assert "got 'linear', expected one of constant, cosine" in said
+    said = sentence_of(command('eval', config, fresh))
+    assert 'expected the work directory of a training' in said
+    said = sentence_of(command('sample', config, workdir, '--step=3'))
+    assert 'got step 3, expected one of 2, 4' in said
+    result = command('main', config, '--workdri=x')
+    assert result.returncode != 0 and 'Traceback' not in result.stderr
+    assert "'workdri'" in result.stderr and 'Did you mean: workdir' in result.stderr
+
+
+def test_a_teacher_of_another_architecture_is_refused(tiny, tmp_path):
+    """A work directory that does not fit names the first parameter that differs, before anything is compiled."""
+    for name in ('teacher', 'student'):
+        text = (tiny.root / f'{name}.py').read_text().replace('width = 32', 'width = 48')
+        (tmp_path / f'{name}.py').write_text(text.replace(str(tiny.root), str(tmp_path)))
+    config = load_config(str(tmp_path / 'student.py'))
+    with pytest.raises(ValueError, match='got another architecture than the config.s: parameter .* has shape'):
+        training_loop.run(build(config), str(tiny.workdir))
+    config.teacher.workdir = str(tiny.workdir / 'teacher')
+    with pytest.raises(ValueError, match='got another architecture than the config.s: parameter .* has shape'):
+        training_loop.run(build(config), str(tmp_path / 'run'))
+    assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+def test_commands_start_without_jax():
+    """`--help` and an error of a flag do not wait for jax."""
+    script = 'import sys, mscm.main, mscm.eval, mscm.sample\n'
+    script += "print([name for name in ('jax', 'flax', 'orbax', 'sklearn') if name in sys.modules])"
+    out = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == '[]'
+
+
+@pytest.mark.parametrize('name', ['main', 'eval', 'sample'])
+def test_help_says_what_the_command_does(name):
+    """`--help` prints the command line and the flags."""
+    result = command(name, '--help')
+    assert f'python -m mscm.{name} --config=' in result.stdout
+    assert '--workdir' in result.stdout

@@ -36,11 +36,11 @@ def _base() -> ConfigDict:
             ),
             ema=dict(decay=0.999, warmup=True),
             train=dict(
-                num_steps=3000,
+                num_steps=2400,
                 batch_size=64,
                 steps_per_dispatch=10,
-                log_every_steps=100,
-                save_every_steps=500,
+                log_every_steps=200,
+                save_every_steps=800,
                 keep_checkpoints=3,
             ),
             eval=dict(
@@ -71,12 +71,12 @@ def student(*, student_steps: int, distil: bool) -> ConfigDict:
         distil=distil,
         student_steps=student_steps,
         # The paper's schedule in small: most of the run anneals, the rest trains at the finest grid.
-        teacher_steps=dict(start=16.0, end=256.0, anneal_steps=1500),
+        teacher_steps=dict(start=16.0, end=256.0, anneal_steps=1200),
         x_var_frac=0.75,
         distance='pseudo_huber',
         huber_epsilon=1e-4,
         multiscale=placeholder(tuple),
     )
     config.teacher = dict(config='configs/digits_teacher.py', workdir=placeholder(str), guidance=0.0)
-    config.train.num_steps = 2000
+    config.train.num_steps = 1600
     return config

@@ -49,7 +49,8 @@ def _parse(argv: list[str]) -> list[str]:
         _ = CONFIG.value.to_dict  # a config that could not be loaded says so when it is first used
         return rest
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        text = " ".join(str(error).replace("\\n", " ").split())
+        # ml_collections hands on the repr of a KeyError: escapes within quotes.
+        text = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").removeprefix("'").removesuffix("'").split())
         print(f"error: --config: {text}", file=sys.stderr)
         sys.exit(2)
 

@@ -326,7 +326,7 @@ def test_a_key_that_nobody_reads_is_refused(path, value, nearest):
 
 
 @pytest.mark.parametrize(
-    'path', ['optimizer__learning_rate', 'model__emb_dim', 'schedule__logsnr_min', 'objective__distance', 'ema__decay']
+    'path', ['optimizer__learning_rate', 'model__emb_dim', 'objective__distance', 'ema__decay']
 )
 def test_a_missing_key_is_named(path):
     """A key without a default that is absent is an error that names it, and the misspelt key beside it."""

@@ -38,7 +38,7 @@ def get_config():
     config.train.save_every_steps = 2
     config.eval.num_images = 20
     config.eval.batch_size = 10
-    config.eval.teacher_steps = (1, 2)
+    config.eval.teacher_steps = (1, 2, 3)
     {more}
     return config
 '''
@@ -101,7 +101,7 @@ def test_a_run_leaves_what_the_readme_says(tiny):
     with Image.open(tiny.workdir / 'report' / 'samples.png') as image:
         assert min(image.size) > 200
     rows = json.loads((tiny.workdir / 'report' / 'scores.json').read_text())
-    assert [(row.get('sampler'), row['nfe']) for row in rows] == [('ddim', 2), ('addim', 1), ('addim', 2), (None, 0)]
+    assert [(row.get('sampler'), row['nfe']) for row in rows] == [('ddim', 2), ('addim', 2), ('addim', 3), (None, 0)]
     assert [row['num_images'] for row in rows] == [20, 20, 20, 898]
     assert all(np.isfinite(row['fd_classifier']) and row['fd_classifier'] > 0 for row in rows)
 

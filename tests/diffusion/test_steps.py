@@ -96,7 +96,7 @@ def test_ddim_keeps_the_noise_of_the_true_x(x64):
 
 
 def test_coefficient_does_not_cancel_in_float32():
-    """1/1280 of the range apart, the sine form keeps three digits more than the difference of products."""
+    """1/1280 of the range apart, the relative error of A(t, s) is that of the angle difference, not of its products."""
     phi_t = np.float32(np.pi / 2) * (np.arange(2, 1281, dtype=np.float32) / 1280)
     phi_s = np.float32(np.pi / 2) * (np.arange(1, 1280, dtype=np.float32) / 1280)
     lvl_t, lvl_s = level(phi_t), level(phi_s)

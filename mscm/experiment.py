@@ -60,6 +60,7 @@ class Section:
     def __init__(self, values: Mapping[str, Any] | ConfigDict, path: str = "config"):
         self._values, self._path = dict(values.items()), path
         self._unread = set(self._values)
+        self._known: set[str] = set()  # what may be given, for the hint at a typing error
         self._sections: list[Section] = []
 
     def take(self, key: str) -> Any:
@@ -108,20 +109,21 @@ class Section:
         parameters = inspect.signature(function).parameters.values()
         names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         required = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+        self._known.update(names)
         given = {name: self.take(name) for name in names if name in self._values or name in required}
         return functools.partial(function, **given)
 
     def refuse_unread(self) -> None:
         """Raises ConfigError for a key, here or below, that nobody took."""
         for key in sorted(self._unread):
-            read = [other for other in self._values if other not in self._unread]
-            raise ConfigError(f"{self._path}.{key}: nothing reads this key{_nearest(key, read)}; remove or rename it")
+            known = self._known | (self._values.keys() - self._unread)
+            raise ConfigError(f"{self._path}.{key}: nothing reads this key{_nearest(key, known)}; remove or rename it")
         for child in self._sections:
             child.refuse_unread()
 
 
 def _nearest(name: str, choices: Any) -> str:
-    close = difflib.get_close_matches(name, list(choices), n=1)
+    close = difflib.get_close_matches(name, sorted(choices), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

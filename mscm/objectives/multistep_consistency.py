@@ -16,8 +16,8 @@ Composing the steps of (4) gives a convex combination, with A(a, b) the DDIM coe
   (6) target = (1 - w) x_ref + w x_T + (sigma_tau / sigma_s) (c - sigma_s) / A(t, tau) eps_T
       with c - sigma_s = steps.addim_correction
 
-which this file uses: at T = 1280 the literal chain is wrong by 1.3e-4 in float32, the size of the paper's Huber
-epsilon.
+which this file uses: in float32 the literal chain divides rounding errors by A(t, tau), which shrinks with T; the
+convex form stays below 1e-6 of the exact target at T = 1280, far below the paper's Huber epsilon of 1e-4.
 """
 
 import functools

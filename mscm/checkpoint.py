@@ -130,20 +130,27 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def _check_shapes(self, abstract: Params, step: int) -> None:
-        got, expected = self.facts(step)["parameters"], parameter_shapes(abstract)
-        for name in sorted(got.keys() | expected.keys()):
-            if got.get(name) != expected.get(name):
-                raise CheckpointError(
-                    f"{self._directory}/{step}: got another architecture than the config's: parameter {name} has shape "
-                    f"{got.get(name, 'absent')}, expected {expected.get(name, 'absent')}; "
-                    "use the config that it was trained with"
-                )
+        mismatch = first_mismatch(self.facts(step)["parameters"], parameter_shapes(abstract))
+        if mismatch:
+            name, got, expected = mismatch
+            raise CheckpointError(
+                f"{self._directory}/{step}: got another architecture than the config's: parameter {name} has shape "
+                f"{got}, expected {expected}; use the config that it was trained with"
+            )
 
 
 def parameter_shapes(params: Params) -> dict[str, list[int]]:
     """Shape of every parameter by its path, as JSON keeps it."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape) for path, leaf in leaves}
+
+
+def first_mismatch(got: dict[str, list[int]], expected: dict[str, list[int]]) -> tuple[str, Any, Any] | None:
+    """Name, shape got and shape expected of the first parameter whose shapes differ; None where all agree."""
+    for name in sorted(got.keys() | expected.keys()):
+        if got.get(name) != expected.get(name):
+            return name, got.get(name, "absent"), expected.get(name, "absent")
+    return None
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from mscm.checkpoint import parameter_shapes
+from mscm.checkpoint import first_mismatch, parameter_shapes
 from mscm.data import sources, transforms
 from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import schedule as schedules
@@ -321,12 +321,13 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
     ours = parameter_shapes(experiment.abstract_params())  # shapes that do not fit are errors of the config
     if teacher is not None:
         theirs = parameter_shapes(teacher.experiment.abstract_params())
-        for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
-                raise ConfigError(
-                    f"config.model: got shape {ours.get(name, 'absent')} for parameter {name}, expected the teacher's "
-                    f"{theirs.get(name, 'absent')}, because the student starts from the teacher's weights"
-                )
+        mismatch = first_mismatch(ours, theirs)
+        if mismatch:
+            name, got, expected = mismatch
+            raise ConfigError(
+                f"config.model: got shape {got} for parameter {name}, expected the teacher's {expected}, "
+                "because the student starts from the teacher's weights"
+            )
     return experiment
 
 

@@ -64,7 +64,7 @@ def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_
     spec = experiment.train
     cli.write_text(os.path.join(workdir, "config.json"), json.dumps(experiment.config, indent=2) + "\n")
     with Checkpoints(workdir, keep=spec.keep_checkpoints) as checkpoints, Writer(workdir) as writer:
-        if checkpoints.latest() == spec.num_steps:
+        if (checkpoints.latest() or 0) >= spec.num_steps:
             logging.info("%s: all %d steps are done", experiment.name, spec.num_steps)
             return
         state = initial_state(experiment, checkpoints, teacher_params)
@@ -78,11 +78,12 @@ def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_
             state, averages = run_steps(state, frozen, batch, root)
             step += spec.steps_per_dispatch
             progress.add(averages)
-            if step % spec.log_every_steps == 0 or step == spec.num_steps:
+            done = step >= spec.num_steps  # more, where another number of steps per dispatch made the checkpoint
+            if step % spec.log_every_steps == 0 or done:
                 progress.report(step)
-            if step % spec.save_every_steps == 0 or step == spec.num_steps:
+            if step % spec.save_every_steps == 0 or done:
                 checkpoints.save(state, facts)
-            if step == spec.num_steps:
+            if done:
                 break
 
 

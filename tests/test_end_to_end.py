@@ -258,3 +258,14 @@ def test_help_says_what_the_command_does(name):
     result = command(name, '--help')
     assert f'python -m mscm.{name} --config=' in result.stdout
     assert '--workdir' in result.stdout
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_done(tiny, tmp_path):
+    """Started again for fewer steps than it has, a run ends at once, and keeps what it has."""
+    workdir = tmp_path / 'run'
+    shutil.copytree(tiny.workdir, workdir)
+    config = load_config(str(tiny.root / 'student.py'))
+    config.train.num_steps = 2
+    experiment = build(config)
+    training_loop.train(experiment, str(workdir), training_loop.check(experiment, str(workdir)), {})
+    assert states_of(experiment, workdir)[0] == 4

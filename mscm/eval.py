@@ -35,7 +35,7 @@ def main() -> None:
         teacher_params = evaluation.read_ema(teacher.experiment, evaluation.teacher_workdir_of(experiment, workdir))
 
     directory = os.path.join(workdir, "eval")
-    scorer = evaluation.Scorer(source, directory, batch_size=experiment.eval.batch_size)
+    scorer = evaluation.Scorer(source, directory, experiment.eval)
     specs = evaluation.default_samplers(experiment)
     scores_file = os.path.join(directory, "scores.jsonl")
     identity = evaluation.identity(experiment, scorer, specs)
@@ -45,7 +45,7 @@ def main() -> None:
             continue
         started = time.monotonic()
         params = evaluation.read_ema(experiment, workdir, step)
-        rows = evaluation.score_model(scorer, experiment, params, specs)
+        rows = [scorer.score(experiment, params, spec).row() for spec in specs]
         seconds = round(time.monotonic() - started, 3)
         scored[step] = {"step": step, "identity": identity, "seconds": seconds, "scores": rows}
         cli.append_json_line(scores_file, scored[step])
@@ -53,8 +53,8 @@ def main() -> None:
 
     rows = list(scored[newest]["scores"])
     if teacher is not None:
-        teacher_specs = evaluation.default_samplers(teacher.experiment)
-        rows += evaluation.score_model(scorer, teacher.experiment, teacher_params, teacher_specs)
+        teacher_specs = evaluation.diffusion_samplers(experiment)
+        rows += [scorer.score(teacher.experiment, teacher_params, spec).row() for spec in teacher_specs]
     rows.append(evaluation.real_row(scorer))
     print(f"\nstep {newest}\n{evaluation.result_table(rows)}\n\nall checkpoints: {scores_file}\n", flush=True)
 

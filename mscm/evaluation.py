@@ -20,7 +20,7 @@ from absl import logging
 from mscm.checkpoint import reading
 from mscm.data import sources, transforms
 from mscm.diffusion import sampler
-from mscm.experiment import ConfigError, Experiment
+from mscm.experiment import ConfigError, EvalSpec, Experiment
 from mscm.metrics import classifier as classifiers
 from mscm.metrics import frechet, moments
 from mscm.report import grid, table
@@ -51,15 +51,20 @@ def default_samplers(experiment: Experiment) -> list[SamplerSpec]:
     """A student's own steps with DDIM; a diffusion model's `eval.teacher_steps` with aDDIM."""
     if experiment.student_steps is not None:
         return [SamplerSpec("ddim", experiment.student_steps)]
+    return diffusion_samplers(experiment)
+
+
+def diffusion_samplers(experiment: Experiment) -> list[SamplerSpec]:
+    """aDDIM with `eval.teacher_steps`: a diffusion model's own samplers, or those of a student's teacher."""
     return [SamplerSpec("addim", num_steps) for num_steps in experiment.eval.teacher_steps]
 
 
-def teacher_samplers(experiment: Experiment) -> list[SamplerSpec]:
-    """What ends a student's training: its teacher with the student's number of steps, and with its largest.
+def short_teacher_samplers(experiment: Experiment) -> list[SamplerSpec]:
+    """What ends a student's training: its teacher with the student's number of steps, and with the largest.
 
-    `mscm.eval` scores the teacher at all of `eval.teacher_steps`; most of that time is one large number of steps.
+    `mscm.eval` scores the teacher at all of `eval.teacher_steps`.
     """
-    largest = experiment.teacher.experiment.eval.teacher_steps[-1]
+    largest = max(experiment.eval.teacher_steps)
     return [SamplerSpec("addim", num_steps) for num_steps in sorted({experiment.student_steps, largest})]
 
 
@@ -121,33 +126,59 @@ def generate(
         yield np.asarray(images)[: num_images - first]
 
 
-class Scorer:
-    """Frechet distances to a data set in the features of a classifier trained on it: `fd_classifier`, never FID."""
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What a model reaches with a sampler, and the first of the images that were scored."""
 
-    def __init__(self, source: sources.Source, cache_dir: str, *, batch_size: int):
-        self._source, self._batch_size = source, batch_size
+    model: str
+    sampler: SamplerSpec
+    num_images: int
+    distance: float
+    samples: np.ndarray  # uint8 n h w c
+
+    def row(self) -> dict[str, Any]:
+        """One line of a result table."""
+        return {
+            "model": self.model,
+            "sampler": self.sampler.name,
+            "nfe": self.sampler.num_steps,
+            "num_images": self.num_images,
+            "fd_classifier": self.distance,
+        }
+
+
+class Scorer:
+    """Frechet distances to a data set in the features of a classifier trained on it: `fd_classifier`, never FID.
+
+    `spec` is the scored run's, also for its teacher: scores of one table have equal counts and common noise.
+    """
+
+    def __init__(self, source: sources.Source, cache_dir: str, spec: EvalSpec):
+        self._source, self._spec = source, spec
         self.classifier = classifiers.load_or_train(source, cache_dir)
         self._reference = self._source_moments(np.arange(len(source)))
 
     def _source_moments(self, indices: np.ndarray) -> moments.Moments:
-        chunks = np.array_split(indices, -(-len(indices) // self._batch_size))
+        chunks = np.array_split(indices, -(-len(indices) // self._spec.batch_size))
         return self._moments(self._source.load(chunk)["image"] for chunk in chunks)
 
     def _moments(self, batches: Iterator[np.ndarray]) -> moments.Moments:
         features = (self.classifier.features(images) for images in batches)
         return functools.reduce(moments.add, features, moments.empty(classifiers.FEATURE_DIM))
 
-    def score(self, experiment: Experiment, params: Params, spec: SamplerSpec) -> float:
+    def score(self, experiment: Experiment, params: Params, spec: SamplerSpec) -> Score:
         """Distance of generated images to the whole data set."""
-        images = generate(
-            experiment,
-            params,
-            spec,
-            num_images=experiment.eval.num_images,
-            batch_size=experiment.eval.batch_size,
-            seed=experiment.eval.seed,
-        )
-        return frechet.frechet_distance(self._moments(images), self._reference)
+        num_images, batch_size, seed = self._spec.num_images, self._spec.batch_size, self._spec.seed
+        samples = []
+
+        def images() -> Iterator[np.ndarray]:
+            for batch in generate(experiment, params, spec, num_images=num_images, batch_size=batch_size, seed=seed):
+                samples.extend(batch[: _GRID_IMAGES - len(samples)])
+                yield batch
+
+        distance = frechet.frechet_distance(self._moments(images()), self._reference)
+        logging.info("%s, %s: fd_classifier %.3f", experiment.name, spec, distance)
+        return Score(experiment.name, spec, num_images, distance, np.stack(samples))
 
     def real_against_held_out(self) -> tuple[float, int]:
         """Distance between two class-stratified halves of the data, and the size of one.
@@ -157,27 +188,6 @@ class Scorer:
         half_a, half_b = sources.stratified_halves(self._source.labels)
         distance = frechet.frechet_distance(self._source_moments(half_a), self._source_moments(half_b))
         return distance, min(len(half_a), len(half_b))
-
-
-def score_row(name: str, spec: SamplerSpec, distance: float, num_images: int) -> dict[str, Any]:
-    """One line of a result table."""
-    return {
-        "model": name,
-        "sampler": spec.name,
-        "nfe": spec.num_steps,
-        "num_images": num_images,
-        "fd_classifier": distance,
-    }
-
-
-def score_model(scorer: Scorer, experiment: Experiment, params: Params, specs: list[SamplerSpec]) -> list[dict]:
-    """Scores of one checkpoint under each sampler."""
-    rows = []
-    for spec in specs:
-        distance = scorer.score(experiment, params, spec)
-        logging.info("%s, %s: fd_classifier %.3f", experiment.name, spec, distance)
-        rows.append(score_row(experiment.name, spec, distance, experiment.eval.num_images))
-    return rows
 
 
 def identity(experiment: Experiment, scorer: Scorer, specs: list[SamplerSpec]) -> str:
@@ -214,14 +224,8 @@ def result_table(rows: list[dict]) -> str:
     return table.format_table(header, body)
 
 
-def save_grid(models: list[tuple[Experiment, Params, list[SamplerSpec]]], path: str) -> None:
-    """Samples of each model from the same noise, side by side; each with its last sampler."""
-    panels = {}
-    for model, params, specs in models:
-        spec = specs[-1]
-        images = generate(
-            model, params, spec, num_images=_GRID_IMAGES, batch_size=_GRID_IMAGES, seed=model.eval.seed
-        )
-        panels[f"{model.name}, {spec}"] = np.concatenate(list(images))
+def save_grid(scores: list[Score], path: str) -> None:
+    """The samples of several scores side by side: image i of each is from the same noise and of the same class."""
+    panels = {f"{score.model}, {score.sampler}": score.samples for score in scores}
     os.makedirs(os.path.dirname(path), exist_ok=True)
     grid.save_png(path, grid.side_by_side(panels, columns=_GRID_COLUMNS))

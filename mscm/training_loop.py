@@ -153,19 +153,16 @@ class Progress:
 
 
 def finish(experiment: Experiment, workdir: str, source: sources.Source, teacher_params: Params) -> None:
-    """Sample grid, scores, and the table that ends a run."""
+    """Scores, sample grid, and the table that ends a run."""
     params = evaluation.read_ema(experiment, workdir)
     models = [(experiment, params, evaluation.default_samplers(experiment))]
     if experiment.teacher is not None:
-        teacher_specs = evaluation.teacher_samplers(experiment)
-        models.append((experiment.teacher.experiment, teacher_params, teacher_specs))
-    logging.info("Drawing samples and scoring %d images a sampler", experiment.eval.num_images)
-    grid_path = os.path.join(workdir, "report", "samples.png")
-    evaluation.save_grid(models, grid_path)
-    scorer = evaluation.Scorer(source, os.path.join(workdir, "eval"), batch_size=experiment.eval.batch_size)
-    rows = []
-    for model, weights, specs in models:
-        rows += evaluation.score_model(scorer, model, weights, specs)
-    rows.append(evaluation.real_row(scorer))
+        models.append((experiment.teacher.experiment, teacher_params, evaluation.short_teacher_samplers(experiment)))
+    logging.info("Scoring %d images a sampler", experiment.eval.num_images)
+    scorer = evaluation.Scorer(source, os.path.join(workdir, "eval"), experiment.eval)
+    scores = [[scorer.score(model, weights, spec) for spec in specs] for model, weights, specs in models]
+    rows = [score.row() for of_model in scores for score in of_model] + [evaluation.real_row(scorer)]
     cli.write_text(os.path.join(workdir, "report", "scores.json"), json.dumps(rows, indent=2) + "\n")
+    grid_path = os.path.join(workdir, "report", "samples.png")
+    evaluation.save_grid([of_model[-1] for of_model in scores], grid_path)
     print(f"\n{evaluation.result_table(rows)}\n\nsamples: {grid_path}\n", flush=True)

@@ -36,12 +36,12 @@ def get_config():
     config.train.steps_per_dispatch = 2
     config.train.log_every_steps = 2
     config.train.save_every_steps = 2
-    config.eval.num_images = 20
-    config.eval.batch_size = 10
-    config.eval.teacher_steps = (1, 2, 3)
     {more}
     return config
 '''
+
+# The student's only: a run scores its teacher under its own settings.
+_TINY_EVAL = 'dict(num_images=60, batch_size=20, seed=0, teacher_steps=(1, 2, 3))'
 
 
 def command(name: str, *flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -69,7 +69,7 @@ def tiny(tmp_path_factory):
     """Config files, and the work directory of a run that nothing interrupted."""
     root = tmp_path_factory.mktemp('tiny')
     (root / 'teacher.py').write_text(_TINY.format(family='teacher()', more=''))
-    more = f"config.teacher.config = '{root / 'teacher.py'}'"
+    more = f"config.teacher.config = '{root / 'teacher.py'}'; config.eval = {_TINY_EVAL}"
     (root / 'student.py').write_text(_TINY.format(family='student(student_steps=2, distil=True)', more=more))
     experiment = build(load_config(str(root / 'student.py')))
     workdir = root / 'run'
@@ -102,7 +102,7 @@ def test_a_run_leaves_what_the_readme_says(tiny):
         assert min(image.size) > 200
     rows = json.loads((tiny.workdir / 'report' / 'scores.json').read_text())
     assert [(row.get('sampler'), row['nfe']) for row in rows] == [('ddim', 2), ('addim', 2), ('addim', 3), (None, 0)]
-    assert [row['num_images'] for row in rows] == [20, 20, 20, 898]
+    assert [row['num_images'] for row in rows] == [60, 60, 60, 898]
     assert all(np.isfinite(row['fd_classifier']) and row['fd_classifier'] > 0 for row in rows)
 
 

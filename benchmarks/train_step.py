@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from mscm.experiment import Experiment, build, load_config
+from mscm.config import load_config
+from mscm.experiment import Experiment, build
 from mscm.report.table import format_table
 
 CONFIG = flags.DEFINE_string("config", "configs/digits_cd4.py", "Config file.")

@@ -5,10 +5,12 @@ import logging as python_logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from mscm.config import ConfigError, find_config, load_config
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits_cd4.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, scores, pictures.")
@@ -21,12 +23,9 @@ def run(main: Callable[[], None], *, doc: str) -> None:
     """Runs a command: parses flags, and prints errors of the user's making as one sentence (exit code 2)."""
     flags.mark_flags_as_required(["config", "workdir"])
 
-    def wrapped(argv: list[str]) -> None:
+    def wrapped(_: list[str]) -> None:
         from mscm.checkpoint import CheckpointError
-        from mscm.experiment import ConfigError
 
-        if len(argv) > 1:
-            raise app.UsageError(f"got {argv[1:]}, expected flags only: --config=FILE --workdir=DIR")
         logging.set_verbosity(logging.INFO)
         handler = logging.get_absl_handler()
         handler.addFilter(_is_ours)
@@ -35,24 +34,51 @@ def run(main: Callable[[], None], *, doc: str) -> None:
         try:
             main()
         except (ConfigError, CheckpointError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            _fail(str(error))
 
     sys.modules["__main__"].__doc__ = doc  # what --help prints above the flags
     app.run(wrapped, flags_parser=_parse)
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Flags and config overrides; what a config file or an override gets wrong is a sentence, not a traceback."""
+    """Flags and config overrides; what is wrong with them is a sentence, not a traceback."""
     try:
-        rest = app.parse_flags_with_usage(argv)
-        _ = CONFIG.value.to_dict  # a config that could not be loaded says so when it is first used
-        return rest
+        rest = flags.FLAGS([_checked(word) for word in _joined(argv)])
+        _ = CONFIG.value and CONFIG.value.to_dict  # a config that could not be loaded says so when it is first used
+    except (ConfigError, flags.Error) as error:
+        _fail(str(error))
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         # ml_collections hands on the repr of a KeyError: escapes within quotes.
-        text = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").removeprefix("'").removesuffix("'").split())
-        print(f"error: --config: {text}", file=sys.stderr)
-        sys.exit(2)
+        text = str(error).replace("\\n", " ").replace("\\'", "'").removeprefix("'").removesuffix("'")
+        _fail(f"--config: {text}")
+    if len(rest) > 1:
+        _fail(f"got {' '.join(rest[1:])}, expected flags only: --config=FILE --workdir=DIR")
+    return rest
+
+
+def _fail(sentence: str) -> NoReturn:
+    """Ends the process with one line."""
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--config FILE` as `--config=FILE`."""
+    words = list(argv)
+    for i in range(len(words) - 2, 0, -1):
+        if words[i] in ("-config", "--config"):
+            words[i : i + 2] = [f"--config={words[i + 1]}"]
+    return words
+
+
+def _checked(word: str) -> str:
+    """A --config flag with the path at which its file was found; the flag's own errors are tracebacks."""
+    name, _, path = word.partition("=")
+    if name not in ("-config", "--config"):
+        return word
+    load_config(path)
+    file, colon, variant = path.partition(":")
+    return f"--config={find_config(file)}{colon}{variant}"
 
 
 def _is_ours(record: python_logging.LogRecord) -> bool:
@@ -70,10 +96,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def append_json_line(path: str | os.PathLike, record: dict[str, Any]) -> None:
-    """Appends one JSON object as one line."""
+    """Appends one JSON object as one line; the rest of a line that an interruption cut is removed first."""
     os.makedirs(os.path.dirname(os.fspath(path)), exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    with open(path, "a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(record).encode() + b"\n")
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -18,9 +18,10 @@ import numpy as np
 from absl import logging
 
 from mscm.checkpoint import reading
+from mscm.config import ConfigError
 from mscm.data import sources, transforms
 from mscm.diffusion import sampler
-from mscm.experiment import ConfigError, EvalSpec, Experiment
+from mscm.experiment import EvalSpec, Experiment
 from mscm.metrics import classifier as classifiers
 from mscm.metrics import frechet, moments
 from mscm.report import grid, table
@@ -224,8 +225,7 @@ def result_table(rows: list[dict]) -> str:
     return table.format_table(header, body)
 
 
-def save_grid(scores: list[Score], path: str) -> None:
+def sample_grid(scores: list[Score]) -> np.ndarray:
     """The samples of several scores side by side: image i of each is from the same noise and of the same class."""
     panels = {f"{score.model}, {score.sampler}": score.samples for score in scores}
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    grid.save_png(path, grid.side_by_side(panels, columns=_GRID_COLUMNS))
+    return grid.side_by_side(panels, columns=_GRID_COLUMNS)

@@ -1,17 +1,13 @@
-"""From a config to functions: the only reader of configs, shared by every command.
+"""From a config to functions, shared by every command.
 
 `build(config)` turns every name of the config into a function once, reads every key, and refuses what nobody reads; a
 typing error is one sentence from here, before anything is compiled.
 """
 
 import dataclasses
-import difflib
 import functools
-import importlib.util
-import inspect
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +17,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mscm.checkpoint import first_mismatch, parameter_shapes
+from mscm.config import ConfigError, Section, load_config
 from mscm.data import sources, transforms
 from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import schedule as schedules
@@ -48,83 +45,6 @@ CONSISTENCY_DISTANCES: dict[str, Callable[..., PerExample]] = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MODELS = ("uvit",)
 OBJECTIVES = ("diffusion", "multistep_consistency")
-
-
-class ConfigError(ValueError):
-    """The config asks for something that is not there; the message says what was got, expected and to do."""
-
-
-class Section:
-    """One level of a config that remembers which of its keys were read."""
-
-    def __init__(self, values: Mapping[str, Any] | ConfigDict, path: str = "config"):
-        self._values, self._path = dict(values.items()), path
-        self._unread = set(self._values)
-        self._known: set[str] = set()  # what may be given, for the hint at a typing error
-        self._sections: list[Section] = []
-
-    def take(self, key: str) -> Any:
-        """The value of `key`; every key is required, so that a config shows all that it decides."""
-        if key not in self._values:
-            raise ConfigError(f"{self._path}: got no key {key!r}{_nearest(key, self._values)}, expected it")
-        self._unread.discard(key)
-        return self._values[key]
-
-    def choose(self, key: str, choices: Mapping[str, Any] | tuple[str, ...]) -> Any:
-        """The choice that the value of `key` names: the value of a mapping, the name itself of a tuple."""
-        name = self.take(key)
-        if name not in choices:
-            hint = _nearest(str(name), choices)
-            raise ConfigError(f"{self._path}.{key}: got {name!r}{hint}, expected one of {', '.join(choices)}")
-        return choices[name] if isinstance(choices, Mapping) else name
-
-    def number(self, key: str, *, minimum: int | float, below: int | float | None = None) -> Any:
-        """The number of `key`, at least `minimum` and less than `below`."""
-        value = self.take(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or value < minimum or (below is not None and value >= below):
-            limit = "" if below is None else f" and below {below}"
-            raise ConfigError(f"{self._path}.{key}: got {value!r}, expected a number of at least {minimum}{limit}")
-        return value
-
-    def section(self, key: str) -> "Section":
-        """The section below `key`."""
-        value = self.take(key)
-        if not isinstance(value, Mapping | ConfigDict):
-            raise ConfigError(f"{self._path}.{key}: got {value!r}, expected a section of keys")
-        child = Section(value, f"{self._path}.{key}")
-        self._sections.append(child)
-        return child
-
-    def optional_section(self, key: str) -> "Section | None":
-        """The section below `key`, or None where the config says None."""
-        return None if self.take(key) is None else self.section(key)
-
-    def sections(self) -> list["Section"]:
-        """All keys as sections, in the order of their names."""
-        return [self.section(key) for key in sorted(self._values)]
-
-    def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` with its keyword-only arguments from the keys of this section; absent ones keep their default."""
-        parameters = inspect.signature(function).parameters.values()
-        names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-        required = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-        self._known.update(names)
-        given = {name: self.take(name) for name in names if name in self._values or name in required}
-        return functools.partial(function, **given)
-
-    def refuse_unread(self) -> None:
-        """Raises ConfigError for a key, here or below, that nobody took."""
-        for key in sorted(self._unread):
-            known = self._known | (self._values.keys() - self._unread)
-            raise ConfigError(f"{self._path}.{key}: nothing reads this key{_nearest(key, known)}; remove or rename it")
-        for child in self._sections:
-            child.refuse_unread()
-
-
-def _nearest(name: str, choices: Any) -> str:
-    close = difflib.get_close_matches(name, sorted(choices), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,6 +195,7 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
     model = _model(root.section("model"), data)
     schedule_section = root.section("schedule")
     schedule = schedule_section.bind(schedule_section.choose("name", SCHEDULES))
+    schedule_section.refuse_unread()  # now: a misspelt key is not a difference from the teacher's schedule
     to_x = root.choose("prediction", denoisers.PREDICTIONS)
     train = _train(root.section("train"))
     eval_section = root.section("eval")
@@ -282,7 +203,7 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
         num_images=eval_section.number("num_images", minimum=2),
         batch_size=eval_section.number("batch_size", minimum=1),
         seed=eval_section.number("seed", minimum=0),
-        teacher_steps=tuple(eval_section.take("teacher_steps")),
+        teacher_steps=eval_section.whole_numbers("teacher_steps"),
     )
     optimizer_section = root.section("optimizer")
     bind_rate = optimizer_section.bind(functools.partial(optimizers.make_learning_rate, num_steps=train.num_steps))
@@ -329,24 +250,6 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
                 "because the student starts from the teacher's weights"
             )
     return experiment
-
-
-def load_config(path: str) -> ConfigDict:
-    """The config of `configs/name.py` or `configs/name.py:variant`; relative to here, or to the repository.
-
-    Raises:
-      ConfigError: there is no such file.
-    """
-    file, _, variant = path.partition(":")
-    candidates = [Path(file), Path(__file__).resolve().parents[1] / file]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if found is None:
-        raise ConfigError(f"got config file {file!r}, expected an existing file; tried {candidates[0].absolute()}")
-    spec = importlib.util.spec_from_file_location(found.stem, found)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant) if variant else module.get_config()
 
 
 def _fields(section: Section, spec: type) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def main() -> None:
     import numpy as np  # here and not above: --help must not wait for jax
 
     from mscm import evaluation
-    from mscm.experiment import ConfigError, build
+    from mscm.config import ConfigError
+    from mscm.experiment import build
     from mscm.report import grid
 
     experiment, workdir = build(cli.CONFIG.value), cli.WORKDIR.value

@@ -1,5 +1,6 @@
 """The training loop and what ends it: read from top to bottom."""
 
+import itertools
 import json
 import os
 import time
@@ -12,8 +13,10 @@ from clu import parameter_overview
 
 from mscm import cli, evaluation
 from mscm.checkpoint import Checkpoints, reading
+from mscm.config import ConfigError
 from mscm.data import pipeline, sources
-from mscm.experiment import ConfigError, Experiment
+from mscm.experiment import Experiment
+from mscm.report import grid
 from mscm.report.writer import Writer
 from mscm.training.step import Averages, Batch, TrainState
 from mscm.types import Params
@@ -138,7 +141,6 @@ class Progress:
         rate = (step - self._step) / (now - self._time)
         scalars |= {"steps_per_second": rate, "images_per_second": rate * spec.batch_size}
         self._writer.write_scalars(step, scalars)
-        self._writer.flush()
         logging.info(
             "%s: step %d/%d, loss %.4f, %.1f steps/s, %.0f images/s, %s left",
             self._experiment.name,
@@ -161,8 +163,14 @@ def finish(experiment: Experiment, workdir: str, source: sources.Source, teacher
     logging.info("Scoring %d images a sampler", experiment.eval.num_images)
     scorer = evaluation.Scorer(source, os.path.join(workdir, "eval"), experiment.eval)
     scores = [[scorer.score(model, weights, spec) for spec in specs] for model, weights, specs in models]
-    rows = [score.row() for of_model in scores for score in of_model] + [evaluation.real_row(scorer)]
+    rows = [score.row() for score in itertools.chain(*scores)] + [evaluation.real_row(scorer)]
     cli.write_text(os.path.join(workdir, "report", "scores.json"), json.dumps(rows, indent=2) + "\n")
     grid_path = os.path.join(workdir, "report", "samples.png")
-    evaluation.save_grid([of_model[-1] for of_model in scores], grid_path)
+    samples = evaluation.sample_grid([of_model[-1] for of_model in scores])
+    grid.save_png(grid_path, samples)
+    with Writer(workdir) as writer:
+        step = experiment.train.num_steps
+        writer.write_images(step, {"samples": samples})
+        for score in itertools.chain(*scores):
+            writer.write_scalars(step, {f"fd_classifier/{score.model}_{score.sampler}": score.distance})
     print(f"\n{evaluation.result_table(rows)}\n\nsamples: {grid_path}\n", flush=True)

@@ -7,8 +7,9 @@ import pytest
 
 from configs import digits
 from mscm import evaluation
+from mscm.config import ConfigError
 from mscm.evaluation import SamplerSpec
-from mscm.experiment import ConfigError, build
+from mscm.experiment import build
 
 
 @pytest.fixture(scope='module')

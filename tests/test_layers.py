@@ -18,6 +18,7 @@ LAYERS = (
     (2, 'models', ('mscm.models.*',)),
     (3, 'training', ('mscm.training.*',)),
     (4, 'data', ('mscm.data.*',)),
+    (4, 'config', ('mscm.config',)),
     (4, 'checkpoint', ('mscm.checkpoint',)),
     (4, 'metrics', ('mscm.metrics.*',)),
     (4, 'report', ('mscm.report.*',)),
@@ -40,7 +41,7 @@ FORBIDDEN = {
 # Libraries that only the named units may import; the two modules of clu import TensorFlow.
 RESERVED = {
     'orbax': ('checkpoint',),
-    'ml_collections': ('build', 'main', 'eval', 'sample'),
+    'ml_collections': ('config', 'build', 'main', 'eval', 'sample'),
     'tensorflow': (),
     'clu.metric_writers': (),
     'clu.periodic_actions': (),

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 import numpy as np
 import tensorboardX
 
+_FLUSH_SECONDS = 10
+
 
 class Writer:
-    """Writes scalars and images of a run below `logdir`; a context manager."""
+    """Writes scalars and images of a run below `logdir`; a context manager.
+
+    Written in the background: a reader sees them within `_FLUSH_SECONDS`, and all of them after the exit.
+    """
 
     def __init__(self, logdir: str | os.PathLike):
-        self._writer = tensorboardX.SummaryWriter(os.fspath(logdir))
+        self._writer = tensorboardX.SummaryWriter(os.fspath(logdir), flush_secs=_FLUSH_SECONDS)
 
     def __enter__(self) -> "Writer":
         return self
@@ -28,7 +33,3 @@ class Writer:
         """Images `h w c`, uint8, by name at `step`."""
         for name, image in images.items():
             self._writer.add_image(name, image, step, dataformats="HWC")
-
-    def flush(self) -> None:
-        """Makes what was written visible to readers."""
-        self._writer.flush()

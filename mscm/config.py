@@ -1,0 +1,138 @@
+"""Reading of configs: the file, its sections, and the sentence about a key that is wrong.
+
+Imports no jax, so that an error in a config is an answer within a second.
+"""
+
+import difflib
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """The config asks for something that is not there; the message says what was got, expected and to do."""
+
+
+class Section:
+    """One level of a config that remembers which of its keys were read."""
+
+    def __init__(self, values: Mapping[str, Any] | ConfigDict, path: str = "config"):
+        self._values, self._path = dict(values.items()), path
+        self._unread = set(self._values)
+        self._known: set[str] = set()  # what may be given, for the hint at a typing error
+        self._sections: list[Section] = []
+
+    def take(self, key: str) -> Any:
+        """The value of `key`; every key is required, so that a config shows all that it decides."""
+        if key not in self._values:
+            raise ConfigError(f"{self._path}: got no key {key!r}{_nearest(key, self._values)}, expected it")
+        self._unread.discard(key)
+        return self._values[key]
+
+    def choose(self, key: str, choices: Mapping[str, Any] | tuple[str, ...]) -> Any:
+        """The choice that the value of `key` names: the value of a mapping, the name itself of a tuple."""
+        name = self.take(key)
+        if name not in choices:
+            hint = _nearest(str(name), choices)
+            raise ConfigError(f"{self._path}.{key}: got {name!r}{hint}, expected one of {', '.join(choices)}")
+        return choices[name] if isinstance(choices, Mapping) else name
+
+    def number(self, key: str, *, minimum: int | float, below: int | float | None = None) -> Any:
+        """The number of `key`, at least `minimum` and less than `below`."""
+        value = self.take(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or value < minimum or (below is not None and value >= below):
+            limit = "" if below is None else f" and below {below}"
+            raise ConfigError(f"{self._path}.{key}: got {value!r}, expected a number of at least {minimum}{limit}")
+        return value
+
+    def whole_numbers(self, key: str) -> tuple[int, ...]:
+        """The numbers from 1 of `key`, at least one of them."""
+        values = self.take(key)
+        is_sequence = isinstance(values, tuple | list)
+        if not is_sequence or not values or not all(type(value) is int and value >= 1 for value in values):
+            raise ConfigError(f"{self._path}.{key}: got {values!r}, expected whole numbers from 1, such as (1, 4)")
+        return tuple(values)
+
+    def section(self, key: str) -> "Section":
+        """The section below `key`."""
+        value = self.take(key)
+        if not isinstance(value, Mapping | ConfigDict):
+            raise ConfigError(f"{self._path}.{key}: got {value!r}, expected a section of keys")
+        child = Section(value, f"{self._path}.{key}")
+        self._sections.append(child)
+        return child
+
+    def optional_section(self, key: str) -> "Section | None":
+        """The section below `key`, or None where the config says None."""
+        return None if self.take(key) is None else self.section(key)
+
+    def sections(self) -> list["Section"]:
+        """All keys as sections, in the order of their names."""
+        return [self.section(key) for key in sorted(self._values)]
+
+    def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` with its keyword-only arguments from the keys of this section; absent ones keep their default."""
+        parameters = inspect.signature(function).parameters.values()
+        names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        required = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+        self._known.update(names)
+        given = {name: self.take(name) for name in names if name in self._values or name in required}
+        return functools.partial(function, **given)
+
+    def refuse_unread(self) -> None:
+        """Raises ConfigError for a key, here or below, that nobody took."""
+        for key in sorted(self._unread):
+            known = self._known | (self._values.keys() - self._unread)
+            raise ConfigError(f"{self._path}.{key}: nothing reads this key{_nearest(key, known)}; remove or rename it")
+        for child in self._sections:
+            child.refuse_unread()
+
+
+def find_config(file: str) -> Path:
+    """A config file: relative to here, else to the repository.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    candidates = [Path(file), Path(__file__).resolve().parents[1] / file]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    near = {path.stem for candidate in candidates for path in candidate.parent.glob("*.py")}
+    hint = _nearest(candidates[0].stem, near)
+    raise ConfigError(f"got config file {file!r}{hint}, expected an existing file; tried {candidates[0].absolute()}")
+
+
+def load_config(path: str) -> ConfigDict:
+    """The config of `configs/name.py` or `configs/name.py:variant`.
+
+    Raises:
+      ConfigError: there is no such file, or it has no such variant.
+    """
+    file, _, variant = path.partition(":")
+    found = find_config(file)
+    spec = importlib.util.spec_from_file_location(found.stem, found)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"got config file {file!r}, expected a Python file with a function get_config()")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    get_config = getattr(module, "get_config", None)
+    if get_config is None:
+        raise ConfigError(f"got config file {file!r} without get_config(), expected a function of that name")
+    if variant and not inspect.signature(get_config).parameters:
+        raise ConfigError(f"got {path!r}, expected {file!r}: this config has no variants")
+    try:
+        return get_config(variant) if variant else get_config()
+    except ValueError as error:  # an unknown variant
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def _nearest(name: str, choices: Any) -> str:
+    close = difflib.get_close_matches(name, sorted(choices), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -164,13 +164,15 @@ def finish(experiment: Experiment, workdir: str, source: sources.Source, teacher
     scorer = evaluation.Scorer(source, os.path.join(workdir, "eval"), experiment.eval)
     scores = [[scorer.score(model, weights, spec) for spec in specs] for model, weights, specs in models]
     rows = [score.row() for score in itertools.chain(*scores)] + [evaluation.real_row(scorer)]
-    cli.write_text(os.path.join(workdir, "report", "scores.json"), json.dumps(rows, indent=2) + "\n")
-    grid_path = os.path.join(workdir, "report", "samples.png")
+    report = os.path.join(workdir, "report")
+    cli.write_text(os.path.join(report, "scores.json"), json.dumps(rows, indent=2) + "\n")
+    grid_path = os.path.join(report, "samples.png")
     samples = evaluation.sample_grid([of_model[-1] for of_model in scores])
     grid.save_png(grid_path, samples)
-    with Writer(workdir) as writer:
+    with Writer(report) as writer:
         step = experiment.train.num_steps
         writer.write_images(step, {"samples": samples})
-        for score in itertools.chain(*scores):
-            writer.write_scalars(step, {f"fd_classifier/{score.model}_{score.sampler}": score.distance})
+        for row in rows[:-1]:
+            name = f"fd_classifier/{row['model']}_{row['sampler']}_{row['nfe']}"
+            writer.write_scalars(step, {name: row["fd_classifier"]})
     print(f"\n{evaluation.result_table(rows)}\n\nsamples: {grid_path}\n", flush=True)

@@ -99,6 +99,8 @@ def test_a_run_leaves_what_the_readme_says(tiny):
         assert json.loads((workdir / 'config.json').read_text()) == experiment.config
         (events,) = workdir.glob('events.*')
         assert b'loss_logsnr' in events.read_bytes()
+    (events,) = (tiny.workdir / 'report').glob('events.*')
+    assert b'fd_classifier/digits_cd2_ddim_2' in events.read_bytes()
     with Image.open(tiny.workdir / 'report' / 'samples.png') as image:
         assert min(image.size) > 200
     rows = json.loads((tiny.workdir / 'report' / 'scores.json').read_text())

@@ -30,8 +30,8 @@ NUM_STEPS = flags.DEFINE_integer("num_steps", 6400, "Optimiser steps of every ru
 JOBS = flags.DEFINE_integer("jobs", len(CORES) or 1, "Runs at once, each on one core.", lower_bound=1)
 
 
-def runs(root: Path) -> tuple[list[list[str]], list[list[str]]]:
-    """Command lines of the teachers, and of the students, which need them."""
+def runs(root: Path) -> list[list[str]]:
+    """Command lines of the teachers, then of the students, which need them."""
     num_steps = NUM_STEPS.value
     lengths = [f"--config.train.num_steps={num_steps}", f"--config.train.save_every_steps={num_steps}"]
     teachers, students = [], []
@@ -50,28 +50,35 @@ def runs(root: Path) -> tuple[list[list[str]], list[list[str]]]:
                     f"--config.teacher.workdir={directory / 'teacher'}",
                     "--config.eval.teacher_steps=(1,)",  # the teacher's own run has its scores
                 ])
-    return teachers, students
+    return teachers + students
 
 
-def workdir_of(arguments: list[str]) -> Path:
-    """The work directory of a command line."""
-    return Path(next(word for word in arguments if word.startswith("--workdir=")).partition("=")[2])
+def value_of(flag: str, words: list[str]) -> Path | None:
+    """The path that a flag of a command line gives."""
+    return next((Path(word.partition("=")[2]) for word in words if word.startswith(f"--{flag}=")), None)
+
+
+def is_done(workdir: Path) -> bool:
+    """Whether a run has its scores, the last thing that it writes."""
+    return (workdir / "report" / "scores.json").exists()
 
 
 def run_all(commands: list[list[str]]) -> None:
-    """Runs what has no scores yet, `jobs` at once; ends the program at the first that fails."""
-    waiting = [words for words in commands if not (workdir_of(words) / "report" / "scores.json").exists()]
+    """Runs what is not done, `jobs` at once, students after their teacher; ends the program at the first failure."""
+    waiting = [words for words in commands if not is_done(value_of("workdir", words))]
     running: dict[int, tuple[subprocess.Popen, list[str], float]] = {}
     while waiting or running:
         for slot in range(JOBS.value):
-            if slot not in running and waiting:
-                running[slot] = (start(waiting[0], slot), waiting.pop(0), time.monotonic())
+            ready = [words for words in waiting if is_ready(words)]
+            if slot not in running and ready:
+                waiting.remove(ready[0])
+                running[slot] = (start(ready[0], slot), ready[0], time.monotonic())
         time.sleep(1.0)
         for slot, (process, words, started) in list(running.items()):
             if process.poll() is None:
                 continue
             del running[slot]
-            seconds, workdir = time.monotonic() - started, workdir_of(words)
+            seconds, workdir = time.monotonic() - started, value_of("workdir", words)
             print(f"{workdir}: {seconds / 60:.1f} min, {len(waiting) + len(running)} runs left", flush=True)
             if process.returncode:
                 for other, *_ in running.values():
@@ -79,9 +86,15 @@ def run_all(commands: list[list[str]]) -> None:
                 sys.exit(f"exit status {process.returncode}, see {workdir / 'log.txt'}")
 
 
+def is_ready(words: list[str]) -> bool:
+    """Whether the teacher that a run needs is there."""
+    teacher = value_of("config.teacher.workdir", words)
+    return teacher is None or is_done(teacher)
+
+
 def start(words: list[str], slot: int) -> subprocess.Popen:
     """Starts mscm.main on the core of a slot, with its output in log.txt of the work directory."""
-    workdir = workdir_of(words)
+    workdir = value_of("workdir", words)
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / "log.txt", "a") as log:
         process = subprocess.Popen(
@@ -101,8 +114,7 @@ def scores(workdir: Path) -> dict[tuple[str, int], float]:
 def main(_: list[str]) -> None:
     """Teachers, students, table."""
     root = Path(WORKDIR.value).resolve() / f"steps_{NUM_STEPS.value}"
-    for commands in runs(root):
-        run_all(commands)
+    run_all(runs(root))
     directories = [root / f"seed_{seed}" for seed in range(SEEDS.value)]
     teachers = [scores(directory / "teacher") for directory in directories]
     columns = sorted(nfe for name, nfe in teachers[0] if name == "digits_teacher")

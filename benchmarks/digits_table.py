@@ -26,7 +26,7 @@ CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all runs.", required=True)
 SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.", lower_bound=1)
-NUM_STEPS = flags.DEFINE_integer("num_steps", 6400, "Optimiser steps of every run.", lower_bound=40)
+NUM_STEPS = flags.DEFINE_integer("num_steps", 6400, "Optimiser steps of every run; a multiple of 10.", lower_bound=100)
 JOBS = flags.DEFINE_integer("jobs", len(CORES) or 1, "Runs at once, each on one core.", lower_bound=1)
 
 

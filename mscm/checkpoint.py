@@ -19,6 +19,9 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 from mscm.training.step import TrainState
 from mscm.types import Params
 
+# Facts without which the same parameters are another function: checked wherever a checkpoint is used.
+_MEANING = ("student_steps", "schedule", "prediction", "logsnr_input")
+
 
 class CheckpointError(ValueError):
     """A checkpoint is absent or does not fit; the message says which, what was expected and what to do."""
@@ -90,7 +93,7 @@ class Checkpoints:
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
         """The whole training state; `abstract` gives structure, shapes and types."""
         step = self._existing(step)
-        self._check_shapes(abstract.params, step)
+        self._check_shapes(self.facts(step)["parameters"], parameter_shapes(abstract.params), step)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -105,17 +108,25 @@ class Checkpoints:
     def restore_ema(self, abstract: Params, step: int | None = None) -> Params:
         """The averaged parameters alone."""
         step = self._existing(step)
-        self._check_shapes(abstract, step)
+        self._check_shapes(self.facts(step)["parameters"], parameter_shapes(abstract), step)
         return self._manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(abstract)))["ema"]
 
-    def check(self, abstract: Params, step: int | None = None) -> int:
-        """Step of a checkpoint (None: the newest) whose parameters fit; reads no array.
+    def check(self, facts: dict[str, Any], step: int | None = None) -> int:
+        """Step of a checkpoint (None: the newest) that is of the model of `facts`; reads no array.
 
         Raises:
-          CheckpointError: there is none, or its shapes differ.
+          CheckpointError: there is none, its shapes differ, or its parameters mean something else.
         """
         step = self._existing(step)
-        self._check_shapes(abstract, step)
+        there = self.facts(step)
+        self._check_shapes(there["parameters"], facts["parameters"], step)
+        for key in _MEANING:
+            if there.get(key) != facts.get(key):
+                raise CheckpointError(
+                    f"{self._directory}/{step}: got a checkpoint of {there.get('name')!r} with {key} = "
+                    f"{there.get(key)}, expected {facts.get(key)} as {facts.get('name')!r} has; use the config that it "
+                    "was trained with"
+                )
         return step
 
     def _existing(self, step: int | None) -> int:
@@ -129,8 +140,8 @@ class Checkpoints:
             raise CheckpointError(f"{self._directory}: got step {step}, expected one of {', '.join(map(str, steps))}")
         return steps[-1] if step is None else step
 
-    def _check_shapes(self, abstract: Params, step: int) -> None:
-        mismatch = first_mismatch(self.facts(step)["parameters"], parameter_shapes(abstract))
+    def _check_shapes(self, got: dict[str, list[int]], expected: dict[str, list[int]], step: int) -> None:
+        mismatch = first_mismatch(got, expected)
         if mismatch:
             name, got, expected = mismatch
             raise CheckpointError(

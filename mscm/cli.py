@@ -4,24 +4,20 @@ import json
 import logging as python_logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from mscm.config import ConfigError, find_config, load_config
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits_cd4.py.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, scores, pictures.")
 
 # Their progress notes are not this program's; their warnings are.
 _QUIET = ("orbax", "jax", "grain")
 
 
-def run(main: Callable[[], None], *, doc: str) -> None:
+def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
     """Runs a command: parses flags, and prints errors of the user's making as one sentence (exit code 2)."""
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flags_as_required(list(required))
 
     def wrapped(_: list[str]) -> None:
         from mscm.checkpoint import CheckpointError
@@ -33,7 +29,7 @@ def run(main: Callable[[], None], *, doc: str) -> None:
             python_logging.getLogger(name).setLevel(python_logging.WARNING)
         try:
             main()
-        except (ConfigError, CheckpointError) as error:
+        except (ConfigError, CheckpointError, FloatingPointError) as error:
             _fail(str(error))
 
     sys.modules["__main__"].__doc__ = doc  # what --help prints above the flags
@@ -44,7 +40,6 @@ def _parse(argv: list[str]) -> list[str]:
     """Flags and config overrides; what is wrong with them is a sentence, not a traceback."""
     try:
         rest = flags.FLAGS([_checked(word) for word in _joined(argv)])
-        _ = CONFIG.value and CONFIG.value.to_dict  # a config that could not be loaded says so when it is first used
     except (ConfigError, flags.Error) as error:
         _fail(str(error))
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
@@ -52,7 +47,7 @@ def _parse(argv: list[str]) -> list[str]:
         text = str(error).replace("\\n", " ").replace("\\'", "'").removeprefix("'").removesuffix("'")
         _fail(f"--config: {text}")
     if len(rest) > 1:
-        _fail(f"got {' '.join(rest[1:])}, expected flags only: --config=FILE --workdir=DIR")
+        _fail(f"got {' '.join(rest[1:])}, expected flags only, such as --workdir=DIR")
     return rest
 
 

@@ -4,7 +4,7 @@
 
 Writes one JSON line per checkpoint to DIR/eval/scores.jsonl: fd_classifier, the Frechet distance to the data set in the
 features of a small classifier trained on it (not FID), under each sampler. Then prints the newest checkpoint beside the
-reference points of the same axis: the teacher under aDDIM, and real images against held-out real images.
+reference points of the same axis: the teacher under aDDIM, and one half of the real images against the other.
 """
 
 import os
@@ -12,9 +12,9 @@ import time
 
 from absl import flags
 
-from mscm import cli
+from mscm import cli, run_flags
 
-flags.adopt_module_key_flags(cli)  # so that --help lists them
+flags.adopt_module_key_flags(run_flags)  # so that --help lists them
 
 
 def main() -> None:
@@ -25,10 +25,10 @@ def main() -> None:
     from mscm.checkpoint import reading
     from mscm.experiment import build
 
-    experiment, workdir = build(cli.CONFIG.value), cli.WORKDIR.value
+    experiment, workdir = build(run_flags.CONFIG.value), run_flags.WORKDIR.value
     source = experiment.data.open()
     with reading(workdir) as checkpoints:
-        newest = checkpoints.check(experiment.abstract_params())
+        newest = checkpoints.check(experiment.facts())
         steps = checkpoints.steps()
     teacher = experiment.teacher
     if teacher is not None:
@@ -60,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, doc=__doc__)
+    cli.run(main, doc=__doc__, required=run_flags.REQUIRED)

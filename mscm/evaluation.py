@@ -181,7 +181,7 @@ class Scorer:
         logging.info("%s, %s: fd_classifier %.3f", experiment.name, spec, distance)
         return Score(experiment.name, spec, num_images, distance, np.stack(samples))
 
-    def real_against_held_out(self) -> tuple[float, int]:
+    def half_against_half(self) -> tuple[float, int]:
         """Distance between two class-stratified halves of the data, and the size of one.
 
         Counts below that of a score make it larger: with 1797 digits most of it is this bias.
@@ -206,12 +206,13 @@ def teacher_workdir_of(experiment: Experiment, workdir: str) -> str:
 def read_ema(experiment: Experiment, workdir: str, step: int | None = None) -> Params:
     """Averaged parameters of a checkpoint (None: the newest)."""
     with reading(workdir) as checkpoints:
+        step = checkpoints.check(experiment.facts(), step)
         return checkpoints.restore_ema(experiment.abstract_params(), step)
 
 
 def real_row(scorer: Scorer) -> dict:
-    """The reference point: real images against held-out real images."""
-    distance, count = scorer.real_against_held_out()
+    """The reference point: one half of the real images against the other half."""
+    distance, count = scorer.half_against_half()
     return {"model": "real, half against half", "nfe": 0, "num_images": count, "fd_classifier": distance}
 
 

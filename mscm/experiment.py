@@ -33,7 +33,6 @@ from mscm.types import Array, Denoiser, Distance, Int, Key, Labels, Metrics, Par
 SCHEDULES: dict[str, Callable[..., Any]] = {
     "cosine": schedules.cosine,
     "interpolated": schedules.interpolated,
-    "karras": schedules.karras,
 }
 DIFFUSION_LOSSES: dict[str, Distance] = {"v_mse": distances.v_mse, "eps_mse": distances.eps_mse}
 CONSISTENCY_DISTANCES: dict[str, Callable[..., PerExample]] = {
@@ -101,7 +100,6 @@ class TeacherSpec:
 
     experiment: "Experiment"
     workdir: str | None  # None: trained first, below the student's work directory
-    guidance: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # eq: compiled samplers are cached by identity
@@ -125,6 +123,7 @@ class Experiment:
     student_steps: int | None  # None: a diffusion model
     distil: bool  # whether training calls the teacher
     teacher: TeacherSpec | None
+    guidance: float = 0.0  # of a teacher: classifier-free guidance in all that it answers
 
     def init_params(self, key: Key) -> Params:
         """Parameters at random; compile it with jit."""
@@ -153,9 +152,20 @@ class Experiment:
             num_segments=self.student_steps,
         )
 
+    def answer(self, params: Params, labels: Labels) -> Teacher:
+        """Without dropout; with its guidance, and then beside the conditional output."""
+        network = _network(self.model, params)
+        if not self.guidance:
+            return denoisers.make_denoiser(network, self.schedule, self.to_x, labels=labels)
+        null_label, guidance = self.data.num_classes, self.guidance
+        return denoisers.make_guided(
+            network, self.schedule, self.to_x, labels=labels, null_label=null_label, guidance=guidance
+        )
+
     def denoiser(self, params: Params, labels: Labels) -> Denoiser:
         """Deterministic denoiser for sampling."""
-        return denoisers.make_denoiser(_network(self.model, params), self.schedule, self.to_x, labels=labels)
+        answer = self.answer(params, labels)
+        return answer if not self.guidance else lambda z_t, t: answer(z_t, t).x_hat
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint says of its model."""
@@ -168,6 +178,7 @@ class Experiment:
             "data_range": [-1.0, 1.0],
             "schedule": self.config["schedule"],
             "prediction": self.config["prediction"],
+            "logsnr_input": self.config["model"]["logsnr_input"],
             "parameters": parameter_shapes(self.abstract_params()),
             "config": self.config,
         }
@@ -218,6 +229,8 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
         loss_fn = _diffusion_objective(objective, data, model, schedule, to_x)
     else:
         student_steps, distil = objective.number("student_steps", minimum=1), bool(objective.take("distil"))
+        if teacher.experiment.guidance and not distil:
+            raise ConfigError("config.teacher.guidance: expected 0.0, because objective.distil = False asks no teacher")
         loss_fn = _consistency_objective(objective, data, model, schedule, to_x, teacher, student_steps, distil)
     experiment = Experiment(
         name=root.take("name"),
@@ -278,10 +291,9 @@ def _model(section: Section, data: DataSpec) -> uvit.UViT:
         middle=uvit.Stage("transformer", **{key: middle.take(key) for key in ("width", "num_blocks", "dropout")}),
         dtype=section.choose("dtype", DTYPES),
         remat_policy=section.take("remat"),
-        **{
-            key: section.take(key)
-            for key in ("emb_dim", "head_dim", "mlp_ratio", "patch_size", "logsnr_input", "scan_blocks")
-        },
+        logsnr_input=section.take("logsnr_input"),
+        scan_blocks=bool(section.take("scan_blocks")),
+        **{key: section.number(key, minimum=1) for key in ("emb_dim", "head_dim", "mlp_ratio", "patch_size")},
     )
 
 
@@ -304,11 +316,17 @@ def _network(model: nn.Module, params: Params, *, dropout_key: Key | None = None
 def _teacher(section: Section | None) -> TeacherSpec | None:
     if section is None:
         return None
-    return TeacherSpec(
-        experiment=build(load_config(section.take("config"))),
-        workdir=section.take("workdir"),
-        guidance=section.number("guidance", minimum=0.0),
-    )
+    experiment = build(load_config(section.take("config")))
+    guidance = section.number("guidance", minimum=0.0)
+    if guidance:
+        if not experiment.config["objective"].get("label_dropout"):
+            raise ConfigError(
+                f"config.teacher.guidance: got {guidance}, expected 0.0 because {experiment.name!r} was trained with "
+                "objective.label_dropout = 0.0: its null class means nothing"
+            )
+        name = f"{experiment.name}, guidance {guidance:g}"
+        experiment = dataclasses.replace(experiment, name=name, guidance=guidance)
+    return TeacherSpec(experiment, section.take("workdir"))
 
 
 def _check_teacher(config: ConfigDict, teacher: TeacherSpec | None, *, needs_teacher: bool) -> None:
@@ -322,17 +340,29 @@ def _check_teacher(config: ConfigDict, teacher: TeacherSpec | None, *, needs_tea
         got = teacher.experiment.name
         raise ConfigError(f"config.teacher.config: got {got!r}, expected the config of a diffusion model")
     ours = json.loads(config.to_json_best_effort())
-    for key in ("schedule", "prediction"):
-        if ours[key] != teacher.experiment.config[key]:
+    theirs = teacher.experiment.config
+    for path, got, expected in (
+        ("schedule", ours["schedule"], theirs["schedule"]),
+        ("prediction", ours["prediction"], theirs["prediction"]),
+        ("model.logsnr_input", ours["model"]["logsnr_input"], theirs["model"]["logsnr_input"]),
+    ):
+        if got != expected:
             raise ConfigError(
-                f"config.{key}: got {ours[key]}, expected the teacher's {teacher.experiment.config[key]}, "
+                f"config.{path}: got {got}, expected the teacher's {expected}, "
                 "because the student starts from the teacher's weights"
             )
 
 
-def _scaled(section: Section, distance: Distance) -> Distance:
-    resolutions = section.take("multiscale")
-    return distance if resolutions is None else distances.multiscale(distance, tuple(resolutions))
+def _scaled(section: Section, distance: Distance, data: DataSpec) -> Distance:
+    if section.take("multiscale") is None:
+        return distance
+    resolutions = section.whole_numbers("multiscale")
+    odd = [resolution for resolution in resolutions if data.resolution % resolution]
+    if odd:
+        raise ConfigError(
+            f"config.objective.multiscale: got {odd[0]}, expected divisors of data.resolution = {data.resolution}"
+        )
+    return distances.multiscale(distance, resolutions)
 
 
 def _inputs(data: DataSpec, batch: Batch, key: Key):
@@ -343,7 +373,7 @@ def _inputs(data: DataSpec, batch: Batch, key: Key):
 def _diffusion_objective(
     section: Section, data: DataSpec, model: nn.Module, schedule: Schedule, to_x: denoisers.ToX
 ) -> LossFn:
-    distance = _scaled(section, section.choose("loss", DIFFUSION_LOSSES))
+    distance = _scaled(section, section.choose("loss", DIFFUSION_LOSSES), data)
     label_dropout = section.number("label_dropout", minimum=0.0, below=1.0)
 
     def loss_fn(params: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]):
@@ -374,19 +404,15 @@ def _consistency_objective(
     distance = functools.partial(
         section.choose("distance", CONSISTENCY_DISTANCES), epsilon=section.number("huber_epsilon", minimum=0.0)
     )
-    distance = _scaled(section, distance)
-    teacher_steps = section.section("teacher_steps").bind(curriculum.teacher_steps)
+    distance = _scaled(section, distance, data)
+    grows = section.section("teacher_steps")
+    teacher_steps = functools.partial(
+        curriculum.teacher_steps,
+        start=grows.number("start", minimum=1),
+        end=grows.number("end", minimum=1),
+        anneal_steps=grows.number("anneal_steps", minimum=0),
+    )
     x_var_frac = section.number("x_var_frac", minimum=0.0)
-
-    def teacher_denoiser(frozen: Params, labels: Labels) -> Teacher | None:
-        if not distil:
-            return None
-        network = _network(teacher.experiment.model, frozen)
-        if teacher.guidance:
-            return denoisers.make_guided(
-                network, schedule, to_x, labels=labels, null_label=data.num_classes, guidance=teacher.guidance
-            )
-        return denoisers.make_denoiser(network, schedule, to_x, labels=labels)
 
     def loss_fn(
         params: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]
@@ -397,7 +423,7 @@ def _consistency_objective(
         current_steps = teacher_steps(step)
         loss, metrics = consistency_loss(
             denoisers.make_denoiser(network, schedule, to_x, labels=labels),
-            teacher_denoiser(frozen, labels),
+            teacher.experiment.answer(frozen, labels) if distil else None,
             schedule,
             x,
             k_loss,

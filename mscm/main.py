@@ -9,9 +9,9 @@ report/scores.json, and teacher/ (the teacher's own work directory, unless confi
 
 from absl import flags
 
-from mscm import cli
+from mscm import cli, run_flags
 
-flags.adopt_module_key_flags(cli)  # so that --help lists them
+flags.adopt_module_key_flags(run_flags)  # so that --help lists them
 
 
 def main() -> None:
@@ -19,8 +19,8 @@ def main() -> None:
     from mscm import training_loop  # here and not above: --help must not wait for jax
     from mscm.experiment import build
 
-    training_loop.run(build(cli.CONFIG.value), cli.WORKDIR.value)
+    training_loop.run(build(run_flags.CONFIG.value), run_flags.WORKDIR.value)
 
 
 if __name__ == "__main__":
-    cli.run(main, doc=__doc__)
+    cli.run(main, doc=__doc__, required=run_flags.REQUIRED)

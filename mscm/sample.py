@@ -10,9 +10,9 @@ import os
 
 from absl import flags
 
-from mscm import cli
+from mscm import cli, run_flags
 
-flags.adopt_module_key_flags(cli)  # so that --help lists them
+flags.adopt_module_key_flags(run_flags)  # so that --help lists them
 
 OUTPUT = flags.DEFINE_string("output", None, "FILE.png, FILE.npz or a folder. Default: WORKDIR/samples.png")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 50, "Number of images.", lower_bound=1)
@@ -33,7 +33,7 @@ def main() -> None:
     from mscm.experiment import build
     from mscm.report import grid
 
-    experiment, workdir = build(cli.CONFIG.value), cli.WORKDIR.value
+    experiment, workdir = build(run_flags.CONFIG.value), run_flags.WORKDIR.value
     default = evaluation.default_samplers(experiment)[-1]
     num_steps = default.num_steps if NUM_STEPS.value is None else NUM_STEPS.value
     spec = evaluation.SamplerSpec(SAMPLER.value or default.name, num_steps)
@@ -46,7 +46,13 @@ def main() -> None:
             raise ConfigError(f"--labels: got {','.join(LABELS.value)}, expected numbers from 0 to {num_classes - 1}")
         labels = np.resize(np.array(LABELS.value, np.int32), NUM_IMAGES.value)
 
+    output = OUTPUT.value or os.path.join(workdir, "samples.png")
+    folder = output if not output.endswith((".png", ".npz")) else os.path.dirname(os.path.abspath(output))
     params = evaluation.read_ema(experiment, workdir, STEP.value)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output: got {output!r}, expected a place to write to: {error.strerror}") from error
     images = np.concatenate(
         list(
             evaluation.generate(
@@ -60,8 +66,6 @@ def main() -> None:
             )
         )
     )
-    output = OUTPUT.value or os.path.join(workdir, "samples.png")
-    os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
     if output.endswith(".png"):
         columns = min(len(images), num_classes, 10)
         grid.save_png(output, grid.image_grid(images, columns=columns, title=f"{experiment.name}, {spec}"))
@@ -74,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, doc=__doc__)
+    cli.run(main, doc=__doc__, required=run_flags.REQUIRED)

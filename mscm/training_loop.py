@@ -55,10 +55,10 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
     if os.path.isdir(os.path.join(workdir, "checkpoints")):
         with reading(workdir) as checkpoints:
             if checkpoints.steps():
-                checkpoints.check(experiment.abstract_params())
+                checkpoints.check(experiment.facts())
     if experiment.teacher is not None and experiment.teacher.workdir is not None:
         with reading(experiment.teacher.workdir) as checkpoints:
-            checkpoints.check(experiment.teacher.experiment.abstract_params())
+            checkpoints.check(experiment.teacher.experiment.facts())
     return source
 
 
@@ -82,9 +82,10 @@ def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_
             step += spec.steps_per_dispatch
             progress.add(averages)
             done = step >= spec.num_steps  # more, where another number of steps per dispatch made the checkpoint
-            if step % spec.log_every_steps == 0 or done:
-                progress.report(step)
-            if step % spec.save_every_steps == 0 or done:
+            saves = step % spec.save_every_steps == 0 or done
+            if step % spec.log_every_steps == 0 or saves:
+                progress.report(step)  # before the checkpoint: what has diverged is not kept
+            if saves:
                 checkpoints.save(state, facts)
             if done:
                 break
@@ -133,10 +134,19 @@ class Progress:
         self._pending.append(averages)
 
     def report(self, step: int) -> None:
-        """Writes what was added since the last report."""
+        """Writes what was added since the last report.
+
+        Raises:
+          FloatingPointError: the loss is not finite.
+        """
         spec = self._experiment.train
         totals = jax.tree.map(lambda *sums: np.sum(np.stack(sums), axis=0), *jax.device_get(self._pending))
         scalars = {name: float(average.compute()) for name, average in totals.items() if average.count > 0}
+        if not np.isfinite(scalars["loss"]):
+            raise FloatingPointError(
+                f"{self._experiment.name}: got a loss of {scalars['loss']} in steps {self._step + 1} to {step}, "
+                "expected a finite number; the checkpoints before it are kept: lower config.optimizer.learning_rate"
+            )
         now = time.monotonic()
         rate = (step - self._step) / (now - self._time)
         scalars |= {"steps_per_second": rate, "images_per_second": rate * spec.batch_size}

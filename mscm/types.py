@@ -1,4 +1,4 @@
-"""The vocabulary that every module shares (design: level 0, imports only jax and jaxtyping).
+"""The vocabulary that every module shares; imports only jax and jaxtyping.
 
 Conventions: `t = 0` is data and `t = 1` is noise; images are float32 in [-1, 1], NHWC; times are one number per
 example (`"b"`), levels carry singleton axes (`"b 1 1 1"`) so that they multiply images without silent broadcasting.

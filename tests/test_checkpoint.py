@@ -52,7 +52,19 @@ def test_the_average_and_the_facts_are_read_alone(workdir):
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_ema(abstract), _state(6).ema)
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_ema(abstract, 4), _state(4).ema)
         assert checkpoints.facts() == _facts(_state(6))
-        assert checkpoints.check(abstract) == 6
+        assert checkpoints.check(_facts(_state(6))) == 6
+
+
+@pytest.mark.parametrize(
+    'fact', [{'student_steps': 4}, {'schedule': {'name': 'cosine', 'shift': 2.0}}, {'prediction': 'x'}]
+)
+def test_parameters_that_mean_something_else_are_refused(workdir, fact):
+    """The same shapes under another number of steps, schedule or prediction; both values are named."""
+    (key, value), facts = *fact.items(), _facts(_state(6)) | fact
+    with reading(workdir) as checkpoints:
+        with pytest.raises(CheckpointError, match=f"6: got a checkpoint of 'tiny' with {key} = .*, expected ") as error:
+            checkpoints.check(facts)
+    assert str(value) in str(error.value)
 
 
 def test_another_architecture_is_refused_by_the_name_of_the_parameter(workdir):
@@ -65,7 +77,7 @@ def test_another_architecture_is_refused_by_the_name_of_the_parameter(workdir):
         with pytest.raises(CheckpointError, match=sentence):
             checkpoints.restore_ema(wider.ema)
         with pytest.raises(CheckpointError, match=r'parameter dense/kernel has shape \[2, 3\], expected absent'):
-            checkpoints.check({'dense': {'bias': jax.ShapeDtypeStruct((3,), jnp.float32)}})
+            checkpoints.check(FACTS_MORE | {'parameters': {'dense/bias': [3]}})
 
 
 def test_what_is_not_there_is_said_in_a_sentence(workdir, tmp_path):

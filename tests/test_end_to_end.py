@@ -110,7 +110,7 @@ def test_a_run_leaves_what_the_readme_says(tiny):
 
 
 def test_training_moves_the_student_away_from_its_teacher(tiny):
-    """The checkpoint's parameters are not the teacher's, nor is their average."""
+    """The checkpoint's parameters are not the teacher's."""
     _, student = states_of(tiny.experiment, tiny.workdir)
     teacher = evaluation.read_ema(tiny.experiment.teacher.experiment, str(tiny.workdir / 'teacher'))
     same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), student.params, teacher)
@@ -224,6 +224,37 @@ def test_mistakes_on_the_command_line_are_one_sentence(tiny, flags, tmp_path):
     assert 'expected the work directory of a training' in said
     said = sentence_of(command('sample', config, workdir, '--step=3'))
     assert 'got step 3, expected one of 2, 4' in said
+
+
+def test_a_checkpoint_of_another_number_of_steps_is_refused(tiny):
+    """The parameters would fit; what they mean is another function."""
+    config = load_config(str(tiny.root / 'student.py'))
+    config.objective.student_steps = 4
+    with pytest.raises(ValueError, match='with student_steps = 2, expected 4'):
+        evaluation.read_ema(build(config), str(tiny.workdir))
+    with pytest.raises(ValueError, match='with student_steps = 2, expected 4'):
+        training_loop.check(build(config), str(tiny.workdir))
+    config.teacher.workdir = str(tiny.workdir)
+    with pytest.raises(ValueError, match='with student_steps = 2, expected None'):
+        training_loop.check(build(config), str(tiny.root / 'another'))
+
+
+def test_a_run_that_diverges_stops_before_it_saves(tiny, tmp_path):
+    """One sentence, and the checkpoints before are kept."""
+    workdir = tmp_path / 'run'
+    shutil.copytree(tiny.workdir, workdir)
+    config = load_config(str(tiny.root / 'student.py'))
+    config.train.num_steps = 8
+    config.optimizer.learning_rate = 1e30
+    experiment = build(config)
+    source = training_loop.check(experiment, str(workdir))
+    with pytest.raises(FloatingPointError, match='digits_cd2: got a loss of (nan|inf) in steps'):
+        training_loop.train(experiment, str(workdir), source, evaluation.read_ema(
+            experiment.teacher.experiment, str(workdir / 'teacher')
+        ))
+    with reading(workdir) as checkpoints:
+        params = checkpoints.restore_ema(experiment.abstract_params())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 def test_a_teacher_of_another_architecture_is_refused(tiny, tmp_path):

@@ -22,10 +22,11 @@ LAYERS = (
     (4, 'checkpoint', ('mscm.checkpoint',)),
     (4, 'metrics', ('mscm.metrics.*',)),
     (4, 'report', ('mscm.report.*',)),
-    (5, 'build', ('mscm.experiment', 'mscm.evaluation', 'mscm.cli', 'mscm.training_loop')),
+    (5, 'build', ('mscm.experiment', 'mscm.evaluation', 'mscm.cli', 'mscm.run_flags', 'mscm.training_loop')),
     (6, 'main', ('mscm.main',)),
     (6, 'eval', ('mscm.eval',)),
     (6, 'sample', ('mscm.sample',)),
+    (6, 'prepare', ('mscm.prepare',)),
 )
 
 # What a unit may not import although its layer would allow it.

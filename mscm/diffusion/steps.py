@@ -57,8 +57,10 @@ def addim_correction(
     x_var: Float[Array, "b 1 1 1"], eps_square: Float[Array, "b 1 1 1"], lvl_t: Level, lvl_s: Level
 ) -> Float[Array, "b 1 1 1"]:
     """c - sigma_s with c = sqrt(sigma_s^2 + A(t, s)^2 x_var / mean(eps^2)), without cancellation."""
-    tiny = jnp.finfo(eps_square.dtype).tiny
-    added = jnp.square(ddim_coefficient(lvl_t, lvl_s)) * x_var / jnp.maximum(eps_square, tiny)
+    # Without noise there is no direction to add variance in, and the quotient would overflow.
+    is_noisy = eps_square > jnp.finfo(eps_square.dtype).tiny
+    ratio = jnp.where(is_noisy, x_var / jnp.where(is_noisy, eps_square, 1), 0)
+    added = jnp.square(ddim_coefficient(lvl_t, lvl_s)) * ratio
     total = jnp.sqrt(jnp.square(lvl_s.sigma) + added) + lvl_s.sigma
     # Both square roots are 0 only if sigma_s = 0 and x_var = 0, where the correction is 0 too.
     return added / jnp.where(total > 0, total, 1)
@@ -84,19 +86,27 @@ def ancestral(
 
 
 def heun(denoiser: Denoiser, z_t: Images, t: Times, s: Times, lvl_t: Level, lvl_s: Level) -> Images:
-    """Deterministic second-order step in (y, u) = (z / alpha, sigma / alpha), EDM's Algorithm 1; two evaluations."""
+    """Deterministic second-order step in (y, u) = (z / alpha, sigma / alpha), EDM's Algorithm 1; two evaluations.
+
+    To u_s = 0 it is the Euler step, as there.
+    """
     u_t, u_s = lvl_t.sigma / lvl_t.alpha, lvl_s.sigma / lvl_s.alpha
     y_t = z_t / lvl_t.alpha
     slope_t = (y_t - denoiser(z_t, t)) / u_t
     y_s = y_t + (u_s - u_t) * slope_t
-    slope_s = (y_s - denoiser(lvl_s.alpha * y_s, s)) / u_s
-    return lvl_s.alpha * (y_t + (u_s - u_t) * (slope_t + slope_s) / 2)
+    slope_s = (y_s - denoiser(lvl_s.alpha * y_s, s)) / jnp.where(u_s > 0, u_s, 1)
+    slope = jnp.where(u_s > 0, (slope_t + slope_s) / 2, slope_t)
+    return lvl_s.alpha * (y_t + (u_s - u_t) * slope)
 
 
 def dpm_solver_pp_2m(
     x: Images, x_previous: Images, z_t: Images, lvl_previous: Level, lvl_t: Level, lvl_s: Level
 ) -> Images:
-    """DPM-Solver++(2M), arXiv:2211.01095: extrapolates x_hat linearly in log(alpha / sigma), then steps by (1)."""
+    """DPM-Solver++(2M), arXiv:2211.01095: extrapolates x_hat linearly in log(alpha / sigma), then steps by (1).
+
+    To sigma_s = 0, which is infinitely far in log(alpha / sigma), it is the step of first order.
+    """
     half_previous, half_t, half_s = (0.5 * level.logsnr for level in (lvl_previous, lvl_t, lvl_s))
     ratio = (half_t - half_previous) / (half_s - half_t)
-    return ddim(x + (x - x_previous) / (2 * ratio), z_t, lvl_t, lvl_s)
+    slope = jnp.where(lvl_s.sigma > 0, 1 / (2 * jnp.where(lvl_s.sigma > 0, ratio, 1)), 0)
+    return ddim(x + slope * (x - x_previous), z_t, lvl_t, lvl_s)

@@ -1,1 +1,1 @@
-"""Networks: Flax Linen modules with logical axis names; they know no schedule, loss or mesh (design: level 2)."""
+"""Networks: Flax Linen modules with logical axis names; they know no schedule, loss or mesh."""

@@ -1,5 +1,7 @@
 """The optimiser: an optax chain of clipping, Adam and a learning-rate schedule."""
 
+import math
+
 import optax
 
 DECAYS = ("constant", "cosine")
@@ -13,6 +15,8 @@ def make_learning_rate(*, learning_rate: float, warmup_steps: int, decay: str, n
     """
     if decay not in DECAYS:
         raise ValueError(f"optimizer.decay: got {decay!r}, expected one of {', '.join(DECAYS)}")
+    if not learning_rate > 0:
+        raise ValueError(f"optimizer.learning_rate: got {learning_rate}, expected a number above 0")
     if not 0 <= warmup_steps <= num_steps:
         raise ValueError(f"optimizer.warmup_steps: got {warmup_steps}, expected 0 to train.num_steps = {num_steps}")
     after = (
@@ -26,7 +30,17 @@ def make_learning_rate(*, learning_rate: float, warmup_steps: int, decay: str, n
 def make_optimizer(
     learning_rate: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float | None
 ) -> optax.GradientTransformation:
-    """Clip the global norm (None: do not), then Adam, with decoupled weight decay where it is not 0."""
+    """Clip the global norm (None: do not), then Adam, with decoupled weight decay where it is not 0.
+
+    Raises:
+      ValueError: a number outside its range.
+    """
+    limits = {"b1": (b1, 1.0), "b2": (b2, 1.0), "eps": (eps, math.inf), "weight_decay": (weight_decay, 1.0)}
+    for name, (value, limit) in limits.items():
+        if not 0 <= value < limit:
+            raise ValueError(f"optimizer.{name}: got {value}, expected a number from 0 and below {limit}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"optimizer.clip_norm: got {clip_norm}, expected a number above 0, or None for no clipping")
     clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
     decay = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
     return optax.chain(

@@ -12,4 +12,6 @@ def test_scalars_and_images_are_in_the_event_file(tmp_path):
         writer.write_images(3, {'samples': np.zeros((8, 8, 3), np.uint8)})
     (events,) = tmp_path.glob('events.*')
     content = events.read_bytes()
-    assert all(name in content for name in (b'loss', b'loss_segment', b'samples'))
+    assert all(name in content for name in (b'\x04loss', b'loss_segment/1', b'samples'))
+    values = (np.float32(number).tobytes() for number in (0.5, 0.25))
+    assert all(value in content for value in values)

@@ -1,0 +1,138 @@
+"""What the config switches on reaches the loss: guidance, dropped labels, flipped images."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from mscm import experiment as experiments
+from mscm.config import ConfigError
+from mscm.diffusion import denoiser as denoisers
+from mscm.experiment import build
+from mscm.objectives.multistep_consistency import consistency_loss
+
+BATCH = 256
+
+
+def _small(config):
+    config.model.middle.update(dict(width=32, num_blocks=1))
+    config.model.update(dict(emb_dim=16, head_dim=16))
+    return config
+
+
+def _batch():
+    """Images that are white on the left and black on the right, of all classes."""
+    image = np.zeros((BATCH, 8, 8, 1), np.uint8)
+    image[:, :, :4] = 255
+    return {'image': jnp.asarray(image), 'label': jnp.arange(BATCH, dtype=jnp.int32) % 10}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the network is asked in a loss: (z_t, log-SNR, labels); it answers with zeros."""
+    asked = []
+
+    def make(model, params, *, dropout_key=None):
+        def network(z_t, logsnr, labels):
+            asked.append(tuple(np.asarray(array) for array in (z_t, logsnr, labels)))
+            return jnp.zeros_like(z_t)
+
+        return network
+
+    monkeypatch.setattr(experiments, '_network', make)
+    return asked
+
+
+def _loss(config):
+    return build(config).loss_fn({}, {}, _batch(), jax.random.key(0), jnp.int32(0))
+
+
+@pytest.mark.parametrize('rate', [0.0, 0.25])
+def test_labels_are_dropped_at_the_rate_of_the_config(calls, rate):
+    """A dropped label is the null class; the others are untouched."""
+    config = digits.teacher()
+    config.objective.label_dropout = rate
+    _loss(config)
+    ((_, _, labels),) = calls
+    dropped = labels == 10
+    assert abs(dropped.mean() - rate) < (0.1 if rate else 1e-9)  # 256 draws: 0.1 is 3.7 standard deviations
+    np.testing.assert_array_equal(labels[~dropped], np.asarray(_batch()['label'])[~dropped])
+
+
+@pytest.mark.parametrize('family', [digits.teacher, lambda: digits.student(student_steps=2, distil=False)])
+@pytest.mark.parametrize('flip', [False, True])
+def test_images_are_flipped_where_the_config_says(calls, family, flip):
+    """Half of them, seen through the noise where there is little."""
+    config = family()
+    config.data.flip = flip
+    _loss(config)
+    z_t, logsnr, _ = calls[0]
+    clear = logsnr > 2
+    left_minus_right = (z_t[:, :, :4] - z_t[:, :, 4:]).mean(axis=(1, 2, 3))[clear]
+    assert clear.sum() > 60 and np.abs(left_minus_right).min() > 0.5
+    mirrored = (left_minus_right < 0).mean()
+    assert 0.25 < mirrored < 0.75 if flip else mirrored == 0
+
+
+@pytest.fixture
+def guided(tmp_path):
+    """Config of a student whose teacher was trained with dropped labels, with guidance 1.5."""
+    (tmp_path / 'teacher.py').write_text(
+        'from configs import digits\n'
+        'def get_config():\n'
+        '    config = digits.teacher()\n'
+        '    config.objective.label_dropout = 0.1\n'
+        '    config.model.middle.update(dict(width=32, num_blocks=1))\n'
+        '    config.model.update(dict(emb_dim=16, head_dim=16))\n'
+        '    return config\n'
+    )
+    config = _small(digits.student(student_steps=2, distil=True))
+    config.teacher.config = str(tmp_path / 'teacher.py')
+    config.teacher.guidance = 1.5
+    return config
+
+
+def test_guidance_reaches_the_teacher_and_its_samples(guided):
+    """The teacher answers 2.5 conditional - 1.5 null in the loss and where it is scored, and says so in its name."""
+    experiment = build(guided)
+    teacher = experiment.teacher.experiment
+    assert teacher.name == 'digits_teacher, guidance 1.5'
+    key = jax.random.key(3)
+    params = jax.jit(experiment.init_params)(key)
+    # The last layer of a new network is 0, and with it every output.
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(key, p.shape), params)
+    batch = {name: array[:8] for name, array in _batch().items()}
+    labels = jnp.asarray(batch['label'])
+
+    def plain(labels):
+        def network(z_t, logsnr, labels):
+            return experiment.model.apply({'params': params}, z_t, logsnr, labels, train=False)
+
+        return denoisers.make_denoiser(network, experiment.schedule, experiment.to_x, labels=labels)
+
+    z_t, t = jax.random.normal(key, (8, 8, 8, 1)), jnp.linspace(0.1, 0.9, 8)
+    x_cond, x_null = plain(labels)(z_t, t), plain(jnp.full_like(labels, 10))(z_t, t)
+    expected = 2.5 * x_cond - 1.5 * x_null
+    assert np.abs(expected - x_cond).max() > 1e-3
+    np.testing.assert_allclose(teacher.denoiser(params, labels)(z_t, t), expected, atol=1e-4)
+
+    loss, _ = experiment.loss_fn(params, params, batch, key, jnp.int32(0))
+    k_loss = jax.random.split(key, 3)[2]
+    x = jnp.asarray(batch['image']) / 127.5 - 1
+    by_hand, _ = consistency_loss(
+        plain(labels),
+        denoisers.make_guided(
+            lambda *inputs: experiment.model.apply({'params': params}, *inputs, train=False),
+            experiment.schedule, experiment.to_x, labels=labels, null_label=10, guidance=1.5,
+        ),
+        experiment.schedule, x, k_loss, student_steps=2, teacher_steps=16.0,
+    )
+    np.testing.assert_allclose(loss, by_hand, rtol=1e-4)
+
+
+def test_guidance_that_nobody_would_ask_for_is_refused(guided):
+    """Consistency training asks no teacher."""
+    guided.objective.distil = False
+    with pytest.raises(ConfigError, match='config.teacher.guidance: expected 0.0, because objective.distil = False'):
+        build(guided)

@@ -8,7 +8,15 @@ def _base() -> ConfigDict:
     return ConfigDict(
         dict(
             seed=0,
-            data=dict(name='digits', split='all', resolution=8, channels=1, num_classes=10, flip=False),
+            data=dict(
+                name='digits',
+                split='all',
+                path=placeholder(str),
+                resolution=8,
+                channels=1,
+                num_classes=10,
+                flip=False,
+            ),
             model=dict(
                 name='uvit',
                 stages=dict(),  # 8x8 pixels in 2x2 patches are 16 tokens: there is nothing to pool

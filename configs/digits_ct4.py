@@ -2,8 +2,8 @@
 
 Command:   python -m mscm.main --config=configs/digits_ct4.py --workdir=DIR
 Hardware:  two CPU cores
-Cost:      minutes; trains the teacher (configs/digits_teacher.py) first unless config.teacher.workdir names one
-Expected:  fd_classifier of the README's table, row CT, column 4
+Cost:      4 to 5 minutes, half of them the teacher (--config.teacher.workdir=DIR reuses one)
+Expected:  README, section Results (the runs of its table are longer)
 """
 
 from configs import digits

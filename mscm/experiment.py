@@ -52,6 +52,7 @@ class DataSpec:
 
     name: str
     split: str
+    path: str | None  # records, or a folder, zip or tar of images; None: the data set called `name`
     resolution: int
     channels: int
     num_classes: int
@@ -60,14 +61,21 @@ class DataSpec:
     def open(self) -> sources.Source:
         """The source, checked against what the config says of it."""
         try:
-            source = sources.open_source(self.name, split=self.split)
-        except ValueError as error:
+            source = sources.open_source(
+                self.name,
+                split=self.split,
+                path=self.path,
+                resolution=self.resolution,
+                channels=self.channels,
+                num_classes=self.num_classes,
+            )
+        except (ValueError, ImportError) as error:
             raise ConfigError(f"config.data: {error}") from error
         for key in ("resolution", "channels", "num_classes"):
             if getattr(source, key) != getattr(self, key):
                 raise ConfigError(
                     f"config.data.{key}: got {getattr(self, key)}, expected {getattr(source, key)}, "
-                    f"which is what {self.name!r} has"
+                    f"which is what {self.path or repr(self.name)} has"
                 )
         return source
 

@@ -1,19 +1,31 @@
 """Sources: a data set as labelled uint8 images with random access by index.
 
 Everything downstream (the pipeline, the feature network, the references of the metrics) sees a data set only through
-`Source`, so a new kind of storage is one class and one line in `SOURCES`.
+`Source`, so a new kind of storage is one class and one line in `open_source`.
 
     source = open_source("digits", split="all")
     batch = source.load(np.array([3, 1, 4]))  # {"image": uint8 "3 8 8 1", "label": int32 "3"}
+
+    open_source("digits", split="all")                                   # inside scikit-learn
+    open_source("synthetic", split="train", resolution=64, channels=3, num_classes=1000)
+    open_source("photos", split="train", path="DIR")                     # records made by mscm.prepare
+    open_source("photos", split="train", path="x.zip", resolution=64)    # a folder, zip or tar, resized while read
+    open_source("cifar10", split="train")                                # TensorFlow Datasets, prepared as array_record
 """
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+import functools
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int32, Integer, UInt8
+
+from mscm.data import folders, images, records, tfds_source
 
 
 @runtime_checkable
@@ -30,6 +42,10 @@ class Source(Protocol):
     @property
     def labels(self) -> Int32[np.ndarray, "n"]:
         """The label of every example, without loading an image."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the examples are: scores and networks of another one are not comparable."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -78,6 +94,12 @@ class ArraySource:
     def channels(self) -> int:
         return self.images.shape[3]
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(np.ascontiguousarray(self.images))
+        digest.update(np.ascontiguousarray(self.labels))
+        return digest.hexdigest()
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -108,17 +130,94 @@ def _digits(split: str) -> ArraySource:
     return ArraySource('digits', split, images, labels, tuple(str(name) for name in digits.target_names))
 
 
-SOURCES: Mapping[str, Callable[[str], Source]] = {'digits': _digits}
+class FileSource:
+    """A `Source` over image files, decoded and resized while they are read; can be sent to other processes.
+
+    For small data sets and first tries: `mscm.prepare` does the same once, and reading is then many times faster.
+    """
+
+    def __init__(self, name: str, files: folders.ImageFiles, *, resolution: int, channels: int = 3):
+        self.name, self.split = name, files.split or "train"
+        self.resolution, self.channels = resolution, channels
+        self.class_names = files.class_names
+        self.labels = np.array([entry.label for entry in files.entries], np.int32)
+        self._files = files
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        what = [self._files.path, self._files.entries, self.class_names, self.resolution, self.channels]
+        return hashlib.sha256(repr(what).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, indices: Integer[np.ndarray, "b"]) -> dict[str, np.ndarray]:
+        """The examples at `indices`, under the transform `area`.
+
+        Raises:
+          BrokenImage: names the file.
+        """
+        return {"image": np.stack([self._load(int(i)) for i in indices]), "label": self.labels[indices]}
+
+    def _load(self, index: int) -> images.Square:
+        try:
+            return images.area(images.decode(self._files.read(index), channels=self.channels), self.resolution)
+        except images.BrokenImage as error:
+            name = self._files.entries[index].name
+            raise images.BrokenImage(f"{self._files.path}: {name}: {error}; remove it or use mscm.prepare") from error
 
 
-def open_source(name: str, *, split: str) -> Source:
-    """The data set registered in `SOURCES` under `name`.
+def _synthetic(*, split: str, resolution: int | None, channels: int | None, num_classes: int | None) -> ArraySource:
+    """1,024 images of noise, the same for everybody: what a benchmark trains on when the data is not the question."""
+    if resolution is None or channels is None or num_classes is None:
+        raise ValueError("source 'synthetic': expected resolution, channels and num_classes: it has none itself")
+    rng = np.random.RandomState(0)
+    pixels = rng.randint(0, 256, (1024, resolution, resolution, channels), np.uint8)
+    labels = (np.arange(len(pixels)) % num_classes).astype(np.int32)
+    return ArraySource("synthetic", split, pixels, labels, tuple(str(i) for i in range(num_classes)))
+
+
+def open_source(
+    name: str,
+    *,
+    split: str,
+    path: str | os.PathLike | None = None,
+    resolution: int | None = None,
+    channels: int | None = None,
+    num_classes: int | None = None,
+) -> Source:
+    """The data set at `path` (records, or a folder, zip or tar of images), or the one called `name`.
+
+    Sizes are for sources that have none of their own; the caller checks those of the others.
 
     Raises:
-      ValueError: for an unknown name or split; the message lists the choices.
+      ValueError: no such data set, split or path; the message says what there is.
     """
-    _check_choice('data set', name, SOURCES)
-    return SOURCES[name](split)
+    if path is not None:
+        if any(Path(path).glob("*.json")):
+            return records.RecordSource(name, path, split=split)
+        if resolution is None:
+            raise ValueError(f"{path}: got a folder or archive of images, expected a resolution to resize them to")
+        return FileSource(name, _files_of(path, split), resolution=resolution, channels=channels or 3)
+    if name == "digits":
+        return _digits(split)
+    if name == "synthetic":
+        return _synthetic(split=split, resolution=resolution, channels=channels, num_classes=num_classes)
+    return tfds_source.open_tfds(name, split=split)
+
+
+def _files_of(path: str | os.PathLike, split: str) -> folders.ImageFiles:
+    """Files without splits are the split train."""
+    try:
+        return folders.open_files(path, split=split)
+    except folders.NoSuchSplit:
+        if split != "train":
+            raise
+        return folders.open_files(path)
 
 
 def _check_choice(what: str, got: str, choices: Iterable[str]) -> None:

@@ -44,6 +44,10 @@ class LabelledImages(Protocol):
     resolution: int
     channels: int
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the examples are."""
+
     def __len__(self) -> int:
         """Number of examples."""
 
@@ -185,6 +189,7 @@ def _card(source: LabelledImages, *, seed: int) -> dict[str, Any]:
         'data_set': source.name,
         'split': source.split,
         'count': len(source),
+        'fingerprint': source.fingerprint,
         'num_classes': source.num_classes,
         'resolution': source.resolution,
         'channels': source.channels,

@@ -1,0 +1,190 @@
+"""Labelled image files: a folder, a zip or a tar with one folder per class.
+
+    files = open_files("photos.zip", split="train")
+    files.class_names                       # ("cat", "dog"), sorted: the label is the index
+    files.entries[0]                        # Entry(name="photos/train/cat/0001.jpg", label=0)
+    files.read(0)                           # its bytes
+
+The class of a file is the folder that holds it. `split` keeps the files that have a folder of that name above their
+class, as in photos/train/cat/0001.jpg. A tar may hold one tar per class, as ILSVRC's does; the class is then its name.
+"""
+
+import collections
+import dataclasses
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from mscm.data.images import SUFFIXES
+
+
+class NoSuchSplit(ValueError):
+    """The chosen split is no folder above the classes."""
+
+
+class Entry(NamedTuple):
+    """One image file: its name within the source, and its label."""
+
+    name: str
+    label: int
+
+
+class _Place(NamedTuple):
+    """Where the bytes of a file are: a range of the file `path`."""
+
+    path: str
+    offset: int = 0
+    size: int = -1  # to the end
+    deflated: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFiles:
+    """The image files of a source, sorted by name; can be sent to other processes."""
+
+    path: str
+    split: str | None
+    class_names: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    _places: tuple[_Place, ...]  # where each entry's bytes are
+
+    def part(self, start: int, stop: int) -> "ImageFiles":
+        """The files from `start` to before `stop`."""
+        chosen = slice(start, stop)
+        return dataclasses.replace(self, entries=self.entries[chosen], _places=self._places[chosen])
+
+    def read(self, index: int) -> bytes:
+        """The bytes of a file."""
+        place = self._places[index]
+        with open(place.path, "rb") as file:
+            file.seek(place.offset)
+            data = file.read(place.size)
+        return zlib.decompress(data, wbits=-zlib.MAX_WBITS) if place.deflated else data
+
+
+def open_files(path: str | os.PathLike, *, split: str | None = None) -> ImageFiles:
+    """Lists a folder, zip or tar.
+
+    Raises:
+      ValueError: no such path, not one of the three, compressed so that files cannot be read one by one, no images, no
+        such split, several splits and none chosen, an empty class folder, or two classes of one name.
+    """
+    path = os.fspath(path)
+    found, folders = _list(path)
+    images = {name: place for name, place in found.items() if PurePosixPath(name).suffix.lower() in SUFFIXES}
+    # Of the resource forks that some archivers add, and of other hidden files.
+    images = {name: place for name, place in images.items() if not _is_hidden(name)}
+    if not images:
+        raise ValueError(f"{path}: got {len(found)} files and no image, expected files such as CLASS/NAME.jpg")
+    parents = {str(PurePosixPath(name).parent) for name in images}
+    empty = {folder for folder in folders if not _is_hidden(folder) and folder not in parents}
+    if split is not None:
+        chosen = {parent for parent in parents if split in PurePosixPath(parent).parts[:-1]}
+        if not chosen:
+            names = sorted({part for parent in parents for part in PurePosixPath(parent).parts[:-1]})
+            raise NoSuchSplit(
+                f"{path}: got split {split!r}, expected a folder above the class folders"
+                + (f", one of {', '.join(names[:20])}" if names else "; there is none, so give no split")
+            )
+        empty = {folder for folder in empty if split in PurePosixPath(folder).parts[:-1]}
+        parents = chosen
+    _check_classes(path, parents, empty, split)
+    class_names = tuple(sorted(PurePosixPath(parent).name for parent in parents))
+    label_of = {parent: class_names.index(PurePosixPath(parent).name) for parent in parents}
+    names = sorted(name for name in images if str(PurePosixPath(name).parent) in parents)
+    entries = tuple(Entry(name, label_of[str(PurePosixPath(name).parent)]) for name in names)
+    return ImageFiles(path, split, class_names, entries, tuple(images[name] for name in names))
+
+
+def _check_classes(path: str, parents: set[str], empty: set[str], split: str | None) -> None:
+    if "." in parents:
+        raise ValueError(f"{path}: got images that are in no folder, expected one folder per class: CLASS/NAME.jpg")
+    by_name = collections.defaultdict(list)
+    for parent in sorted(parents):
+        by_name[PurePosixPath(parent).name].append(parent)
+    twice = [places for places in by_name.values() if len(places) > 1]
+    if twice:
+        above = sorted({PurePosixPath(place).parent.name for places in twice for place in places})
+        raise ValueError(
+            f"{path}: got {len(twice)} classes with two folders of their name, such as {' and '.join(twice[0][:2])}, "
+            f"expected one; choose one of {', '.join(above)} with --split, or rename them"
+        )
+    # A folder beside class folders that has no image of its own would silently shift the labels of the others.
+    above = {str(PurePosixPath(parent).parent) for parent in parents}
+    lost = sorted(folder for folder in empty if str(PurePosixPath(folder).parent) in above and folder not in above)
+    if lost:
+        raise ValueError(f"{path}: got no image in the class folder {lost[0]}, expected at least one; remove it")
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def _list(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
+    """The files of a source by name, and its folders."""
+    if os.path.isdir(path):
+        return _list_folder(path)
+    if not os.path.exists(path):
+        raise ValueError(f"got {path!r}, expected an existing folder, zip or tar of images")
+    if zipfile.is_zipfile(path):
+        return _list_zip(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return _list_tar(tar, path, 0, "")
+    except tarfile.ReadError:
+        pass
+    if tarfile.is_tarfile(path):
+        raise ValueError(f"{path}: got a compressed tar, expected a plain one, whose files can be read in any order")
+    raise ValueError(f"{path}: got a file that is neither zip nor tar, expected a folder, zip or tar of images")
+
+
+def _list_folder(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
+    files, folders = {}, set()
+    for directory, _, names in os.walk(path, followlinks=True):
+        folder = Path(directory).relative_to(path).as_posix()
+        folders.add(folder)
+        for name in names:
+            full = os.path.join(directory, name)
+            files[(PurePosixPath(folder) / name).as_posix()] = _Place(full)
+    return files, folders - {"."}
+
+
+def _list_zip(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
+    files, folders = {}, set()
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
+        for info in archive.infolist():
+            if info.is_dir():
+                folders.add(info.filename.rstrip("/"))
+                continue
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+                raise ValueError(
+                    f"{path}: got {info.filename}, which is encrypted or compressed in a rare way, expected a plain or "
+                    "deflated file; unpack the zip and give the folder"
+                )
+            # The local header repeats the name, with an extra field of its own length.
+            raw.seek(info.header_offset + 26)
+            lengths = raw.read(4)
+            skip = 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+            deflated = info.compress_type == zipfile.ZIP_DEFLATED
+            files[info.filename] = _Place(path, info.header_offset + skip, info.compress_size, deflated)
+    return files, folders
+
+
+def _list_tar(tar: tarfile.TarFile, path: str, base: int, prefix: str) -> tuple[dict[str, _Place], Iterable[str]]:
+    files, folders = {}, set()
+    for member in tar:
+        name = PurePosixPath(prefix, member.name).as_posix()
+        if member.isdir():
+            folders.add(name)
+        elif member.isfile() and name.endswith(".tar"):
+            with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                inside, more = _list_tar(inner, path, base + member.offset_data, name.removesuffix(".tar"))
+            files |= inside
+            folders |= {name.removesuffix(".tar"), *more}
+        elif member.isfile():
+            files[name] = _Place(path, base + member.offset_data, member.size)
+    return files, folders

@@ -1,0 +1,129 @@
+"""Image files on the host: decoding of whatever is in the wild, and the resizing that papers call preprocessing.
+
+Which resizing a statistic was computed with changes FID by tenths, so each has a name:
+
+  area     central square crop, then the exact area average (tf.image.resize with method 'area')   the default
+  adm      halve with a box filter while twice too large, bicubic to the short side, central crop   Dhariwal & Nichol
+  lanczos  central square crop, then one Lanczos resize                                             Karras et al.
+
+`area` with an integer ratio k is the mean of k x k pixels. An image smaller than the target is enlarged by the same
+function; `mscm.prepare` counts such images in its card.
+"""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Pixels = UInt8[np.ndarray, "h w c"]
+Square = UInt8[np.ndarray, "s s c"]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+_BACKGROUND = 255  # behind transparent pixels, as a page shows them
+
+
+class BrokenImage(ValueError):
+    """A file that is no image, or not a whole one."""
+
+
+def decode(data: bytes, *, channels: int) -> Pixels:
+    """An image file as upright 8-bit RGB (`channels` = 3) or grey (1).
+
+    Grey and palette images become RGB, CMYK is converted, 16 bits are scaled to 8, EXIF rotation is applied, alpha is
+    blended with white. Of an animation, the first frame.
+
+    Raises:
+      BrokenImage: the sentence is the decoder's.
+    """
+    mode = {1: "L", 3: "RGB"}[channels]
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image = _eight_bit(ImageOps.exif_transpose(image))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                page = Image.new("RGBA", image.size, (_BACKGROUND,) * 3 + (255,))
+                image = Image.alpha_composite(page, image)
+            pixels = np.asarray(image.convert(mode))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BrokenImage(str(error).replace("\n", " ") or type(error).__name__) from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey (modes `I;16` and, from older files, `I`) as 8-bit grey: Pillow's own conversion clips it."""
+    if not image.mode.startswith("I"):
+        if image.mode == "F":
+            raise BrokenImage("got floating-point pixels, whose range is not known, expected 8 or 16 bits")
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise BrokenImage(f"got grey values from {values.min()} to {values.max()}, expected 0 to 65535")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """PNG file of a grey or RGB image."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def area(pixels: Pixels, side: int) -> Square:
+    """Central square crop, then the average over each target pixel's area."""
+    pixels = _central_square(pixels)
+    weights = _area_weights(pixels.shape[0], side)
+    rows = np.tensordot(weights, pixels.astype(np.float64), axes=(1, 0))
+    return _quantise(np.tensordot(weights, rows, axes=(1, 1)).swapaxes(0, 1))
+
+
+def adm(pixels: Pixels, side: int) -> Square:
+    """Box-halved, bicubic to the short side, central crop: guided diffusion, arXiv:2105.05233."""
+    image = _to_pil(pixels)
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    pixels = _from_pil(image)
+    top, left = ((length - side) // 2 for length in pixels.shape[:2])
+    return pixels[top : top + side, left : left + side]
+
+
+def lanczos(pixels: Pixels, side: int) -> Square:
+    """Central square crop, one Lanczos resize: the data set tool of EDM, arXiv:2206.00364."""
+    image = _to_pil(_central_square(pixels))
+    return _from_pil(image.resize((side, side), Image.Resampling.LANCZOS))
+
+
+TRANSFORMS: dict[str, Callable[[Pixels, int], Square]] = {"area": area, "adm": adm, "lanczos": lanczos}
+
+
+def _central_square(pixels: Pixels) -> Square:
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    top, left = height // 2 - side // 2, width // 2 - side // 2
+    return pixels[top : top + side, left : left + side]
+
+
+def _area_weights(source: int, target: int) -> Float[np.ndarray, "target source"]:
+    """Share of source pixel j in target pixel i; rows sum to 1."""
+    # In units of 1 / (source * target) all edges are whole numbers, so an integer ratio is exact.
+    low, high = np.arange(target)[:, None] * source, np.arange(1, target + 1)[:, None] * source
+    start, end = np.arange(source)[None, :] * target, np.arange(1, source + 1)[None, :] * target
+    overlap = np.minimum(high, end) - np.maximum(low, start)
+    return np.maximum(overlap, 0) / source
+
+
+def _quantise(values: Float[np.ndarray, "s s c"]) -> Square:
+    return np.clip(np.floor(values + 0.5), 0, 255).astype(np.uint8)
+
+
+def _to_pil(pixels: Pixels) -> Image.Image:
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def _from_pil(image: Image.Image) -> Pixels:
+    pixels = np.asarray(image)
+    return pixels.reshape(*pixels.shape[:2], -1)

@@ -1,0 +1,93 @@
+"""TensorFlow Datasets without TensorFlow: prepared as array_record, read by index, decoded here.
+
+Preparing one of the stock data sets needs TensorFlow, once: `pip install mscm[prepare]` and
+`tfds build NAME --file_format=array_record`. Reading does not.
+"""
+
+import functools
+import hashlib
+
+import numpy as np
+from jaxtyping import Int32, Integer
+
+from mscm.data import images
+
+
+class TfdsSource:
+    """A `Source` over a prepared data set with an image and a label; made by `open_tfds`."""
+
+    def __init__(self, name: str, split: str, builder, keys: tuple[str, str]):
+        features = builder.info.features
+        self._image, self._label = keys
+        self.name, self.split = name, split
+        self.resolution, _, self.channels = features[self._image].shape
+        self.class_names = tuple(features[self._label].names)
+        self._identity = f"{builder.info.full_name} {builder.info.splits[split].shard_lengths}"
+        self._records = builder.as_data_source(split, decoders={self._image: _skip_decoding()})
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @functools.cached_property
+    def labels(self) -> Int32[np.ndarray, "n"]:
+        return np.array([record[self._label] for record in self._read(range(len(self)))], np.int32)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._identity.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def load(self, indices: Integer[np.ndarray, "b"]) -> dict[str, np.ndarray]:
+        """The examples at `indices`, read in one request."""
+        examples = self._read(indices)
+        return {
+            "image": np.stack([images.decode(example[self._image], channels=self.channels) for example in examples]),
+            "label": np.array([example[self._label] for example in examples], np.int32),
+        }
+
+    def _read(self, indices) -> list[dict]:
+        return self._records.__getitems__([int(i) for i in indices])
+
+
+def open_tfds(name: str, *, split: str) -> TfdsSource:
+    """The data set `name` of TensorFlow Datasets, with all its images of one square size.
+
+    Raises:
+      ValueError: no such data set, not prepared as array_record, no such split, no image and label, or images of other
+        sizes; the message says what to do.
+    """
+    import tensorflow_datasets as tfds  # here: half a second that only its users pay
+
+    path = "or give config.data.path: a folder, zip or tar of images, or a directory made by python -m mscm.prepare"
+    try:
+        builder = tfds.builder(name, file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise ValueError(
+            f"got data set {name!r}, expected digits, synthetic, or a name that TensorFlow Datasets knows, {path}"
+        ) from error
+    if not builder.is_prepared():
+        raise ValueError(
+            f"got data set {name!r}, which is not prepared in {builder.data_path}; prepare it once with pip install "
+            f"mscm[prepare] and tfds build {name} --file_format=array_record, {path}"
+        )
+    if split not in builder.info.splits:
+        raise ValueError(f"got split {split!r} of {name!r}, expected one of {', '.join(builder.info.splits)}")
+    keys = builder.info.supervised_keys
+    if keys is None or not hasattr(builder.info.features[keys[1]], "names"):
+        raise ValueError(f"got data set {name!r} without an image and a class label, expected both")
+    shape = builder.info.features[keys[0]].shape
+    if None in shape or shape[0] != shape[1]:
+        raise ValueError(
+            f"got images of shape {shape} in {name!r}, expected one square size; run python -m mscm.prepare "
+            f"--source=tfds:{name} --split={split} and give config.data.path"
+        )
+    return TfdsSource(name, split, builder, tuple(keys))
+
+
+def _skip_decoding():
+    import tensorflow_datasets as tfds
+
+    return tfds.decode.SkipDecoding()

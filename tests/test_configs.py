@@ -19,7 +19,7 @@ from mscm.config import ConfigError
 from mscm.experiment import build
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = ('digits', 'imagenet')
+FAMILIES = ('digits', 'cifar10', 'imagenet')
 FILES = sorted(p for p in (ROOT / 'configs').glob('*.py') if p.stem not in (*FAMILIES, '__init__'))
 # What --config takes, relative to the root of the repository: every file, and its large variant where there is one.
 ALL_CONFIGS = [
@@ -47,13 +47,17 @@ def paths(config: ConfigDict, prefix: str = '') -> set[str]:
 
 
 def test_the_files_that_the_readme_promises_exist():
-    digits = {'digits_teacher', *(f'digits_{kind}{s}' for kind in ('cd', 'ct') for s in (1, 2, 4, 8))}
+    small = {
+        f'{family}_{run}'
+        for family in ('digits', 'cifar10')
+        for run in ('teacher', *(f'{kind}{s}' for kind in ('cd', 'ct') for s in (1, 2, 4, 8)))
+    }
     imagenet = {
         f'imagenet{side}_{run}'
         for side in (64, 128)
         for run in ('teacher', *(f'{kind}{s}' for kind in ('cd', 'ct') for s in (1, 2, 4, 8, 16)))
     }
-    assert {path.stem for path in FILES} == digits | imagenet
+    assert {path.stem for path in FILES} == small | imagenet
 
 
 @pytest.mark.parametrize('name', ALL_CONFIGS)
@@ -226,7 +230,7 @@ def test_flag_finds_the_family_from_another_directory(tmp_path):
 
 def test_reading_a_config_imports_no_heavy_library():
     """`--help` and an error in a config must not wait for jax."""
-    script = 'import sys, configs.digits, configs.imagenet'
+    script = 'import sys, configs.digits, configs.cifar10, configs.imagenet'
     heavy = 'jax', 'flax', 'numpy', 'tensorflow_datasets'
     script += f'\nprint([name for name in {heavy} if name in sys.modules])'
     out = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -261,6 +265,8 @@ def test_builds(name):
 
 # The files of a family differ in numbers that no shape depends on, so one of each kind of run and of each network.
 STEPPED = [name for name in ALL_CONFIGS if name.startswith('configs/digits')] + [
+    'configs/cifar10_teacher.py', 'configs/cifar10_cd4.py'
+] + [
     f'configs/imagenet{side}_{run}.py{suffix}'
     for side, run, suffix in (
         (64, 'teacher', ''), (64, 'cd4', ':large'), (128, 'ct16', ''), (128, 'teacher', ':large'), (128, 'cd8', '')

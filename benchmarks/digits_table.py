@@ -20,6 +20,7 @@ from absl import app, flags
 from mscm.report.table import format_table
 
 ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("cd", "ct")
 STUDENT_STEPS = (1, 2, 4, 8)
 # Only Linux tells, and can hold a process on one of them.
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -39,7 +40,7 @@ def runs(root: Path) -> list[list[str]]:
         directory = root / f"seed_{seed}"
         common = [f"--config.seed={seed}", *lengths]
         teachers.append(["--config=configs/digits_teacher.py", f"--workdir={directory / 'teacher'}", *common])
-        for kind in ("cd", "ct"):
+        for kind in KINDS:
             for student_steps in STUDENT_STEPS:
                 name = f"{kind}{student_steps}"
                 students.append([
@@ -50,7 +51,7 @@ def runs(root: Path) -> list[list[str]]:
                     f"--config.teacher.workdir={directory / 'teacher'}",
                     "--config.eval.teacher_steps=(1,)",  # the teacher's own run has its scores
                 ])
-    return teachers + students
+    return teachers + sorted(students, key=lambda words: "_ct" in words[0])  # all CD first
 
 
 def value_of(flag: str, words: list[str]) -> Path | None:
@@ -124,7 +125,7 @@ def main(_: list[str]) -> None:
         return f"{statistics.mean(values):.2f}{spread}"
 
     rows = [["teacher, aDDIM", *(cell([of_seed["digits_teacher", nfe] for of_seed in teachers]) for nfe in columns)]]
-    for kind in ("ct", "cd"):
+    for kind in KINDS:
         row = [f"{kind.upper()}, DDIM"]
         for nfe in columns:
             students = [directory / f"{kind}{nfe}" for directory in directories if nfe in STUDENT_STEPS]

@@ -2,15 +2,21 @@
 
 The papers of this method have no CIFAR-10 result, so these settings are ours: simple diffusion's U-ViT made small, an
 unshifted cosine schedule (32 pixels are its reference), random flips. --config.data.path=PATH reads a folder, an
-archive or prepared records instead of TensorFlow Datasets.
+archive or prepared records instead of TensorFlow Datasets. The variant 'small' is for a look on two CPU cores.
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
-def _base() -> ConfigDict:
-    return ConfigDict(
+def _check(variant: str) -> None:
+    if variant not in ('', 'small'):
+        raise ValueError(f"unknown variant of the CIFAR-10 configs: got {variant!r}, expected one of '', 'small'")
+
+
+def _base(variant: str) -> ConfigDict:
+    _check(variant)
+    config = ConfigDict(
         dict(
             seed=0,
             data=dict(
@@ -21,6 +27,7 @@ def _base() -> ConfigDict:
                 channels=3,
                 num_classes=10,
                 flip=True,
+                num_workers=4,
             ),
             model=dict(
                 name='uvit',
@@ -62,31 +69,49 @@ def _base() -> ConfigDict:
             eval=dict(num_images=50_000, batch_size=1000, seed=0, teacher_steps=(1, 2, 4, 8, 64, 256)),
         )
     )
+    if variant == 'small':
+        config.model.stages.stage_0.update(dict(width=32, num_blocks=1))
+        config.model.stages.stage_1.update(dict(width=64, num_blocks=1, dropout=0.0))
+        config.model.middle.update(dict(width=128, num_blocks=2, dropout=0.0))
+        config.model.update(dict(emb_dim=128, head_dim=32, dtype='float32', scan_blocks=False))
+        config.data.num_workers = 0
+        config.optimizer.update(dict(learning_rate=2e-3, warmup_steps=100, decay='cosine'))
+        config.ema.decay = 0.999
+        config.train.update(dict(num_steps=2000, batch_size=64, save_every_steps=500))
+        config.eval.update(dict(num_images=1000, batch_size=250, teacher_steps=(4, 32)))
+    return config
 
 
-def teacher() -> ConfigDict:
+def _name(kind: str, variant: str) -> str:
+    return '_'.join(part for part in ('cifar10', kind, variant) if part)
+
+
+def teacher(*, variant: str) -> ConfigDict:
     """The diffusion model that the students start from."""
-    config = _base()
-    config.name = 'cifar10_teacher'
+    config = _base(variant)
+    config.name = _name('teacher', variant)
     config.objective = dict(name='diffusion', loss='v_mse', multiscale=placeholder(tuple), label_dropout=0.0)
     config.teacher = None
     return config
 
 
-def student(*, student_steps: int, distil: bool) -> ConfigDict:
+def student(*, student_steps: int, distil: bool, variant: str) -> ConfigDict:
     """A multistep consistency model: distilled (`distil=True`, CD) or trained on the data alone (CT)."""
-    config = _base()
-    config.name = f'cifar10_{"cd" if distil else "ct"}{student_steps}'
+    config = _base(variant)
+    config.name = _name(f'{"cd" if distil else "ct"}{student_steps}', variant)
     config.objective = dict(
         name='multistep_consistency',
         distil=distil,
         student_steps=student_steps,
-        teacher_steps=dict(start=64.0, end=1280.0, anneal_steps=50_000),
+        teacher_steps=dict(start=64.0, end=1280.0, anneal_steps=config.train.num_steps // 2),
         x_var_frac=0.75,
         distance='pseudo_huber',
         huber_epsilon=1e-4,
         multiscale=placeholder(tuple),
     )
-    config.teacher = dict(config='configs/cifar10_teacher.py', workdir=placeholder(str), guidance=0.0)
-    config.optimizer.learning_rate = 1e-4
+    teacher_file = 'configs/cifar10_teacher.py'
+    config.teacher = dict(
+        config=f'{teacher_file}:{variant}' if variant else teacher_file, workdir=placeholder(str), guidance=0.0
+    )
+    config.optimizer.learning_rate /= 2
     return config

@@ -1,13 +1,14 @@
 """CIFAR-10, consistency distillation, 1 step.
 
 Command:   python -m mscm.main --config=configs/cifar10_cd1.py --workdir=DIR --config.data.path=cifar10.zip
-Hardware:  one GPU
-Cost:      100,000 steps of 512 images and the same for the teacher; the time is not measured yet
+           python -m mscm.main --config=configs/cifar10_cd1.py:small --workdir=DIR --config.data.path=cifar10.zip
+Hardware:  one GPU; small: two CPU cores
+Cost:      100,000 steps of 512 images, and as many for the teacher; the time is not measured yet
 Expected:  fd_classifier not measured yet; the papers have no CIFAR-10 result
 """
 
 from configs import cifar10
 
 
-def get_config():
-    return cifar10.student(student_steps=1, distil=True)
+def get_config(variant=''):
+    return cifar10.student(student_steps=1, distil=True, variant=variant)

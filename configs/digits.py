@@ -16,6 +16,7 @@ def _base() -> ConfigDict:
                 channels=1,
                 num_classes=10,
                 flip=False,
+                num_workers=0,
             ),
             model=dict(
                 name='uvit',

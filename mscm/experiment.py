@@ -57,6 +57,7 @@ class DataSpec:
     channels: int
     num_classes: int
     flip: bool
+    num_workers: int  # processes that load; 0 is one thread of the training process
 
     def open(self) -> sources.Source:
         """The source, checked against what the config says of it."""
@@ -210,7 +211,7 @@ def build(config: ConfigDict) -> Experiment:
 
 
 def _build(root: Section, config: ConfigDict) -> Experiment:
-    data = DataSpec(**_fields(root.section("data"), DataSpec))
+    data = _data(root.section("data"))
     model = _model(root.section("model"), data)
     schedule_section = root.section("schedule")
     schedule = schedule_section.bind(schedule_section.choose("name", SCHEDULES))
@@ -228,7 +229,7 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
     bind_rate = optimizer_section.bind(functools.partial(optimizers.make_learning_rate, num_steps=train.num_steps))
     learning_rate = bind_rate()
     ema = root.section("ema")
-    teacher = _teacher(root.optional_section("teacher"))
+    teacher = _teacher(root.optional_section("teacher"), config)
     objective = root.section("objective")
     kind = objective.choose("name", OBJECTIVES)
     _check_teacher(config, teacher, needs_teacher=kind != "diffusion")
@@ -277,6 +278,15 @@ def _fields(section: Section, spec: type) -> dict[str, Any]:
     return {field.name: section.take(field.name) for field in dataclasses.fields(spec)}
 
 
+def _data(section: Section) -> DataSpec:
+    return DataSpec(
+        **{key: section.take(key) for key in ("name", "split", "path")},
+        **{key: section.number(key, minimum=1) for key in ("resolution", "channels", "num_classes")},
+        flip=bool(section.take("flip")),
+        num_workers=section.number("num_workers", minimum=0),
+    )
+
+
 def _train(section: Section) -> TrainSpec:
     train = TrainSpec(**{f.name: section.number(f.name, minimum=1) for f in dataclasses.fields(TrainSpec)})
     for key in ("num_steps", "log_every_steps", "save_every_steps"):
@@ -321,10 +331,12 @@ def _network(model: nn.Module, params: Params, *, dropout_key: Key | None = None
     return network
 
 
-def _teacher(section: Section | None) -> TeacherSpec | None:
+def _teacher(section: Section | None, config: ConfigDict) -> TeacherSpec | None:
     if section is None:
         return None
-    experiment = build(load_config(section.take("config")))
+    of_teacher = load_config(section.take("config"))
+    of_teacher.data = config.data  # so that --config.data.path is said once
+    experiment = build(of_teacher)
     guidance = section.number("guidance", minimum=0.0)
     if guidance:
         if not experiment.config["objective"].get("label_dropout"):

@@ -1,5 +1,6 @@
 """The training loop and what ends it: read from top to bottom."""
 
+import collections
 import itertools
 import json
 import os
@@ -77,7 +78,7 @@ def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_
         root = jax.random.key(experiment.seed + 1)  # not the key of the initialisation
         frozen = teacher_params if experiment.distil else {}
         progress = Progress(experiment, step, writer)
-        for batch in batches(experiment, source, step):
+        for batch in progress.waiting_for(on_device(batches(experiment, source, step))):
             state, averages = run_steps(state, frozen, batch, root)
             step += spec.steps_per_dispatch
             progress.add(averages)
@@ -113,6 +114,7 @@ def batches(experiment: Experiment, source: sources.Source, start_step: int) -> 
         seed=experiment.seed,
         start_step=start_step,
         steps_per_item=spec.steps_per_dispatch,
+        num_workers=experiment.data.num_workers,
     )
     try:
         for item in items:
@@ -122,12 +124,32 @@ def batches(experiment: Experiment, source: sources.Source, start_step: int) -> 
         items.close()
 
 
+def on_device(items: Iterator[Batch], *, ahead: int = 2) -> Iterator[Batch]:
+    """The same items, copied to the device while the steps before them run."""
+    queue = collections.deque()
+    for item in items:
+        queue.append(jax.device_put(item))
+        if len(queue) > ahead:
+            yield queue.popleft()
+
+
 class Progress:
     """Metrics since the last report, one console line and one event each time."""
 
     def __init__(self, experiment: Experiment, step: int, writer: Writer):
         self._experiment, self._writer, self._pending = experiment, writer, []
-        self._step, self._time = step, time.monotonic()
+        self._step, self._time, self._waited = step, time.monotonic(), 0.0
+
+    def waiting_for(self, items: Iterator[Batch]) -> Iterator[Batch]:
+        """The same items; the time that each takes to come is time without work for the device, or an upper bound."""
+        iterator = iter(items)
+        while True:
+            started = time.monotonic()
+            item = next(iterator, None)
+            self._waited += time.monotonic() - started
+            if item is None:
+                return
+            yield item
 
     def add(self, averages: Averages) -> None:
         """Keeps sums on the device: fetching them would wait for the step."""
@@ -149,7 +171,11 @@ class Progress:
             )
         now = time.monotonic()
         rate = (step - self._step) / (now - self._time)
-        scalars |= {"steps_per_second": rate, "images_per_second": rate * spec.batch_size}
+        scalars |= {
+            "steps_per_second": rate,
+            "images_per_second": rate * spec.batch_size,
+            "data_wait_fraction": self._waited / (now - self._time),
+        }
         self._writer.write_scalars(step, scalars)
         logging.info(
             "%s: step %d/%d, loss %.4f, %.1f steps/s, %.0f images/s, %s left",
@@ -161,7 +187,7 @@ class Progress:
             scalars["images_per_second"],
             cli.duration((spec.num_steps - step) / rate),
         )
-        self._pending, self._step, self._time = [], step, now
+        self._pending, self._step, self._time, self._waited = [], step, now, 0.0
 
 
 def finish(experiment: Experiment, workdir: str, source: sources.Source, teacher_params: Params) -> None:

@@ -21,11 +21,12 @@ from mscm.experiment import build
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ('digits', 'cifar10', 'imagenet')
 FILES = sorted(p for p in (ROOT / 'configs').glob('*.py') if p.stem not in (*FAMILIES, '__init__'))
+VARIANTS = {'imagenet': (':large',), 'cifar': (':small',)}
 # What --config takes, relative to the root of the repository: every file, and its large variant where there is one.
 ALL_CONFIGS = [
     f'configs/{path.name}{suffix}'
     for path in FILES
-    for suffix in (('', ':large') if path.stem.startswith('imagenet') else ('',))
+    for suffix in ('', *VARIANTS.get(path.stem.split('_')[0].rstrip('0123456789'), ()))
 ]
 
 
@@ -65,7 +66,7 @@ def test_loads_and_is_deterministic(name):
     config = load(name)
     assert config.to_dict() == load(name).to_dict()
     # The name of a run is the name of its file, so that a work directory can be traced back.
-    assert config.name == Path(name.partition(':')[0]).stem + name.partition(':')[2].replace('large', '_large')
+    assert config.name == Path(name.partition(':')[0]).stem + name.replace(':', '_').partition('.py')[2]
 
 
 @pytest.mark.parametrize('name', ALL_CONFIGS)
@@ -200,6 +201,11 @@ def test_unknown_variant_names_the_choices(path):
         load(f'configs/{path.name}:huge')
 
 
+def test_unknown_variant_of_cifar10():
+    with pytest.raises(ValueError, match="got 'large', expected one of '', 'small'"):
+        load('configs/cifar10_cd4.py:large')
+
+
 def test_flag_finds_the_family_from_another_directory(tmp_path):
     """By path and through the flag, from a directory that is not the repository, as an installed mscm is used."""
     script = (
@@ -265,7 +271,7 @@ def test_builds(name):
 
 # The files of a family differ in numbers that no shape depends on, so one of each kind of run and of each network.
 STEPPED = [name for name in ALL_CONFIGS if name.startswith('configs/digits')] + [
-    'configs/cifar10_teacher.py', 'configs/cifar10_cd4.py'
+    'configs/cifar10_teacher.py', 'configs/cifar10_cd4.py:small'
 ] + [
     f'configs/imagenet{side}_{run}.py{suffix}'
     for side, run, suffix in (
@@ -393,6 +399,13 @@ def test_a_student_of_another_architecture_is_refused():
     """A student starts from the teacher's weights, so it has the teacher's shapes."""
     with pytest.raises(ConfigError, match="config.model: got shape .* expected the teacher's"):
         build(_changed('configs/digits_cd2.py', model__middle__width=64))
+
+
+def test_a_teacher_has_the_data_of_its_student():
+    """An override of the data is said once, and both are trained on the same images."""
+    experiment = build(_changed('configs/digits_cd2.py', data__num_classes=7, data__path='photos'))
+    assert experiment.data == experiment.teacher.experiment.data
+    assert experiment.teacher.experiment.model.num_classes == 7
 
 
 def test_the_data_must_be_what_the_config_says():

@@ -7,13 +7,18 @@ batch row by row whatever P is. Indices are batched first and loaded at once, wh
 record by record.
 """
 
+import dataclasses
+import functools
 import sys
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from mscm.data.sources import Source
+
+_AHEAD = 2  # items that a thread or a worker process prepares in advance
 
 
 def batches(
@@ -25,6 +30,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     steps_per_item: int = 1,
+    num_workers: int = 0,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Endless iterator over this process's part of the global batches of steps `start_step`, `start_step + 1`, ...
 
@@ -36,31 +42,53 @@ def batches(
       batch_size: of the global batch, over all processes.
       seed: of the order of the examples.
       start_step: first step to deliver; any step, a multiple of `steps_per_item` or not.
+      num_workers: processes that load; 0 is one thread of this process. The batches are the same.
 
     Raises:
       ValueError: for an empty source, or sizes that are not positive or do not divide.
     """
-    _check(source, batch_size, start_step, process_index, process_count, steps_per_item)
-    local_size = batch_size // process_count
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    _check(source, batch_size, start_step, process_index, process_count, steps_per_item, num_workers)
+    loader = _Loader(source, batch_size, seed, start_step, process_index, process_count, steps_per_item)
+    items: Any = grain.MapDataset.range(sys.maxsize // (batch_size * steps_per_item) - start_step).map(loader)
+    # Grain's defaults (16 threads, 500 elements) are meant for single records; an element here is whole batches.
+    items = items.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD))
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads flags, also where no command has parsed any
+            flags.FLAGS.mark_as_parsed()
+        items = items.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_AHEAD))
+    return iter(items)
 
-    def load_step(step: int) -> dict[str, np.ndarray]:
-        first = step * batch_size + process_index * local_size
-        return source.load(np.array([order[i] for i in range(first, first + local_size)], np.int64))
 
-    def load_item(item: int) -> dict[str, np.ndarray]:
-        first = start_step + item * steps_per_item
-        if steps_per_item == 1:
-            return load_step(first)
-        steps = [load_step(step) for step in range(first, first + steps_per_item)]
+@dataclasses.dataclass(frozen=True)
+class _Loader:
+    """Item number -> batch; a class at the top of a module, so that it can go to a worker process."""
+
+    source: Source
+    batch_size: int
+    seed: int
+    start_step: int
+    process_index: int
+    process_count: int
+    steps_per_item: int
+
+    def __call__(self, item: int) -> dict[str, np.ndarray]:
+        first = self.start_step + item * self.steps_per_item
+        if self.steps_per_item == 1:
+            return self._load_step(first)
+        steps = [self._load_step(step) for step in range(first, first + self.steps_per_item)]
         return {name: np.stack([step[name] for step in steps]) for name in steps[0]}
 
-    items: Any = grain.MapDataset.range(sys.maxsize // (batch_size * steps_per_item) - start_step).map(load_item)
-    # Grain's defaults (16 threads, 500 elements) are meant for single records; an element here is whole batches.
-    return iter(items.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+    def _load_step(self, step: int) -> dict[str, np.ndarray]:
+        local_size = self.batch_size // self.process_count
+        first = step * self.batch_size + self.process_index * local_size
+        return self.source.load(np.array([self._order[i] for i in range(first, first + local_size)], np.int64))
+
+    @functools.cached_property
+    def _order(self) -> Any:
+        return grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
 
 
-def _check(source, batch_size, start_step, process_index, process_count, steps_per_item) -> None:
+def _check(source, batch_size, start_step, process_index, process_count, steps_per_item, num_workers) -> None:
     if not len(source):
         raise ValueError(f'source {source.name!r} split {source.split!r} has 0 examples, expected at least 1.')
     for name, value in (
@@ -68,6 +96,8 @@ def _check(source, batch_size, start_step, process_index, process_count, steps_p
     ):
         if value < 1:
             raise ValueError(f'batches: got {name} = {value}, expected at least 1.')
+    if num_workers < 0:
+        raise ValueError(f'batches: got num_workers = {num_workers}, expected 0 or more.')
     if start_step < 0:
         raise ValueError(f'batches: got start_step = {start_step}, expected 0 or more; it counts finished steps.')
     if not 0 <= process_index < process_count:

@@ -60,6 +60,13 @@ def test_processes_share_one_global_sequence(process_count, start):
     assert_same(together, take(9, start_step=start))
 
 
+@pytest.mark.parametrize('num_workers', [1, 2])
+def test_worker_processes_change_nothing(num_workers):
+    """The same batches in the same order, from any step, stacked and of one process of two."""
+    arguments = {'start_step': 3, 'process_index': 1, 'process_count': 2, 'steps_per_item': 2}
+    assert_same(take(7, num_workers=num_workers, **arguments), take(7, **arguments))
+
+
 @pytest.mark.parametrize('start', [0, 3, 4])
 def test_stacked_steps_are_consecutive_steps(start):
     single = take(8, start_step=start, process_index=1, process_count=2)
@@ -90,6 +97,7 @@ def test_far_step_costs_nothing():
         ({'process_index': 2, 'process_count': 2}, 'process_index = 2, expected 0 to 1'),
         ({'batch_size': 6, 'process_count': 4}, 'multiple of the 4 processes; choose 4'),
         ({'steps_per_item': 0}, 'steps_per_item = 0'),
+        ({'num_workers': -1}, 'num_workers = -1'),
     ],
 )
 def test_bad_sizes_are_sentences(arguments, message):

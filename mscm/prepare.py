@@ -3,8 +3,9 @@
   python -m mscm.prepare --source=photos.zip --output=DIR --resolution=64
   python -m mscm.prepare --source=imagenet/ --split=train --output=DIR --resolution=128 --encoding=png
 
---source is a folder, zip or tar with one folder per class (CLASS/NAME.jpg, or SPLIT/CLASS/NAME.jpg with --split), or
-ILSVRC's tar of tars. Labels are the index in the sorted class names. Uses all cores; killed, it continues where it was
+--source is a folder, zip or tar with one folder per class (CLASS/NAME.jpg, or SPLIT/CLASS/NAME.jpg with --split),
+ILSVRC's tar of tars, or tfds:NAME, a prepared data set of TensorFlow Datasets. Labels are the index in the sorted class
+names (of tfds:NAME, its own). Uses all cores; killed, it continues where it was
 when it is run again. Then train with --config.data.path=DIR.
 """
 
@@ -14,7 +15,7 @@ from absl import flags, logging
 
 from mscm import cli
 
-SOURCE = flags.DEFINE_string("source", None, "Folder, zip or tar of images.")
+SOURCE = flags.DEFINE_string("source", None, "Folder, zip or tar of images, or tfds:NAME.")
 OUTPUT = flags.DEFINE_string("output", None, "Directory to write to.")
 RESOLUTION = flags.DEFINE_integer("resolution", None, "Side of the images in pixels.", lower_bound=1)
 SPLIT = flags.DEFINE_string("split", None, "Folder above the class folders to read. Default: there is none.")
@@ -30,7 +31,7 @@ SKIP_BROKEN = flags.DEFINE_bool("skip_broken", False, "Leave broken images out, 
 def main() -> None:
     """Lists, transforms, writes."""
     from mscm.config import ConfigError
-    from mscm.data import folders, preparation
+    from mscm.data import folders, preparation, tfds_source
 
     try:
         settings = preparation.Settings(
@@ -41,7 +42,8 @@ def main() -> None:
             images_per_shard=IMAGES_PER_SHARD.value,
             skip_broken=SKIP_BROKEN.value,
         )
-        files = folders.open_files(SOURCE.value, split=SPLIT.value)
+        is_tfds = SOURCE.value.startswith(tfds_source.PREFIX)
+        files = (tfds_source.open_tfds_files if is_tfds else folders.open_files)(SOURCE.value, split=SPLIT.value)
         name = NAME.value or SPLIT.value or "train"
         logging.info("%d images of %d classes in %s", len(files.entries), len(files.class_names), files.path)
         card = preparation.prepare(

@@ -21,6 +21,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from mscm.data import images, records
 from mscm.data.folders import ImageFiles
+from mscm.data.tfds_source import TfdsFiles
 
 # (images done, images in all, seconds of this run, images done in this run)
 ReportFn = Callable[[int, int, float, int], None]
@@ -66,7 +67,7 @@ class _Shard:
 
 
 def prepare(
-    files: ImageFiles,
+    files: ImageFiles | TfdsFiles,
     output: str | os.PathLike,
     settings: Settings,
     *,
@@ -119,7 +120,7 @@ def prepare(
     return card
 
 
-def _shards(files: ImageFiles, output: Path, settings: Settings, split: str) -> list[_Shard]:
+def _shards(files: ImageFiles | TfdsFiles, output: Path, settings: Settings, split: str) -> list[_Shard]:
     size, total = settings.images_per_shard, len(files.entries)
     count = -(-total // size)
     key = hashlib.sha256(
@@ -153,7 +154,7 @@ def _share(counter, stop) -> None:
     _counter, _stop = counter, stop
 
 
-def _write_shard(files: ImageFiles, settings: Settings, shard: _Shard) -> dict:
+def _write_shard(files: ImageFiles | TfdsFiles, settings: Settings, shard: _Shard) -> dict:
     """Writes a shard and its note. Runs in a worker process."""
     transform = images.TRANSFORMS[settings.transform]
     temporary = f"{shard.path}.{os.getpid()}.tmp"
@@ -199,7 +200,7 @@ def _write_shard(files: ImageFiles, settings: Settings, shard: _Shard) -> dict:
 
 
 def _card(
-    files: ImageFiles, settings: Settings, split: str, notes: list[dict], shards: list[_Shard], output: Path
+    files: ImageFiles | TfdsFiles, settings: Settings, split: str, notes: list[dict], shards: list[_Shard], output: Path
 ) -> records.Card:
     labels = np.concatenate([np.array(note["labels"], np.int32) for note in notes])
     digests = [base64.b64decode(note["digests"]) for note in notes]

@@ -4,6 +4,7 @@ Preparing one of the stock data sets needs TensorFlow, once: `pip install mscm[p
 `tfds build NAME --file_format=array_record`. Reading does not.
 """
 
+import dataclasses
 import functools
 import hashlib
 
@@ -11,6 +12,9 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from mscm.data import images
+from mscm.data.folders import Entry
+
+PREFIX = "tfds:"  # of a data set's name where a path could stand
 
 
 class TfdsSource:
@@ -52,6 +56,51 @@ class TfdsSource:
         return self._records.__getitems__([int(i) for i in indices])
 
 
+@dataclasses.dataclass(frozen=True)
+class TfdsFiles:
+    """The encoded images of a prepared data set, of any size, as `folders.ImageFiles` has them for `mscm.prepare`."""
+
+    path: str  # tfds:NAME
+    split: str
+    class_names: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    _image: str  # name of the feature
+    _directory: str  # where it is prepared: a worker process may not know the builder's class
+    _first: int = 0  # where the entries start in the data set
+
+    def part(self, start: int, stop: int) -> "TfdsFiles":
+        """The images from `start` to before `stop`."""
+        return dataclasses.replace(self, entries=self.entries[start:stop], _first=self._first + start)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of an image file."""
+        return self._records[self._first + index][self._image]
+
+    @functools.cached_property
+    def _records(self):
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(self._directory)
+        return builder.as_data_source(self.split, decoders={self._image: _skip_decoding()})
+
+
+def open_tfds_files(path: str, *, split: str | None) -> TfdsFiles:
+    """The images of `tfds:NAME`, to prepare them.
+
+    Raises:
+      ValueError: as `open_tfds`, but for the sizes; or there is no split.
+    """
+    name = path.removeprefix(PREFIX)
+    builder = _builder(name, split)
+    image, label = builder.info.supervised_keys
+    records = builder.as_data_source(split, decoders={image: _skip_decoding()})
+    labels = [int(record[label]) for record in records.__getitems__(range(len(records)))]
+    # The order of the class names is the data set's own: its labels are kept.
+    entries = tuple(Entry(f"{name}/{split}/{i:08d}", k) for i, k in enumerate(labels))
+    class_names = tuple(builder.info.features[label].names)
+    return TfdsFiles(path, split, class_names, entries, image, str(builder.data_path))
+
+
 def open_tfds(name: str, *, split: str) -> TfdsSource:
     """The data set `name` of TensorFlow Datasets, with all its images of one square size.
 
@@ -59,6 +108,19 @@ def open_tfds(name: str, *, split: str) -> TfdsSource:
       ValueError: no such data set, not prepared as array_record, no such split, no image and label, or images of other
         sizes; the message says what to do.
     """
+    builder = _builder(name, split)
+    keys = builder.info.supervised_keys
+    shape = builder.info.features[keys[0]].shape
+    if None in shape or shape[0] != shape[1]:
+        raise ValueError(
+            f"got images of shape {shape} in {name!r}, expected one square size; run python -m mscm.prepare "
+            f"--source={PREFIX}{name} --split={split} and give config.data.path"
+        )
+    return TfdsSource(name, split, builder, tuple(keys))
+
+
+def _builder(name: str, split: str | None):
+    """The builder of a prepared data set with images and class labels that has the split."""
     import tensorflow_datasets as tfds  # here: half a second that only its users pay
 
     path = "or give config.data.path: a folder, zip or tar of images, or a directory made by python -m mscm.prepare"
@@ -78,13 +140,7 @@ def open_tfds(name: str, *, split: str) -> TfdsSource:
     keys = builder.info.supervised_keys
     if keys is None or not hasattr(builder.info.features[keys[1]], "names"):
         raise ValueError(f"got data set {name!r} without an image and a class label, expected both")
-    shape = builder.info.features[keys[0]].shape
-    if None in shape or shape[0] != shape[1]:
-        raise ValueError(
-            f"got images of shape {shape} in {name!r}, expected one square size; run python -m mscm.prepare "
-            f"--source=tfds:{name} --split={split} and give config.data.path"
-        )
-    return TfdsSource(name, split, builder, tuple(keys))
+    return builder
 
 
 def _skip_decoding():

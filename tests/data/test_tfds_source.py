@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from mscm.data import images, sources
+from mscm.data import images, preparation, sources, tfds_source
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (11, 8, 8, 3), np.uint8)
 
@@ -78,6 +78,18 @@ def test_examples_come_back():
     test = sources.open_source('mscm_pets', split='test')
     assert len(test) == 3 and test.fingerprint != source.fingerprint
     assert 'tensorflow' not in sys.modules
+
+
+def test_a_data_set_can_be_prepared(tmp_path):
+    """Images of any size, cut down to one, with the labels that they had."""
+    files = tfds_source.open_tfds_files('tfds:mscm_uneven', split='train')
+    settings = preparation.Settings(resolution=4, images_per_shard=3)
+    preparation.prepare(files, tmp_path, settings, split='train', num_workers=1, report=lambda *numbers: None)
+    batch = sources.open_source('x', split='train', path=tmp_path).load(np.arange(8))
+    pairs = {(image.tobytes(), int(label)) for image, label in zip(batch['image'], batch['label'], strict=True)}
+    assert pairs == {(images.area(PIXELS[i], 4).tobytes(), i % 2) for i in range(8)}
+    with pytest.raises(ValueError, match="got split None of 'mscm_pets', expected one of train, test"):
+        tfds_source.open_tfds_files('tfds:mscm_pets', split=None)
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,13 @@ class ImageFiles:
 
     def part(self, start: int, stop: int) -> "ImageFiles":
         """The files from `start` to before `stop`."""
-        chosen = slice(start, stop)
-        return dataclasses.replace(self, entries=self.entries[chosen], _places=self._places[chosen])
+        return self.chosen(range(start, min(stop, len(self.entries))))
+
+    def chosen(self, indices: Iterable[int]) -> "ImageFiles":
+        """The files at `indices`."""
+        indices = tuple(indices)
+        entries, places = (tuple(items[i] for i in indices) for items in (self.entries, self._places))
+        return dataclasses.replace(self, entries=entries, _places=places)
 
     def read(self, index: int) -> bytes:
         """The bytes of a file."""

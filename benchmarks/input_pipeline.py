@@ -3,10 +3,10 @@
   pip install -e .[dev,benchmark]
   python benchmarks/input_pipeline.py --source=tiny_imagenet_50.zip --split=train
 
-Writes some images of the source as records (PNG and raw) at each resolution, and reads batches of uint8 images and labels
-from the records and from the files as they are, with as many worker processes for either loader, turn by turn. Without
-PyTorch it measures this pipeline alone. The last column is what one host of the paper's set-up needs, batches of 2048 at
-2.7 steps/s over 8 hosts, in cores.
+Writes some images of the source as records (PNG and raw) at each resolution, and reads batches of uint8 images and
+labels from the records and from the files as they are, with as many worker processes for either loader, turn by turn.
+Without PyTorch it measures this pipeline alone. The last column is what one host of the paper's set-up needs, batches
+of 2048 at 2.7 steps/s over 8 hosts, in cores.
 """
 
 import contextlib

@@ -27,31 +27,42 @@ CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all runs.", required=True)
 SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.", lower_bound=1)
-NUM_STEPS = flags.DEFINE_integer("num_steps", 6400, "Optimiser steps of every run; a multiple of 10.", lower_bound=100)
+TEACHER_STEPS = flags.DEFINE_integer("teacher_steps", 6400, "Optimiser steps of a teacher.", lower_bound=100)
+NUM_STEPS = flags.DEFINE_integer("num_steps", 9600, "Optimiser steps of a student.", lower_bound=100)
 JOBS = flags.DEFINE_integer("jobs", len(CORES) or 1, "Runs at once, each on one core.", lower_bound=1)
 
 
 def runs(root: Path) -> list[list[str]]:
     """Command lines of the teachers, then of the students, which need them."""
-    num_steps = NUM_STEPS.value
-    lengths = [f"--config.train.num_steps={num_steps}", f"--config.train.save_every_steps={num_steps}"]
     teachers, students = [], []
     for seed in range(SEEDS.value):
         directory = root / f"seed_{seed}"
-        common = [f"--config.seed={seed}", *lengths]
-        teachers.append(["--config=configs/digits_teacher.py", f"--workdir={directory / 'teacher'}", *common])
+        teachers.append([
+            "--config=configs/digits_teacher.py",
+            f"--workdir={directory / 'teacher'}",
+            *common_flags(seed, TEACHER_STEPS.value),
+        ])
         for kind in KINDS:
             for student_steps in STUDENT_STEPS:
                 name = f"{kind}{student_steps}"
                 students.append([
                     f"--config=configs/digits_{name}.py",
                     f"--workdir={directory / name}",
-                    *common,
-                    f"--config.objective.teacher_steps.anneal_steps={3 * num_steps // 4}",
+                    *common_flags(seed, NUM_STEPS.value),
+                    # Finer than the config's: what a longer run has the time for.
+                    "--config.objective.teacher_steps.start=64",
+                    "--config.objective.teacher_steps.end=1024",
+                    f"--config.objective.teacher_steps.anneal_steps={3 * NUM_STEPS.value // 4}",
                     f"--config.teacher.workdir={directory / 'teacher'}",
                     "--config.eval.teacher_steps=(1,)",  # the teacher's own run has its scores
                 ])
     return teachers + sorted(students, key=lambda words: "_ct" in words[0])  # all CD first
+
+
+def common_flags(seed: int, num_steps: int) -> list[str]:
+    """Seed and length of a run."""
+    train = [f"--config.train.{key}={num_steps}" for key in ("num_steps", "save_every_steps")]
+    return [f"--config.seed={seed}", *train]
 
 
 def value_of(flag: str, words: list[str]) -> Path | None:
@@ -114,7 +125,7 @@ def scores(workdir: Path) -> dict[tuple[str, int], float]:
 
 def main(_: list[str]) -> None:
     """Teachers, students, table."""
-    root = Path(WORKDIR.value).resolve() / f"steps_{NUM_STEPS.value}"
+    root = Path(WORKDIR.value).resolve() / f"teacher_{TEACHER_STEPS.value}_student_{NUM_STEPS.value}"
     run_all(runs(root))
     directories = [root / f"seed_{seed}" for seed in range(SEEDS.value)]
     teachers = [scores(directory / "teacher") for directory in directories]

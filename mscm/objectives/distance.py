@@ -24,8 +24,9 @@ def mean_square(residual: Images) -> PerExample:
 
 def _softened(square: jax.Array, epsilon: float) -> jax.Array:
     """sqrt(square + epsilon^2) - epsilon without cancellation; at epsilon = 0 its gradient at 0 is 0, not nan."""
-    root = jnp.sqrt(jnp.where(square > 0, square, 1.0) + epsilon**2)
-    return jnp.where(square > 0, square / (root + epsilon), 0.0)
+    is_zero = square == 0  # not "is not above 0": a nan stays a nan
+    root = jnp.sqrt(jnp.where(is_zero, 1.0, square) + epsilon**2)
+    return jnp.where(is_zero, 0.0, square / (root + epsilon))
 
 
 def pseudo_huber(diff: Images, lvl_t: Level, *, epsilon: float) -> PerExample:

@@ -153,3 +153,10 @@ def test_impossible_pooling(shape, resolution):
     """Images that are not square, or not a multiple of the resolution, raise with their size."""
     with pytest.raises(ValueError, match=f"{shape[1]} x {shape[2]} to pool to {resolution}"):
         distance.average_pool(jnp.zeros(shape), resolution)
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_a_residual_that_is_not_a_number_is_no_loss_of_zero(name):
+    """What has diverged must show; the other examples are untouched."""
+    loss = np.asarray(ROBUST[name](DIFF.at[1, 0, 0, 0].set(jnp.nan), LVL, epsilon=1e-4))
+    assert np.isnan(loss).tolist() == [False, True, False]

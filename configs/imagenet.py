@@ -6,7 +6,8 @@ TPU's lanes, which makes 8 of them at width 1024; simple diffusion has 4 at the 
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+
+from configs import base
 
 _CHANNEL_MULTIPLIER = {'': 1, 'large': 2}
 
@@ -29,10 +30,6 @@ def _check(*, resolution: int, variant: str) -> None:
         raise ValueError(f'unknown resolution of the ImageNet configs: got {resolution}, expected one of {choices}')
 
 
-def _name(kind: str, *, resolution: int, variant: str) -> str:
-    return '_'.join(part for part in (f'imagenet{resolution}', kind, variant) if part)
-
-
 def _model(*, resolution: int, variant: str) -> dict:
     rate, largest_side = _DROPOUT[resolution, variant]
 
@@ -42,14 +39,10 @@ def _model(*, resolution: int, variant: str) -> dict:
 
     levels = [(side, kind, channels) for side, (kind, channels) in _LEVELS.items() if side <= resolution]
     return dict(
-        name='uvit',
         stages={f'stage_{i}': dict(kind=kind, **level(side, width, 3)) for i, (side, kind, width) in enumerate(levels)},
         middle=level(_MIDDLE_SIDE, _MIDDLE_CHANNELS, 16),
         emb_dim=1024,
         head_dim=128,
-        mlp_ratio=4,
-        patch_size=1,
-        logsnr_input='linear',
         dtype='bfloat16',
         scan_blocks=True,
         remat='full',
@@ -58,89 +51,50 @@ def _model(*, resolution: int, variant: str) -> dict:
 
 def _base(*, resolution: int, variant: str) -> ConfigDict:
     _check(resolution=resolution, variant=variant)
-    return ConfigDict(
-        dict(
-            seed=0,
-            data=dict(
-                name=f'imagenet{resolution}',
-                split='train',
-                path=placeholder(str),  # a directory made by python -m mscm.prepare
-                resolution=resolution,
-                channels=3,
-                num_classes=1000,
-                flip=True,
-                num_workers=16,
-            ),
-            model=_model(resolution=resolution, variant=variant),
-            schedule=dict(
-                name='interpolated',
-                resolution=resolution,
-                noise_low=32,
-                noise_high=resolution,
-                logsnr_min=-15.0,
-                logsnr_max=15.0,
-            ),
-            prediction='v',
-            optimizer=dict(
-                learning_rate=1e-4,
-                warmup_steps=10_000,
-                decay='constant',
-                b1=0.9,
-                b2=0.99,
-                eps=1e-12,
-                weight_decay=0.0,
-                clip_norm=1.0,
-            ),
-            ema=dict(decay=0.9999, warmup=False),
-            train=dict(
-                num_steps=200_000,
-                batch_size=2048,
-                steps_per_dispatch=1,
-                log_every_steps=100,
-                save_every_steps=5000,
-                keep_checkpoints=3,
-            ),
-            eval=dict(
-                num_images=50_000,
-                batch_size=1024,
-                seed=0,
-                teacher_steps=(1, 2, 4, 8, 64, 256, 512),  # 512 is what the paper's Table 1 quotes for the teacher
-            ),
-        )
+    return base.with_shared(
+        # A path must be given: a directory made by python -m mscm.prepare.
+        data=dict(
+            name=f'imagenet{resolution}',
+            resolution=resolution,
+            channels=3,
+            num_classes=1000,
+            flip=True,
+            num_workers=16,
+        ),
+        model=_model(resolution=resolution, variant=variant),
+        schedule=dict(name='interpolated', resolution=resolution, noise_low=32, noise_high=resolution),
+        optimizer=dict(learning_rate=1e-4, warmup_steps=10_000, decay='constant'),
+        ema=dict(decay=0.9999, warmup=False),
+        train=dict(
+            num_steps=200_000, batch_size=2048, steps_per_dispatch=1, log_every_steps=100, save_every_steps=5000
+        ),
+        # 512 is what the paper's Table 1 quotes for the teacher.
+        eval=dict(num_images=50_000, batch_size=1024, teacher_steps=(1, 2, 4, 8, 64, 256, 512)),
     )
 
 
-def _multiscale(resolution: int):
+def _multiscale(resolution: int) -> tuple[int, ...] | None:
     # The paper pools the residual once, by 2x2, above 64 pixels.
-    return (resolution, resolution // 2) if resolution > 64 else placeholder(tuple)
+    return (resolution, resolution // 2) if resolution > 64 else None
 
 
 def teacher(*, resolution: int, variant: str) -> ConfigDict:
     """The diffusion model that the students start from."""
     config = _base(resolution=resolution, variant=variant)
-    config.name = _name('teacher', resolution=resolution, variant=variant)
-    config.objective = dict(name='diffusion', loss='v_mse', multiscale=_multiscale(resolution), label_dropout=0.0)
-    config.teacher = None
     config.train.num_steps = 500_000
-    return config
+    return base.teacher(
+        config, family=f'imagenet{resolution}', variant=variant, multiscale=_multiscale(resolution)
+    )
 
 
 def student(*, resolution: int, student_steps: int, distil: bool, variant: str) -> ConfigDict:
-    """A multistep consistency model: distilled (`distil=True`, CD) or trained on the data alone (CT)."""
-    config = _base(resolution=resolution, variant=variant)
-    config.name = _name(f'{"cd" if distil else "ct"}{student_steps}', resolution=resolution, variant=variant)
-    config.objective = dict(
-        name='multistep_consistency',
-        distil=distil,
+    """CD or CT with `student_steps` steps."""
+    return base.student(
+        _base(resolution=resolution, variant=variant),
+        family=f'imagenet{resolution}',
         student_steps=student_steps,
+        distil=distil,
         teacher_steps=dict(start=64.0, end=1280.0, anneal_steps=100_000),
-        x_var_frac=0.75,
-        distance='pseudo_huber',
-        huber_epsilon=1e-4,
+        variant=variant,
         multiscale=_multiscale(resolution),
     )
-    teacher_file = f'configs/imagenet{resolution}_teacher.py'
-    config.teacher = dict(
-        config=f'{teacher_file}:{variant}' if variant else teacher_file, workdir=placeholder(str), guidance=0.0
-    )
-    return config

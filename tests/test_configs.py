@@ -20,7 +20,7 @@ from mscm.experiment import build
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ('digits', 'cifar10', 'imagenet')
-FILES = sorted(p for p in (ROOT / 'configs').glob('*.py') if p.stem not in (*FAMILIES, '__init__'))
+FILES = sorted(p for p in (ROOT / 'configs').glob('*.py') if p.stem not in (*FAMILIES, 'base', '__init__'))
 VARIANTS = {'imagenet': (':large',), 'cifar': (':small',)}
 # What --config takes, relative to the root of the repository: every file, and its large variant where there is one.
 ALL_CONFIGS = [

@@ -12,10 +12,10 @@ def with_shared(**sections) -> ConfigDict:
     config = ConfigDict(
         dict(
             seed=0,
-            data=dict(split='train', path=placeholder(str)),
-            model=dict(name='uvit', mlp_ratio=4, patch_size=1, logsnr_input='linear', remat=placeholder(str)),
+            data=dict(split="train", path=placeholder(str)),
+            model=dict(name="uvit", mlp_ratio=4, patch_size=1, logsnr_input="linear", remat=placeholder(str)),
             schedule=dict(logsnr_min=-15.0, logsnr_max=15.0),
-            prediction='v',
+            prediction="v",
             # simple diffusion's Adam, arXiv:2301.11093.
             optimizer=dict(b1=0.9, b2=0.99, eps=1e-12, weight_decay=0.0, clip_norm=1.0),
             train=dict(keep_checkpoints=3),
@@ -27,12 +27,12 @@ def with_shared(**sections) -> ConfigDict:
 
 
 def teacher(
-    config: ConfigDict, *, family: str, variant: str = '', multiscale: tuple[int, ...] | None = None
+    config: ConfigDict, *, family: str, variant: str = "", multiscale: tuple[int, ...] | None = None
 ) -> ConfigDict:
     """The config of a diffusion model, from which the students of the family start."""
-    config.name = _join(family, 'teacher', variant)
+    config.name = _join(family, "teacher", variant)
     config.objective = dict(
-        name='diffusion', loss='v_mse', multiscale=multiscale or placeholder(tuple), label_dropout=0.0
+        name="diffusion", loss="v_mse", multiscale=multiscale or placeholder(tuple), label_dropout=0.0
     )
     config.teacher = None
     return config
@@ -45,27 +45,27 @@ def student(
     student_steps: int,
     distil: bool,
     teacher_steps: dict[str, int | float],
-    variant: str = '',
+    variant: str = "",
     multiscale: tuple[int, ...] | None = None,
 ) -> ConfigDict:
     """A multistep consistency model: distilled (`distil=True`, CD) or trained on the data alone (CT)."""
     config.name = _join(family, f'{"cd" if distil else "ct"}{student_steps}', variant)
     config.objective = dict(
-        name='multistep_consistency',
+        name="multistep_consistency",
         distil=distil,
         student_steps=student_steps,
         teacher_steps=teacher_steps,
         x_var_frac=0.75,
-        distance='pseudo_huber',
+        distance="pseudo_huber",
         huber_epsilon=1e-4,
         multiscale=multiscale or placeholder(tuple),
     )
-    teacher_file = f'configs/{family}_teacher.py'
+    teacher_file = f"configs/{family}_teacher.py"
     config.teacher = dict(
-        config=f'{teacher_file}:{variant}' if variant else teacher_file, workdir=placeholder(str), guidance=0.0
+        config=f"{teacher_file}:{variant}" if variant else teacher_file, workdir=placeholder(str), guidance=0.0
     )
     return config
 
 
 def _join(*parts: str) -> str:
-    return '_'.join(part for part in parts if part)
+    return "_".join(part for part in parts if part)

@@ -11,36 +11,36 @@ from configs import base
 
 
 def _base(variant: str) -> ConfigDict:
-    if variant not in ('', 'small'):
+    if variant not in ("", "small"):
         raise ValueError(f"unknown variant of the CIFAR-10 configs: got {variant!r}, expected one of '', 'small'")
     config = base.with_shared(
-        data=dict(name='cifar10', resolution=32, channels=3, num_classes=10, flip=True, num_workers=4),
+        data=dict(name="cifar10", resolution=32, channels=3, num_classes=10, flip=True, num_workers=4),
         model=dict(
             stages=dict(
-                stage_0=dict(kind='residual', width=128, num_blocks=3, dropout=0.0),
-                stage_1=dict(kind='residual', width=256, num_blocks=3, dropout=0.1),
+                stage_0=dict(kind="residual", width=128, num_blocks=3, dropout=0.0),
+                stage_1=dict(kind="residual", width=256, num_blocks=3, dropout=0.1),
             ),
             middle=dict(width=512, num_blocks=8, dropout=0.1),
             emb_dim=512,
             head_dim=64,
-            dtype='bfloat16',
+            dtype="bfloat16",
             scan_blocks=True,
         ),
-        schedule=dict(name='cosine', shift=0.0),
-        optimizer=dict(learning_rate=2e-4, warmup_steps=1000, decay='constant'),
+        schedule=dict(name="cosine", shift=0.0),
+        optimizer=dict(learning_rate=2e-4, warmup_steps=1000, decay="constant"),
         ema=dict(decay=0.9999, warmup=True),
         train=dict(
             num_steps=100_000, batch_size=512, steps_per_dispatch=1, log_every_steps=100, save_every_steps=5000
         ),
         eval=dict(num_images=50_000, batch_size=1000),
     )
-    if variant == 'small':
+    if variant == "small":
         # 4x4 patches and no convolution stages: these would take most of a CPU's time.
         config.model.stages = {}
         config.model.middle.update(dict(width=128, num_blocks=4, dropout=0.0))
-        config.model.update(dict(emb_dim=128, head_dim=32, patch_size=4, dtype='float32', scan_blocks=False))
+        config.model.update(dict(emb_dim=128, head_dim=32, patch_size=4, dtype="float32", scan_blocks=False))
         config.data.num_workers = 0
-        config.optimizer.update(dict(learning_rate=2e-3, warmup_steps=100, decay='cosine'))
+        config.optimizer.update(dict(learning_rate=2e-3, warmup_steps=100, decay="cosine"))
         config.ema.decay = 0.999
         config.train.update(dict(num_steps=2000, batch_size=64, save_every_steps=500))
         config.eval.update(dict(num_images=1000, batch_size=250, teacher_steps=(4, 32)))
@@ -49,7 +49,7 @@ def _base(variant: str) -> ConfigDict:
 
 def teacher(*, variant: str) -> ConfigDict:
     """The diffusion model that the students start from."""
-    return base.teacher(_base(variant), family='cifar10', variant=variant)
+    return base.teacher(_base(variant), family="cifar10", variant=variant)
 
 
 def student(*, student_steps: int, distil: bool, variant: str) -> ConfigDict:
@@ -58,7 +58,7 @@ def student(*, student_steps: int, distil: bool, variant: str) -> ConfigDict:
     config.optimizer.learning_rate /= 2
     return base.student(
         config,
-        family='cifar10',
+        family="cifar10",
         student_steps=student_steps,
         distil=distil,
         teacher_steps=dict(start=64.0, end=1280.0, anneal_steps=config.train.num_steps // 2),

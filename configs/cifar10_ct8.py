@@ -10,5 +10,5 @@ Expected:  fd_classifier not measured yet; the papers have no CIFAR-10 result
 from configs import cifar10
 
 
-def get_config(variant=''):
+def get_config(variant=""):
     return cifar10.student(student_steps=8, distil=False, variant=variant)

@@ -7,20 +7,20 @@ from configs import base
 
 def _base() -> ConfigDict:
     return base.with_shared(
-        data=dict(name='digits', split='all', resolution=8, channels=1, num_classes=10, flip=False, num_workers=0),
+        data=dict(name="digits", split="all", resolution=8, channels=1, num_classes=10, flip=False, num_workers=0),
         model=dict(
             stages=dict(),  # 8x8 pixels in 2x2 patches are 16 tokens: there is nothing to pool
             middle=dict(width=96, num_blocks=2, dropout=0.0),
             emb_dim=64,
             head_dim=32,
             patch_size=2,
-            dtype='float32',
+            dtype="float32",
             scan_blocks=False,
         ),
         # Less noise than a plain cosine has: 8x8 pixels average over nothing. Without the shift nearly all of a
         # student's error is in its last segment; with it the segments are about equally hard.
-        schedule=dict(name='cosine', shift=2.0),
-        optimizer=dict(learning_rate=4e-3, warmup_steps=100, decay='cosine'),
+        schedule=dict(name="cosine", shift=2.0),
+        optimizer=dict(learning_rate=4e-3, warmup_steps=100, decay="cosine"),
         ema=dict(decay=0.999, warmup=True),
         train=dict(
             num_steps=3200, batch_size=32, steps_per_dispatch=10, log_every_steps=200, save_every_steps=800
@@ -31,7 +31,7 @@ def _base() -> ConfigDict:
 
 def teacher() -> ConfigDict:
     """The diffusion model that the students start from."""
-    return base.teacher(_base(), family='digits')
+    return base.teacher(_base(), family="digits")
 
 
 def student(*, student_steps: int, distil: bool) -> ConfigDict:
@@ -42,5 +42,5 @@ def student(*, student_steps: int, distil: bool) -> ConfigDict:
     # The paper's schedule in small: most of the run anneals, the rest trains at the finest grid.
     teacher_steps = dict(start=16.0, end=256.0, anneal_steps=1800)
     return base.student(
-        config, family='digits', student_steps=student_steps, distil=distil, teacher_steps=teacher_steps
+        config, family="digits", student_steps=student_steps, distil=distil, teacher_steps=teacher_steps
     )

@@ -9,25 +9,25 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-_CHANNEL_MULTIPLIER = {'': 1, 'large': 2}
+_CHANNEL_MULTIPLIER = {"": 1, "large": 2}
 
 # Levels of the U-ViT by their side in pixels, outermost first: kind and channels of the small model. A model starts at
 # its own resolution; what follows the last level is the middle.
-_LEVELS = {128: ('residual', 128), 64: ('residual', 256), 32: ('transformer', 512)}
+_LEVELS = {128: ("residual", 128), 64: ("residual", 256), 32: ("transformer", 512)}
 _MIDDLE_SIDE = 16
 _MIDDLE_CHANNELS = 1024
 
 # Dropout by (resolution, variant): the rate, and the largest side in pixels whose blocks have it.
-_DROPOUT = {(64, ''): (0.2, 16), (64, 'large'): (0.1, 32), (128, ''): (0.1, 16), (128, 'large'): (0.1, 64)}
+_DROPOUT = {(64, ""): (0.2, 16), (64, "large"): (0.1, 32), (128, ""): (0.1, 16), (128, "large"): (0.1, 64)}
 
 
 def _check(*, resolution: int, variant: str) -> None:
     if variant not in _CHANNEL_MULTIPLIER:
-        choices = ', '.join(repr(name) for name in _CHANNEL_MULTIPLIER)
-        raise ValueError(f'unknown variant of the ImageNet configs: got {variant!r}, expected one of {choices}')
+        choices = ", ".join(repr(name) for name in _CHANNEL_MULTIPLIER)
+        raise ValueError(f"unknown variant of the ImageNet configs: got {variant!r}, expected one of {choices}")
     if (resolution, variant) not in _DROPOUT:
-        choices = ', '.join(str(side) for side in sorted({side for side, _ in _DROPOUT}))
-        raise ValueError(f'unknown resolution of the ImageNet configs: got {resolution}, expected one of {choices}')
+        choices = ", ".join(str(side) for side in sorted({side for side, _ in _DROPOUT}))
+        raise ValueError(f"unknown resolution of the ImageNet configs: got {resolution}, expected one of {choices}")
 
 
 def _model(*, resolution: int, variant: str) -> dict:
@@ -39,13 +39,13 @@ def _model(*, resolution: int, variant: str) -> dict:
 
     levels = [(side, kind, channels) for side, (kind, channels) in _LEVELS.items() if side <= resolution]
     return dict(
-        stages={f'stage_{i}': dict(kind=kind, **level(side, width, 3)) for i, (side, kind, width) in enumerate(levels)},
+        stages={f"stage_{i}": dict(kind=kind, **level(side, width, 3)) for i, (side, kind, width) in enumerate(levels)},
         middle=level(_MIDDLE_SIDE, _MIDDLE_CHANNELS, 16),
         emb_dim=1024,
         head_dim=128,
-        dtype='bfloat16',
+        dtype="bfloat16",
         scan_blocks=True,
-        remat='full',
+        remat="full",
     )
 
 
@@ -54,7 +54,7 @@ def _base(*, resolution: int, variant: str) -> ConfigDict:
     return base.with_shared(
         # A path must be given: a directory made by python -m mscm.prepare.
         data=dict(
-            name=f'imagenet{resolution}',
+            name=f"imagenet{resolution}",
             resolution=resolution,
             channels=3,
             num_classes=1000,
@@ -62,8 +62,8 @@ def _base(*, resolution: int, variant: str) -> ConfigDict:
             num_workers=16,
         ),
         model=_model(resolution=resolution, variant=variant),
-        schedule=dict(name='interpolated', resolution=resolution, noise_low=32, noise_high=resolution),
-        optimizer=dict(learning_rate=1e-4, warmup_steps=10_000, decay='constant'),
+        schedule=dict(name="interpolated", resolution=resolution, noise_low=32, noise_high=resolution),
+        optimizer=dict(learning_rate=1e-4, warmup_steps=10_000, decay="constant"),
         ema=dict(decay=0.9999, warmup=False),
         train=dict(
             num_steps=200_000, batch_size=2048, steps_per_dispatch=1, log_every_steps=100, save_every_steps=5000
@@ -83,7 +83,7 @@ def teacher(*, resolution: int, variant: str) -> ConfigDict:
     config = _base(resolution=resolution, variant=variant)
     config.train.num_steps = 500_000
     return base.teacher(
-        config, family=f'imagenet{resolution}', variant=variant, multiscale=_multiscale(resolution)
+        config, family=f"imagenet{resolution}", variant=variant, multiscale=_multiscale(resolution)
     )
 
 
@@ -91,7 +91,7 @@ def student(*, resolution: int, student_steps: int, distil: bool, variant: str) 
     """CD or CT with `student_steps` steps."""
     return base.student(
         _base(resolution=resolution, variant=variant),
-        family=f'imagenet{resolution}',
+        family=f"imagenet{resolution}",
         student_steps=student_steps,
         distil=distil,
         teacher_steps=dict(start=64.0, end=1280.0, anneal_steps=100_000),

@@ -11,5 +11,5 @@ Expected:  FID 16.0; large: 14.5 (the paper's, arXiv:2403.06807v3 Table 1; not r
 from configs import imagenet
 
 
-def get_config(variant=''):
+def get_config(variant=""):
     return imagenet.student(resolution=128, student_steps=1, distil=False, variant=variant)

@@ -11,5 +11,5 @@ Expected:  FID 3.3; large: 2.2 (the paper's, arXiv:2403.06807v3 Table 1; not rep
 from configs import imagenet
 
 
-def get_config(variant=''):
+def get_config(variant=""):
     return imagenet.student(resolution=128, student_steps=8, distil=False, variant=variant)

@@ -11,5 +11,5 @@ Expected:  FID 2.2; large: 2.2 with aDDIM in 512 steps (the paper's, arXiv:2403.
 from configs import imagenet
 
 
-def get_config(variant=''):
+def get_config(variant=""):
     return imagenet.teacher(resolution=128, variant=variant)

@@ -11,5 +11,5 @@ Expected:  FID 2.0; large: 1.9 (the paper's, arXiv:2403.06807v3 Table 1; not rep
 from configs import imagenet
 
 
-def get_config(variant=''):
+def get_config(variant=""):
     return imagenet.student(resolution=64, student_steps=2, distil=True, variant=variant)

@@ -9,23 +9,23 @@ import pytest
 from mscm.checkpoint import CheckpointError, Checkpoints, parameter_shapes, reading
 from mscm.training.step import init_state
 
-FACTS_MORE = {'name': 'tiny', 'student_steps': 2, 'schedule': {'name': 'cosine', 'shift': 0.5}, 'nothing': None}
+FACTS_MORE = {"name": "tiny", "student_steps": 2, "schedule": {"name": "cosine", "shift": 0.5}, "nothing": None}
 
 
 def _state(step: int, width: int = 3):
-    params = {'dense': {'kernel': jnp.arange(2.0 * width).reshape(2, width) + step, 'bias': jnp.ones(width)}}
+    params = {"dense": {"kernel": jnp.arange(2.0 * width).reshape(2, width) + step, "bias": jnp.ones(width)}}
     state = init_state(params, optax.adam(1e-3))
     return state._replace(step=jnp.int32(step), ema=jax.tree.map(lambda p: p / 3, params))
 
 
 def _facts(state):
-    return FACTS_MORE | {'parameters': parameter_shapes(state.params)}
+    return FACTS_MORE | {"parameters": parameter_shapes(state.params)}
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """Checkpoints of the steps 2, 4 and 6, of which the two newest are kept."""
-    path = tmp_path_factory.mktemp('run')
+    path = tmp_path_factory.mktemp("run")
     with Checkpoints(path, keep=2) as checkpoints:
         for step in (2, 4, 6):
             checkpoints.save(_state(step), _facts(_state(step)))
@@ -56,7 +56,7 @@ def test_the_average_and_the_facts_are_read_alone(workdir):
 
 
 @pytest.mark.parametrize(
-    'fact', [{'student_steps': 4}, {'schedule': {'name': 'cosine', 'shift': 2.0}}, {'prediction': 'x'}]
+    "fact", [{"student_steps": 4}, {"schedule": {"name": "cosine", "shift": 2.0}}, {"prediction": "x"}]
 )
 def test_parameters_that_mean_something_else_are_refused(workdir, fact):
     """The same shapes under another number of steps, schedule or prediction; both values are named."""
@@ -70,24 +70,24 @@ def test_parameters_that_mean_something_else_are_refused(workdir, fact):
 def test_another_architecture_is_refused_by_the_name_of_the_parameter(workdir):
     """The first parameter whose shape differs, both shapes, and a parameter that is absent."""
     wider = jax.eval_shape(lambda: _state(0, width=5))
-    sentence = r'parameter dense/bias has shape \[3\], expected \[5\]'
+    sentence = r"parameter dense/bias has shape \[3\], expected \[5\]"
     with reading(workdir) as checkpoints:
         with pytest.raises(CheckpointError, match=sentence):
             checkpoints.restore(wider)
         with pytest.raises(CheckpointError, match=sentence):
             checkpoints.restore_ema(wider.ema)
-        with pytest.raises(CheckpointError, match=r'parameter dense/kernel has shape \[2, 3\], expected absent'):
-            checkpoints.check(FACTS_MORE | {'parameters': {'dense/bias': [3]}})
+        with pytest.raises(CheckpointError, match=r"parameter dense/kernel has shape \[2, 3\], expected absent"):
+            checkpoints.check(FACTS_MORE | {"parameters": {"dense/bias": [3]}})
 
 
 def test_what_is_not_there_is_said_in_a_sentence(workdir, tmp_path):
     """A step, a checkpoint, and a directory that do not exist."""
-    with reading(workdir) as checkpoints, pytest.raises(CheckpointError, match='got step 3, expected one of 4, 6'):
+    with reading(workdir) as checkpoints, pytest.raises(CheckpointError, match="got step 3, expected one of 4, 6"):
         checkpoints.facts(3)
-    with pytest.raises(CheckpointError, match='got no directory checkpoints/ below it'), reading(tmp_path):
+    with pytest.raises(CheckpointError, match="got no directory checkpoints/ below it"), reading(tmp_path):
         pass
-    (tmp_path / 'checkpoints').mkdir()
-    with reading(tmp_path) as checkpoints, pytest.raises(CheckpointError, match='got no finished checkpoint'):
+    (tmp_path / "checkpoints").mkdir()
+    with reading(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="got no finished checkpoint"):
         checkpoints.facts()
 
 
@@ -95,6 +95,6 @@ def test_an_older_step_is_not_saved(workdir):
     """Orbax would skip it silently."""
     state = _state(5)
     with Checkpoints(workdir, keep=2) as checkpoints:
-        with pytest.raises(CheckpointError, match='got step 5 to save after step 6, expected a newer step'):
+        with pytest.raises(CheckpointError, match="got step 5 to save after step 6, expected a newer step"):
             checkpoints.save(state, _facts(state))
         assert checkpoints.steps() == [4, 6]

@@ -19,57 +19,57 @@ from mscm.config import ConfigError
 from mscm.experiment import build
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = ('digits', 'cifar10', 'imagenet')
-FILES = sorted(p for p in (ROOT / 'configs').glob('*.py') if p.stem not in (*FAMILIES, 'base', '__init__'))
-VARIANTS = {'imagenet': (':large',), 'cifar': (':small',)}
+FAMILIES = ("digits", "cifar10", "imagenet")
+FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in (*FAMILIES, "base", "__init__"))
+VARIANTS = {"imagenet": (":large",), "cifar": (":small",)}
 # What --config takes, relative to the root of the repository: every file, and its large variant where there is one.
 ALL_CONFIGS = [
-    f'configs/{path.name}{suffix}'
+    f"configs/{path.name}{suffix}"
     for path in FILES
-    for suffix in ('', *VARIANTS.get(path.stem.split('_')[0].rstrip('0123456789'), ()))
+    for suffix in ("", *VARIANTS.get(path.stem.split("_")[0].rstrip("0123456789"), ()))
 ]
 
 
 def load(name: str) -> ConfigDict:
     """The config that --config=`name` gives: a file by its path, and what follows the colon as its argument."""
-    file, _, variant = name.partition(':')
-    spec = spec_from_file_location(f'config_{Path(file).stem}', ROOT / file)
+    file, _, variant = name.partition(":")
+    spec = spec_from_file_location(f"config_{Path(file).stem}", ROOT / file)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(variant) if variant else module.get_config()
 
 
-def paths(config: ConfigDict, prefix: str = '') -> set[str]:
+def paths(config: ConfigDict, prefix: str = "") -> set[str]:
     """Every key of a config as a dotted path."""
     found = set()
     for key, value in config.items():
-        found |= paths(value, f'{prefix}{key}.') if isinstance(value, ConfigDict) else {prefix + key}
+        found |= paths(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key}
     return found
 
 
 def test_the_files_that_the_readme_promises_exist():
     small = {
-        f'{family}_{run}'
-        for family in ('digits', 'cifar10')
-        for run in ('teacher', *(f'{kind}{s}' for kind in ('cd', 'ct') for s in (1, 2, 4, 8)))
+        f"{family}_{run}"
+        for family in ("digits", "cifar10")
+        for run in ("teacher", *(f"{kind}{s}" for kind in ("cd", "ct") for s in (1, 2, 4, 8)))
     }
     imagenet = {
-        f'imagenet{side}_{run}'
+        f"imagenet{side}_{run}"
         for side in (64, 128)
-        for run in ('teacher', *(f'{kind}{s}' for kind in ('cd', 'ct') for s in (1, 2, 4, 8, 16)))
+        for run in ("teacher", *(f"{kind}{s}" for kind in ("cd", "ct") for s in (1, 2, 4, 8, 16)))
     }
     assert {path.stem for path in FILES} == small | imagenet
 
 
-@pytest.mark.parametrize('name', ALL_CONFIGS)
+@pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_loads_and_is_deterministic(name):
     config = load(name)
     assert config.to_dict() == load(name).to_dict()
     # The name of a run is the name of its file, so that a work directory can be traced back.
-    assert config.name == Path(name.partition(':')[0]).stem + name.replace(':', '_').partition('.py')[2]
+    assert config.name == Path(name.partition(":")[0]).stem + name.replace(":", "_").partition(".py")[2]
 
 
-@pytest.mark.parametrize('name', ALL_CONFIGS)
+@pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_a_caller_cannot_change_the_next_one(name):
     config = load(name)
     config.model.middle.width += 1
@@ -78,24 +78,24 @@ def test_a_caller_cannot_change_the_next_one(name):
 
 def test_every_config_has_the_keys_of_its_kind():
     # The parameters of a schedule and the number of stages may differ; everything else is one schema.
-    differs = ('model.stages', 'schedule.')
+    differs = ("model.stages", "schedule.")
     for teacher in (True, False):
-        names = [name for name in ALL_CONFIGS if ('teacher' in name) == teacher]
+        names = [name for name in ALL_CONFIGS if ("teacher" in name) == teacher]
         schemas = [{path for path in paths(load(name)) if not path.startswith(differs)} for name in names]
         assert all(schema == schemas[0] for schema in schemas)
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_named_file_states_only_its_difference(path):
     tree = ast.parse(path.read_text())
     docstring, imports, function = tree.body
-    assert isinstance(imports, ast.ImportFrom) and imports.module == 'configs'
+    assert isinstance(imports, ast.ImportFrom) and imports.module == "configs"
     assert imports.names[0].name in FAMILIES
     # The function is one call of the family, and its only numbers are the resolution and the number of student steps.
     (statement,) = function.body
     assert isinstance(statement, ast.Return) and isinstance(statement.value, ast.Call)
     allowed = {
-        id(keyword.value) for keyword in statement.value.keywords if keyword.arg in ('resolution', 'student_steps')
+        id(keyword.value) for keyword in statement.value.keywords if keyword.arg in ("resolution", "student_steps")
     }
     numbers = [
         node.value
@@ -105,105 +105,105 @@ def test_a_named_file_states_only_its_difference(path):
     assert numbers == []
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_header_names_command_hardware_cost_and_expected_result(path):
     header = ast.get_docstring(ast.parse(path.read_text()))
-    for field in ('Command:', 'Hardware:', 'Cost:', 'Expected:'):
+    for field in ("Command:", "Hardware:", "Cost:", "Expected:"):
         assert field in header
-    assert f'python -m mscm.main --config=configs/{path.name} --workdir=' in header
-    expected = ' '.join(header.partition('Expected:')[2].split())
-    if path.stem.startswith('imagenet'):
-        assert f'--config=configs/{path.name}:large' in header
+    assert f"python -m mscm.main --config=configs/{path.name} --workdir=" in header
+    expected = " ".join(header.partition("Expected:")[2].split())
+    if path.stem.startswith("imagenet"):
+        assert f"--config=configs/{path.name}:large" in header
         # A number that this project has not measured is not presented as its own.
-        assert expected.startswith('FID') and "the paper's" in expected and 'not reproduced' in expected
+        assert expected.startswith("FID") and "the paper's" in expected and "not reproduced" in expected
     else:
-        assert 'fd_classifier' in expected and 'FID' not in expected
+        assert "fd_classifier" in expected and "FID" not in expected
 
 
 # FID of Table 1, arXiv:2403.06807v3: by number of steps, (small, large) of CT and of CD.
 _TABLE_1 = {
     64: {
-        'ct': {1: (7.2, 6.4), 2: (2.7, 2.3), 4: (1.8, 1.6), 8: (1.5, 1.5), 16: (1.5, 1.6)},
-        'cd': {1: (4.3, 3.2), 2: (2.0, 1.9), 4: (1.7, 1.6), 8: (1.6, 1.4), 16: (1.5, 1.4)},
+        "ct": {1: (7.2, 6.4), 2: (2.7, 2.3), 4: (1.8, 1.6), 8: (1.5, 1.5), 16: (1.5, 1.6)},
+        "cd": {1: (4.3, 3.2), 2: (2.0, 1.9), 4: (1.7, 1.6), 8: (1.6, 1.4), 16: (1.5, 1.4)},
     },
     128: {
-        'ct': {1: (16.0, 14.5), 2: (6.0, 4.2), 4: (4.0, 2.7), 8: (3.3, 2.2), 16: (3.4, 2.3)},
-        'cd': {1: (8.5, 7.0), 2: (3.1, 3.1), 4: (2.4, 2.3), 8: (2.1, 2.1), 16: (2.0, 2.0)},
+        "ct": {1: (16.0, 14.5), 2: (6.0, 4.2), 4: (4.0, 2.7), 8: (3.3, 2.2), 16: (3.4, 2.3)},
+        "cd": {1: (8.5, 7.0), 2: (3.1, 3.1), 4: (2.4, 2.3), 8: (2.1, 2.1), 16: (2.0, 2.0)},
     },
 }
 
 
-@pytest.mark.parametrize('side', (64, 128))
-@pytest.mark.parametrize('kind', ('ct', 'cd'))
-@pytest.mark.parametrize('steps', (1, 2, 4, 8, 16))
+@pytest.mark.parametrize("side", (64, 128))
+@pytest.mark.parametrize("kind", ("ct", "cd"))
+@pytest.mark.parametrize("steps", (1, 2, 4, 8, 16))
 def test_imagenet_student_is_the_papers(side, kind, steps):
-    name = f'configs/imagenet{side}_{kind}{steps}.py'
+    name = f"configs/imagenet{side}_{kind}{steps}.py"
     small, large = _TABLE_1[side][kind][steps]
-    assert f'FID {small}; large: {large} (' in (ROOT / name).read_text()
-    for suffix in ('', ':large'):
+    assert f"FID {small}; large: {large} (" in (ROOT / name).read_text()
+    for suffix in ("", ":large"):
         config = load(name + suffix)
-        assert config.data.name == f'imagenet{side}' and config.data.resolution == side
+        assert config.data.name == f"imagenet{side}" and config.data.resolution == side
         assert config.train.batch_size == 2048 and config.train.num_steps == 200_000
         assert config.objective.teacher_steps.to_dict() == dict(start=64, end=1280, anneal_steps=100_000)
         assert config.objective.x_var_frac == 0.75 and config.objective.huber_epsilon == 1e-4
-        assert config.objective.student_steps == steps and config.objective.distil == (kind == 'cd')
-        assert config.teacher.config == f'configs/imagenet{side}_teacher.py{suffix}'
+        assert config.objective.student_steps == steps and config.objective.distil == (kind == "cd")
+        assert config.teacher.config == f"configs/imagenet{side}_teacher.py{suffix}"
         assert config.teacher.workdir is None
 
 
 @pytest.mark.parametrize(
-    ('name', 'stages', 'middle'),
+    ("name", "stages", "middle"),
     [  # Per level: kind, channels, dropout (the paper's table of U-ViT configurations)
-        ('64_teacher.py', [('residual', 256, 0), ('transformer', 512, 0)], (1024, 0.2)),
-        ('64_teacher.py:large', [('residual', 512, 0), ('transformer', 1024, 0.1)], (2048, 0.1)),
-        ('128_teacher.py', [('residual', 128, 0), ('residual', 256, 0), ('transformer', 512, 0)], (1024, 0.1)),
+        ("64_teacher.py", [("residual", 256, 0), ("transformer", 512, 0)], (1024, 0.2)),
+        ("64_teacher.py:large", [("residual", 512, 0), ("transformer", 1024, 0.1)], (2048, 0.1)),
+        ("128_teacher.py", [("residual", 128, 0), ("residual", 256, 0), ("transformer", 512, 0)], (1024, 0.1)),
         (
-            '128_teacher.py:large',
-            [('residual', 256, 0), ('residual', 512, 0.1), ('transformer', 1024, 0.1)],
+            "128_teacher.py:large",
+            [("residual", 256, 0), ("residual", 512, 0.1), ("transformer", 1024, 0.1)],
             (2048, 0.1),
         ),
     ],
 )
 def test_imagenet_network_is_the_papers(name, stages, middle):
-    model = load(f'configs/imagenet{name}').model
-    assert list(model.stages) == [f'stage_{i}' for i in range(len(stages))]
+    model = load(f"configs/imagenet{name}").model
+    assert list(model.stages) == [f"stage_{i}" for i in range(len(stages))]
     assert [(s.kind, s.width, s.dropout) for s in model.stages.values()] == stages
     assert all(s.num_blocks == 3 for s in model.stages.values())
     assert (model.middle.width, model.middle.dropout) == middle and model.middle.num_blocks == 16
     assert model.emb_dim == 1024 and model.mlp_ratio == 4
 
 
-@pytest.mark.parametrize('name', [n for n in ALL_CONFIGS if 'teacher' not in n])
+@pytest.mark.parametrize("name", [n for n in ALL_CONFIGS if "teacher" not in n])
 def test_student_differs_from_its_teacher_only_in_the_method(name):
     student = load(name)
     teacher = load(student.teacher.config)
-    for part in ('data', 'model', 'schedule', 'prediction'):
+    for part in ("data", "model", "schedule", "prediction"):
         assert student[part] == teacher[part]
 
 
 def test_imagenet_schedules_and_teacher():
     for side in (64, 128):
-        config = load(f'configs/imagenet{side}_teacher.py')
-        assert config.schedule.name == 'interpolated' and config.schedule.resolution == side
+        config = load(f"configs/imagenet{side}_teacher.py")
+        assert config.schedule.name == "interpolated" and config.schedule.resolution == side
         assert (config.schedule.noise_low, config.schedule.noise_high) == (32, side)
         # Simple diffusion, arXiv:2301.11093, the U-ViT
         optimizer = config.optimizer
         assert (optimizer.b1, optimizer.b2, optimizer.eps) == (0.9, 0.99, 1e-12)
         assert (optimizer.learning_rate, optimizer.warmup_steps, optimizer.clip_norm) == (1e-4, 10_000, 1)
         assert config.ema.decay == 0.9999 and config.train.num_steps == 500_000
-    assert load('configs/imagenet64_teacher.py').objective.multiscale is None
-    assert load('configs/imagenet128_teacher.py').objective.multiscale == (128, 64)
+    assert load("configs/imagenet64_teacher.py").objective.multiscale is None
+    assert load("configs/imagenet128_teacher.py").objective.multiscale == (128, 64)
 
 
-@pytest.mark.parametrize('path', [p for p in FILES if p.stem.startswith('imagenet')], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem.startswith("imagenet")], ids=lambda path: path.stem)
 def test_unknown_variant_names_the_choices(path):
     with pytest.raises(ValueError, match="got 'huge', expected one of '', 'large'"):
-        load(f'configs/{path.name}:huge')
+        load(f"configs/{path.name}:huge")
 
 
 def test_unknown_variant_of_cifar10():
     with pytest.raises(ValueError, match="got 'large', expected one of '', 'small'"):
-        load('configs/cifar10_cd4.py:large')
+        load("configs/cifar10_cd4.py:large")
 
 
 def test_flag_finds_the_family_from_another_directory(tmp_path):
@@ -218,29 +218,29 @@ def test_flag_finds_the_family_from_another_directory(tmp_path):
         'app.run(main)\n'
     )
     overrides = [
-        '--config.teacher.workdir=there',
-        '--config.model.remat=dots',
-        '--config.objective.multiscale=(64,32)',
-        '--config.model.middle.width=8',
+        "--config.teacher.workdir=there",
+        "--config.model.remat=dots",
+        "--config.objective.multiscale=(64,32)",
+        "--config.model.middle.width=8",
     ]
     out = subprocess.run(
-        [sys.executable, '-c', script, f'--config={ROOT}/configs/imagenet64_cd8.py:large', *overrides],
+        [sys.executable, "-c", script, f"--config={ROOT}/configs/imagenet64_cd8.py:large", *overrides],
         cwd=tmp_path,
-        env=os.environ | {'PYTHONPATH': str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert out.split() == ['imagenet64_cd8_large', 'there', 'dots', '(64,', '32)', '8']
+    assert out.split() == ["imagenet64_cd8_large", "there", "dots", "(64,", "32)", "8"]
 
 
 def test_reading_a_config_imports_no_heavy_library():
     """`--help` and an error in a config must not wait for jax."""
-    script = 'import sys, configs.digits, configs.cifar10, configs.imagenet'
-    heavy = 'jax', 'flax', 'numpy', 'tensorflow_datasets'
-    script += f'\nprint([name for name in {heavy} if name in sys.modules])'
-    out = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert out.strip() == '[]'
+    script = "import sys, configs.digits, configs.cifar10, configs.imagenet"
+    heavy = "jax", "flax", "numpy", "tensorflow_datasets"
+    script += f"\nprint([name for name in {heavy} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
 
 
 def _abstract_step(name: str):
@@ -249,38 +249,38 @@ def _abstract_step(name: str):
     spec, data = experiment.train, experiment.data
     lead = (spec.steps_per_dispatch, spec.batch_size)
     batch = {
-        'image': jax.ShapeDtypeStruct((*lead, data.resolution, data.resolution, data.channels), jnp.uint8),
-        'label': jax.ShapeDtypeStruct(lead, jnp.int32),
+        "image": jax.ShapeDtypeStruct((*lead, data.resolution, data.resolution, data.channels), jnp.uint8),
+        "label": jax.ShapeDtypeStruct(lead, jnp.int32),
     }
     frozen = experiment.teacher.experiment.abstract_params() if experiment.distil else {}
     state = experiment.abstract_state()
     return state, *jax.eval_shape(experiment.train_steps(), state, frozen, batch, jax.random.key(0))
 
 
-@pytest.mark.parametrize('name', ALL_CONFIGS)
+@pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_builds(name):
     """Every config is accepted whole, and what its checkpoints would say of it is JSON."""
     experiment = build(load(name))
     facts = experiment.facts()
     assert json.loads(json.dumps(facts)) == facts
-    assert facts['config'] == json.loads(load(name).to_json_best_effort())
-    assert facts['parameters'] == parameter_shapes(experiment.abstract_params())
+    assert facts["config"] == json.loads(load(name).to_json_best_effort())
+    assert facts["parameters"] == parameter_shapes(experiment.abstract_params())
     if experiment.teacher is not None:
-        assert facts['parameters'] == parameter_shapes(experiment.teacher.experiment.abstract_params())
+        assert facts["parameters"] == parameter_shapes(experiment.teacher.experiment.abstract_params())
 
 
 # The files of a family differ in numbers that no shape depends on, so one of each kind of run and of each network.
-STEPPED = [name for name in ALL_CONFIGS if name.startswith('configs/digits')] + [
-    'configs/cifar10_teacher.py', 'configs/cifar10_cd4.py:small'
+STEPPED = [name for name in ALL_CONFIGS if name.startswith("configs/digits")] + [
+    "configs/cifar10_teacher.py", "configs/cifar10_cd4.py:small"
 ] + [
-    f'configs/imagenet{side}_{run}.py{suffix}'
+    f"configs/imagenet{side}_{run}.py{suffix}"
     for side, run, suffix in (
-        (64, 'teacher', ''), (64, 'cd4', ':large'), (128, 'ct16', ''), (128, 'teacher', ':large'), (128, 'cd8', '')
+        (64, "teacher", ""), (64, "cd4", ":large"), (128, "ct16", ""), (128, "teacher", ":large"), (128, "cd8", "")
     )
 ]
 
 
-@pytest.mark.parametrize('name', STEPPED)
+@pytest.mark.parametrize("name", STEPPED)
 def test_a_training_step_keeps_the_shapes_of_the_state(name):
     """One dispatch maps the state onto itself and reports scalars."""
     before, after, averages = _abstract_step(name)
@@ -288,16 +288,16 @@ def test_a_training_step_keeps_the_shapes_of_the_state(name):
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
     assert all(leaf.shape == () for leaf in jax.tree.leaves(averages))
-    segments = [key for key in averages if key.startswith('loss_segment/')]
+    segments = [key for key in averages if key.startswith("loss_segment/")]
     config = load(name)
-    assert len(segments) == config.objective.get('student_steps', 0)
+    assert len(segments) == config.objective.get("student_steps", 0)
 
 
 def _changed(name: str, **changes) -> ConfigDict:
     """The config with the value of dotted keys set, also of keys that it does not have; None removes nothing."""
     config = load(name)
     for path, value in changes.items():
-        *sections, key = path.split('__')
+        *sections, key = path.split("__")
         section = config
         for part in sections:
             section = section[part]
@@ -313,106 +313,106 @@ _REMOVED = object()
 
 
 @pytest.mark.parametrize(
-    ('path', 'value', 'nearest'),
+    ("path", "value", "nearest"),
     [
-        ('optimizer__learning_rat', 1e-3, 'learning_rate'),
-        ('model__widht', 3, None),
-        ('model__emb_dims', 3, 'emb_dim'),
-        ('model__middle__num_block', 3, 'num_blocks'),
-        ('schedule__logsnr_mins', -3.0, 'logsnr_min'),
-        ('objective__teacher_steps__anneal_step', 3, 'anneal_steps'),
-        ('objective__huber_epsilo', 3, 'huber_epsilon'),
-        ('ema__decays', 0.3, 'decay'),
-        ('eval__num_image', 3, 'num_images'),
-        ('seeds', 3, 'seed'),
-        ('notes', 'mine', None),
+        ("optimizer__learning_rat", 1e-3, "learning_rate"),
+        ("model__widht", 3, None),
+        ("model__emb_dims", 3, "emb_dim"),
+        ("model__middle__num_block", 3, "num_blocks"),
+        ("schedule__logsnr_mins", -3.0, "logsnr_min"),
+        ("objective__teacher_steps__anneal_step", 3, "anneal_steps"),
+        ("objective__huber_epsilo", 3, "huber_epsilon"),
+        ("ema__decays", 0.3, "decay"),
+        ("eval__num_image", 3, "num_images"),
+        ("seeds", 3, "seed"),
+        ("notes", "mine", None),
     ],
 )
 def test_a_key_that_nobody_reads_is_refused(path, value, nearest):
     """The error names the key by its path, and the key that was meant where one is near."""
     with pytest.raises(ConfigError) as error:
-        build(_changed('configs/digits_cd2.py', **{path: value}))
+        build(_changed("configs/digits_cd2.py", **{path: value}))
     message = str(error.value)
     assert f"config.{path.replace('__', '.')}: nothing reads this key" in message
-    assert f'did you mean {nearest!r}?' in message if nearest else 'did you mean' not in message
+    assert f"did you mean {nearest!r}?" in message if nearest else "did you mean" not in message
 
 
 @pytest.mark.parametrize(
-    'path', ['optimizer__learning_rate', 'model__emb_dim', 'objective__distance', 'ema__decay']
+    "path", ["optimizer__learning_rate", "model__emb_dim", "objective__distance", "ema__decay"]
 )
 def test_a_missing_key_is_named(path):
     """A key without a default that is absent is an error that names it, and the misspelt key beside it."""
-    section, key = path.rsplit('__', 1)
-    name = 'configs/digits_cd2.py'
+    section, key = path.rsplit("__", 1)
+    name = "configs/digits_cd2.py"
     value = load(name)[section][key]
     with pytest.raises(ConfigError, match=f"config.{section}: got no key '{key}' .did you mean '{key[:-1]}'"):
         build(_changed(name, **{path: _REMOVED, path[:-1]: value}))
 
 
 @pytest.mark.parametrize(
-    ('path', 'value', 'sentence'),
+    ("path", "value", "sentence"),
     [
-        ('schedule__name', 'cosin', "config.schedule.name: got 'cosin' .did you mean 'cosine'"),
-        ('prediction', 'w', "config.prediction: got 'w'"),
-        ('objective__name', 'consistency', "config.objective.name: got 'consistency'"),
-        ('objective__distance', 'huber', "config.objective.distance: got 'huber'"),
-        ('objective__student_steps', 0, 'config.objective.student_steps: got 0, expected a number of at least 1'),
-        ('optimizer__decay', 'linear', 'optimizer.decay: got .linear., expected one of constant, cosine'),
-        ('train__num_steps', 15, 'config.train.num_steps: got 15, expected a multiple of'),
-        ('eval__teacher_steps', (), 'config.eval.teacher_steps: got .., expected whole numbers from 1'),
-        ('eval__teacher_steps', (4, 0), 'config.eval.teacher_steps: got .4, 0., expected whole numbers from 1'),
-        ('objective__multiscale', (8, 3), 'config.objective.multiscale: got 3, expected divisors of .*resolution = 8'),
-        ('objective__teacher_steps__start', 0.0, 'config.objective.teacher_steps.start: got 0.0, expected'),
-        ('model__head_dim', 0, 'config.model.head_dim: got 0, expected a number of at least 1'),
-        ('model__patch_size', 0, 'config.model.patch_size: got 0, expected a number of at least 1'),
-        ('model__logsnr_input', 'inv_cos', "config.model.logsnr_input: got inv_cos, expected the teacher's linear"),
-        ('optimizer__b2', 1.5, 'optimizer.b2: got 1.5, expected a number from 0 and below 1.0'),
-        ('optimizer__learning_rate', 0.0, 'optimizer.learning_rate: got 0.0, expected a number above 0'),
-        ('optimizer__clip_norm', 0.0, 'optimizer.clip_norm: got 0.0, expected a number above 0, or None'),
-        ('teacher__guidance', 1.0, "config.teacher.guidance: got 1.0, expected 0.0 because 'digits_teacher' was"),
-        ('ema__decay', 1.0, 'config.ema.decay: got 1.0, expected a number of at least 0.0 and below 1.0'),
-        ('model', None, 'config.model: got None, expected a section'),
-        ('teacher', None, 'config.teacher: got None'),
-        ('teacher__config', 'configs/absent.py', "got config file 'configs/absent.py'"),
-        ('teacher__config', 'configs/digits_cd4.py', "got 'digits_cd4', expected the config of a diffusion model"),
+        ("schedule__name", "cosin", "config.schedule.name: got 'cosin' .did you mean 'cosine'"),
+        ("prediction", "w", "config.prediction: got 'w'"),
+        ("objective__name", "consistency", "config.objective.name: got 'consistency'"),
+        ("objective__distance", "huber", "config.objective.distance: got 'huber'"),
+        ("objective__student_steps", 0, "config.objective.student_steps: got 0, expected a number of at least 1"),
+        ("optimizer__decay", "linear", "optimizer.decay: got .linear., expected one of constant, cosine"),
+        ("train__num_steps", 15, "config.train.num_steps: got 15, expected a multiple of"),
+        ("eval__teacher_steps", (), "config.eval.teacher_steps: got .., expected whole numbers from 1"),
+        ("eval__teacher_steps", (4, 0), "config.eval.teacher_steps: got .4, 0., expected whole numbers from 1"),
+        ("objective__multiscale", (8, 3), "config.objective.multiscale: got 3, expected divisors of .*resolution = 8"),
+        ("objective__teacher_steps__start", 0.0, "config.objective.teacher_steps.start: got 0.0, expected"),
+        ("model__head_dim", 0, "config.model.head_dim: got 0, expected a number of at least 1"),
+        ("model__patch_size", 0, "config.model.patch_size: got 0, expected a number of at least 1"),
+        ("model__logsnr_input", "inv_cos", "config.model.logsnr_input: got inv_cos, expected the teacher's linear"),
+        ("optimizer__b2", 1.5, "optimizer.b2: got 1.5, expected a number from 0 and below 1.0"),
+        ("optimizer__learning_rate", 0.0, "optimizer.learning_rate: got 0.0, expected a number above 0"),
+        ("optimizer__clip_norm", 0.0, "optimizer.clip_norm: got 0.0, expected a number above 0, or None"),
+        ("teacher__guidance", 1.0, "config.teacher.guidance: got 1.0, expected 0.0 because 'digits_teacher' was"),
+        ("ema__decay", 1.0, "config.ema.decay: got 1.0, expected a number of at least 0.0 and below 1.0"),
+        ("model", None, "config.model: got None, expected a section"),
+        ("teacher", None, "config.teacher: got None"),
+        ("teacher__config", "configs/absent.py", "got config file 'configs/absent.py'"),
+        ("teacher__config", "configs/digits_cd4.py", "got 'digits_cd4', expected the config of a diffusion model"),
         # The student starts from the teacher's weights, which mean nothing under another schedule.
-        ('schedule__shift', 1.0, "config.schedule: got .* expected the teacher's"),
-        ('prediction', 'x', "config.prediction: got x, expected the teacher's v"),
+        ("schedule__shift", 1.0, "config.schedule: got .* expected the teacher's"),
+        ("prediction", "x", "config.prediction: got x, expected the teacher's v"),
     ],
 )
 def test_an_impossible_value_is_refused(path, value, sentence):
     """One sentence with the path of the key, what was got and what was expected."""
     with pytest.raises(ConfigError, match=sentence):
-        build(_changed('configs/digits_cd2.py', **{path: value}))
+        build(_changed("configs/digits_cd2.py", **{path: value}))
 
 
 def test_a_diffusion_model_has_no_teacher():
     """A teacher of a teacher would be ignored, so it is refused."""
-    config = load('configs/digits_teacher.py')
+    config = load("configs/digits_teacher.py")
     with config.unlocked():
-        config.teacher = load('configs/digits_cd2.py').teacher
-    with pytest.raises(ConfigError, match='config.teacher: got a teacher, expected None'):
+        config.teacher = load("configs/digits_cd2.py").teacher
+    with pytest.raises(ConfigError, match="config.teacher: got a teacher, expected None"):
         build(config)
 
 
 def test_a_student_of_another_architecture_is_refused():
     """A student starts from the teacher's weights, so it has the teacher's shapes."""
     with pytest.raises(ConfigError, match="config.model: got shape .* expected the teacher's"):
-        build(_changed('configs/digits_cd2.py', model__middle__width=64))
+        build(_changed("configs/digits_cd2.py", model__middle__width=64))
 
 
 def test_a_teacher_has_the_data_of_its_student():
     """An override of the data is said once, and both are trained on the same images."""
-    experiment = build(_changed('configs/digits_cd2.py', data__num_classes=7, data__path='photos'))
+    experiment = build(_changed("configs/digits_cd2.py", data__num_classes=7, data__path="photos"))
     assert experiment.data == experiment.teacher.experiment.data
     assert experiment.teacher.experiment.model.num_classes == 7
 
 
 def test_the_data_must_be_what_the_config_says():
     """The sizes in the config and in the data set agree, or the error says both."""
-    experiment = build(_changed('configs/digits_teacher.py', data__num_classes=11))
-    with pytest.raises(ConfigError, match='config.data.num_classes: got 11, expected 10'):
+    experiment = build(_changed("configs/digits_teacher.py", data__num_classes=11))
+    with pytest.raises(ConfigError, match="config.data.num_classes: got 11, expected 10"):
         experiment.data.open()
-    with pytest.raises(ConfigError, match='config.data: '):
-        build(_changed('configs/digits_teacher.py', data__name='digitz')).data.open()
-    assert len(np.unique(build(load('configs/digits_teacher.py')).data.open().labels)) == 10
+    with pytest.raises(ConfigError, match="config.data: "):
+        build(_changed("configs/digits_teacher.py", data__name="digitz")).data.open()
+    assert len(np.unique(build(load("configs/digits_teacher.py")).data.open().labels)) == 10

@@ -21,7 +21,7 @@ from mscm.experiment import build
 ROOT = Path(__file__).resolve().parents[1]
 
 # Teacher and student, made small in the same way.
-_TINY = '''
+_TINY = """
 from configs import digits
 
 
@@ -39,18 +39,18 @@ def get_config():
     config.train.save_every_steps = 2
     {more}
     return config
-'''
+"""
 
 # The student's only: a run scores its teacher under its own settings.
-_TINY_EVAL = 'dict(num_images=60, batch_size=20, seed=0, teacher_steps=(1, 2, 3))'
+_TINY_EVAL = "dict(num_images=60, batch_size=20, seed=0, teacher_steps=(1, 2, 3))"
 
 
 def command(name: str, *flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """`python -m mscm.NAME` in a process of its own."""
     return subprocess.run(
-        [sys.executable, '-m', f'mscm.{name}', *flags],
+        [sys.executable, "-m", f"mscm.{name}", *flags],
         cwd=cwd,
-        env=os.environ | {'PYTHONPATH': str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -59,28 +59,28 @@ def command(name: str, *flags: str, cwd: Path | None = None) -> subprocess.Compl
 
 def sentence_of(result: subprocess.CompletedProcess) -> str:
     """The last line of an error of the user's making: no traceback, exit code 2."""
-    assert 'Traceback' not in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
     assert result.returncode == 2, result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith('error: ')]
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     return line
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """Config files, and the work directory of a run that nothing interrupted."""
-    root = tmp_path_factory.mktemp('tiny')
-    (root / 'teacher.py').write_text(_TINY.format(family='teacher()', more=''))
+    root = tmp_path_factory.mktemp("tiny")
+    (root / "teacher.py").write_text(_TINY.format(family="teacher()", more=""))
     more = f"config.teacher.config = '{root / 'teacher.py'}'; config.eval = {_TINY_EVAL}"
-    (root / 'student.py').write_text(_TINY.format(family='student(student_steps=2, distil=True)', more=more))
-    experiment = build(load_config(str(root / 'student.py')))
-    workdir = root / 'run'
+    (root / "student.py").write_text(_TINY.format(family="student(student_steps=2, distil=True)", more=more))
+    experiment = build(load_config(str(root / "student.py")))
+    workdir = root / "run"
     training_loop.run(experiment, str(workdir))
     return SimpleNamespace(root=root, workdir=workdir, experiment=experiment)
 
 
 @pytest.fixture
 def flags(tiny):
-    return f"--config={tiny.root / 'student.py'}", f'--workdir={tiny.workdir}'
+    return f"--config={tiny.root / 'student.py'}", f"--workdir={tiny.workdir}"
 
 
 def states_of(experiment, workdir):
@@ -93,26 +93,26 @@ def test_a_run_leaves_what_the_readme_says(tiny):
     """One command leaves checkpoints, events, the config, samples and scores, also of the teacher that it trained."""
     for workdir, experiment in (
         (tiny.workdir, tiny.experiment),
-        (tiny.workdir / 'teacher', tiny.experiment.teacher.experiment),
+        (tiny.workdir / "teacher", tiny.experiment.teacher.experiment),
     ):
-        assert sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir()) == [2, 4]
-        assert json.loads((workdir / 'config.json').read_text()) == experiment.config
-        (events,) = workdir.glob('events.*')
-        assert b'loss_logsnr' in events.read_bytes()
-    (events,) = (tiny.workdir / 'report').glob('events.*')
-    assert b'fd_classifier/digits_cd2_ddim_2' in events.read_bytes()
-    with Image.open(tiny.workdir / 'report' / 'samples.png') as image:
+        assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [2, 4]
+        assert json.loads((workdir / "config.json").read_text()) == experiment.config
+        (events,) = workdir.glob("events.*")
+        assert b"loss_logsnr" in events.read_bytes()
+    (events,) = (tiny.workdir / "report").glob("events.*")
+    assert b"fd_classifier/digits_cd2_ddim_2" in events.read_bytes()
+    with Image.open(tiny.workdir / "report" / "samples.png") as image:
         assert min(image.size) > 200
-    rows = json.loads((tiny.workdir / 'report' / 'scores.json').read_text())
-    assert [(row.get('sampler'), row['nfe']) for row in rows] == [('ddim', 2), ('addim', 2), ('addim', 3), (None, 0)]
-    assert [row['num_images'] for row in rows] == [60, 60, 60, 898]
-    assert all(np.isfinite(row['fd_classifier']) and row['fd_classifier'] > 0 for row in rows)
+    rows = json.loads((tiny.workdir / "report" / "scores.json").read_text())
+    assert [(row.get("sampler"), row["nfe"]) for row in rows] == [("ddim", 2), ("addim", 2), ("addim", 3), (None, 0)]
+    assert [row["num_images"] for row in rows] == [60, 60, 60, 898]
+    assert all(np.isfinite(row["fd_classifier"]) and row["fd_classifier"] > 0 for row in rows)
 
 
 def test_training_moves_the_student_away_from_its_teacher(tiny):
     """The checkpoint's parameters are not the teacher's."""
     _, student = states_of(tiny.experiment, tiny.workdir)
-    teacher = evaluation.read_ema(tiny.experiment.teacher.experiment, str(tiny.workdir / 'teacher'))
+    teacher = evaluation.read_ema(tiny.experiment.teacher.experiment, str(tiny.workdir / "teacher"))
     same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), student.params, teacher)
     assert not all(jax.tree.leaves(same))
     assert student.step == 4
@@ -124,8 +124,8 @@ class _Interrupted(Exception):
 
 def test_an_interrupted_run_continues_bit_for_bit(tiny, tmp_path, monkeypatch):
     """Stopped after step 2 of 4 and started again, a run ends with the same bits: parameters, average, optimiser."""
-    workdir = tmp_path / 'run'
-    shutil.copytree(tiny.workdir / 'teacher', workdir / 'teacher')
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny.workdir / "teacher", workdir / "teacher")
     report = training_loop.Progress.report
 
     def stop(self, step):
@@ -133,8 +133,8 @@ def test_an_interrupted_run_continues_bit_for_bit(tiny, tmp_path, monkeypatch):
         if step == 4:
             raise _Interrupted
 
-    monkeypatch.setattr(training_loop.Progress, 'report', stop)
-    teacher = evaluation.read_ema(tiny.experiment.teacher.experiment, str(workdir / 'teacher'))
+    monkeypatch.setattr(training_loop.Progress, "report", stop)
+    teacher = evaluation.read_ema(tiny.experiment.teacher.experiment, str(workdir / "teacher"))
     source = training_loop.check(tiny.experiment, str(workdir))
     with pytest.raises(_Interrupted):
         training_loop.train(tiny.experiment, str(workdir), source, teacher)
@@ -148,27 +148,27 @@ def test_an_interrupted_run_continues_bit_for_bit(tiny, tmp_path, monkeypatch):
 
 def test_a_finished_run_trains_no_further(tiny, tmp_path):
     """Started again with all steps done, training changes no checkpoint."""
-    workdir = tmp_path / 'run'
+    workdir = tmp_path / "run"
     shutil.copytree(tiny.workdir, workdir)
-    before = {path: path.stat().st_mtime_ns for path in (workdir / 'checkpoints').rglob('*')}
+    before = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
     source = training_loop.check(tiny.experiment, str(workdir))
     training_loop.train(tiny.experiment, str(workdir), source, {})
-    assert before == {path: path.stat().st_mtime_ns for path in (workdir / 'checkpoints').rglob('*')}
+    assert before == {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
 
 
 def test_eval_reproduces_the_scores_of_the_run(tiny, flags):
     """Scores from another process are the run's to the last digit, one line per checkpoint, and none twice."""
-    lines = tiny.workdir / 'eval' / 'scores.jsonl'
-    result = command('eval', *flags)
+    lines = tiny.workdir / "eval" / "scores.jsonl"
+    result = command("eval", *flags)
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [record['step'] for record in records] == [2, 4]
-    rows = json.loads((tiny.workdir / 'report' / 'scores.json').read_text())
-    assert records[1]['scores'] == rows[:1]
-    assert records[0]['scores'] != rows[:1]
+    assert [record["step"] for record in records] == [2, 4]
+    rows = json.loads((tiny.workdir / "report" / "scores.json").read_text())
+    assert records[1]["scores"] == rows[:1]
+    assert records[0]["scores"] != rows[:1]
     for row in rows:
         assert f"{row['fd_classifier']:.3f}" in result.stdout
-    again = command('eval', *flags)
+    again = command("eval", *flags)
     assert again.returncode == 0, again.stderr
     assert again.stdout == result.stdout
     assert [json.loads(line) for line in lines.read_text().splitlines()] == records
@@ -176,22 +176,22 @@ def test_eval_reproduces_the_scores_of_the_run(tiny, flags):
 
 def test_sample_writes_arrays_a_grid_and_a_folder(tiny, flags, tmp_path):
     """The output's name decides what is written; image i is the same in all of them."""
-    npz, png, folder = tmp_path / 'a' / 'images.npz', tmp_path / 'b' / 'grid.png', tmp_path / 'folder'
-    for output, more in ((npz, ()), (png, ()), (folder, ('--labels=3,7',))):
-        result = command('sample', *flags, '--num_images=10', f'--output={output}', *more)
+    npz, png, folder = tmp_path / "a" / "images.npz", tmp_path / "b" / "grid.png", tmp_path / "folder"
+    for output, more in ((npz, ()), (png, ()), (folder, ("--labels=3,7",))):
+        result = command("sample", *flags, "--num_images=10", f"--output={output}", *more)
         assert result.returncode == 0, result.stderr
-        assert f'10 images of digits_cd2, ddim 2 steps: {output}' in result.stdout
+        assert f"10 images of digits_cd2, ddim 2 steps: {output}" in result.stdout
     with np.load(npz) as file:
-        images, labels = file['images'], file['labels']
+        images, labels = file["images"], file["labels"]
     assert images.shape == (10, 8, 8, 1) and images.dtype == np.uint8
     assert labels.tolist() == list(range(10))
     with Image.open(png) as image:
         assert image.size[0] >= 10 * 48
     files = sorted(folder.iterdir())
-    assert [path.name for path in files] == [f'{i:06d}.png' for i in range(10)]
+    assert [path.name for path in files] == [f"{i:06d}.png" for i in range(10)]
     with Image.open(files[3]) as image:
         # Label 7 there and 3 in the npz: the same noise under another label.
-        assert image.size == (8, 8) and image.mode == 'L'
+        assert image.size == (8, 8) and image.mode == "L"
     with Image.open(files[7]) as image:
         np.testing.assert_array_equal(np.asarray(image), images[7, ..., 0])
 
@@ -199,58 +199,58 @@ def test_sample_writes_arrays_a_grid_and_a_folder(tiny, flags, tmp_path):
 def test_sample_refuses_what_the_student_was_not_trained_for(tiny, flags, tmp_path):
     """Another number of steps is refused in a sentence that names the student's, and --force takes it."""
     output = f"--output={tmp_path / 'x.npz'}"
-    refused = sentence_of(command('sample', *flags, '--num_steps=3', output))
-    assert 'ddim 3 steps' in refused and 'expected ddim with 2 steps' in refused and '--force' in refused
-    assert not (tmp_path / 'x.npz').exists()
-    forced = command('sample', *flags, '--num_steps=3', '--num_images=10', '--force', output)
+    refused = sentence_of(command("sample", *flags, "--num_steps=3", output))
+    assert "ddim 3 steps" in refused and "expected ddim with 2 steps" in refused and "--force" in refused
+    assert not (tmp_path / "x.npz").exists()
+    forced = command("sample", *flags, "--num_steps=3", "--num_images=10", "--force", output)
     assert forced.returncode == 0, forced.stderr
-    assert (tmp_path / 'x.npz').exists()
-    assert "--labels: got 10, expected numbers from 0 to 9" in sentence_of(command('sample', *flags, '--labels=10'))
+    assert (tmp_path / "x.npz").exists()
+    assert "--labels: got 10, expected numbers from 0 to 9" in sentence_of(command("sample", *flags, "--labels=10"))
 
 
 def test_mistakes_on_the_command_line_are_one_sentence(tiny, flags, tmp_path):
     """What can be wrong is said before anything is compiled, in one line, with exit code 2 and what to do."""
     config, workdir = flags
     fresh = f"--workdir={tmp_path / 'fresh'}"
-    (tmp_path / 'file').write_text('')
-    (tmp_path / 'empty').mkdir()
-    said = sentence_of(command('main', config, fresh, f"--config.teacher.workdir={tmp_path / 'empty'}"))
-    assert str(tmp_path / 'empty') in said and 'checkpoints' in said
-    said = sentence_of(command('main', config, f"--workdir={tmp_path / 'file'}"))
-    assert 'which is a file, expected a directory' in said
-    said = sentence_of(command('main', config, fresh, '--config.optimizer.decay=linear'))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    said = sentence_of(command("main", config, fresh, f"--config.teacher.workdir={tmp_path / 'empty'}"))
+    assert str(tmp_path / "empty") in said and "checkpoints" in said
+    said = sentence_of(command("main", config, f"--workdir={tmp_path / 'file'}"))
+    assert "which is a file, expected a directory" in said
+    said = sentence_of(command("main", config, fresh, "--config.optimizer.decay=linear"))
     assert "got 'linear', expected one of constant, cosine" in said
-    said = sentence_of(command('eval', config, fresh))
-    assert 'expected the work directory of a training' in said
-    said = sentence_of(command('sample', config, workdir, '--step=3'))
-    assert 'got step 3, expected one of 2, 4' in said
+    said = sentence_of(command("eval", config, fresh))
+    assert "expected the work directory of a training" in said
+    said = sentence_of(command("sample", config, workdir, "--step=3"))
+    assert "got step 3, expected one of 2, 4" in said
 
 
 def test_a_checkpoint_of_another_number_of_steps_is_refused(tiny):
     """The parameters would fit; what they mean is another function."""
-    config = load_config(str(tiny.root / 'student.py'))
+    config = load_config(str(tiny.root / "student.py"))
     config.objective.student_steps = 4
-    with pytest.raises(ValueError, match='with student_steps = 2, expected 4'):
+    with pytest.raises(ValueError, match="with student_steps = 2, expected 4"):
         evaluation.read_ema(build(config), str(tiny.workdir))
-    with pytest.raises(ValueError, match='with student_steps = 2, expected 4'):
+    with pytest.raises(ValueError, match="with student_steps = 2, expected 4"):
         training_loop.check(build(config), str(tiny.workdir))
     config.teacher.workdir = str(tiny.workdir)
-    with pytest.raises(ValueError, match='with student_steps = 2, expected None'):
-        training_loop.check(build(config), str(tiny.root / 'another'))
+    with pytest.raises(ValueError, match="with student_steps = 2, expected None"):
+        training_loop.check(build(config), str(tiny.root / "another"))
 
 
 def test_a_run_that_diverges_stops_before_it_saves(tiny, tmp_path):
     """One sentence, and the checkpoints before are kept."""
-    workdir = tmp_path / 'run'
+    workdir = tmp_path / "run"
     shutil.copytree(tiny.workdir, workdir)
-    config = load_config(str(tiny.root / 'student.py'))
+    config = load_config(str(tiny.root / "student.py"))
     config.train.num_steps = 8
     config.optimizer.learning_rate = 1e30
     experiment = build(config)
     source = training_loop.check(experiment, str(workdir))
-    with pytest.raises(FloatingPointError, match='digits_cd2: got a loss of (nan|inf) in steps'):
+    with pytest.raises(FloatingPointError, match="digits_cd2: got a loss of (nan|inf) in steps"):
         training_loop.train(experiment, str(workdir), source, evaluation.read_ema(
-            experiment.teacher.experiment, str(workdir / 'teacher')
+            experiment.teacher.experiment, str(workdir / "teacher")
         ))
     with reading(workdir) as checkpoints:
         params = checkpoints.restore_ema(experiment.abstract_params())
@@ -259,60 +259,60 @@ def test_a_run_that_diverges_stops_before_it_saves(tiny, tmp_path):
 
 def test_a_teacher_of_another_architecture_is_refused(tiny, tmp_path):
     """A work directory that does not fit names the first parameter that differs, before anything is compiled."""
-    for name in ('teacher', 'student'):
-        text = (tiny.root / f'{name}.py').read_text().replace('width = 32', 'width = 48')
-        (tmp_path / f'{name}.py').write_text(text.replace(str(tiny.root), str(tmp_path)))
-    config = load_config(str(tmp_path / 'student.py'))
-    with pytest.raises(ValueError, match='got another architecture than the config.s: parameter .* has shape'):
+    for name in ("teacher", "student"):
+        text = (tiny.root / f"{name}.py").read_text().replace("width = 32", "width = 48")
+        (tmp_path / f"{name}.py").write_text(text.replace(str(tiny.root), str(tmp_path)))
+    config = load_config(str(tmp_path / "student.py"))
+    with pytest.raises(ValueError, match="got another architecture than the config.s: parameter .* has shape"):
         training_loop.run(build(config), str(tiny.workdir))
-    config.teacher.workdir = str(tiny.workdir / 'teacher')
-    with pytest.raises(ValueError, match='got another architecture than the config.s: parameter .* has shape'):
-        training_loop.run(build(config), str(tmp_path / 'run'))
-    assert not (tmp_path / 'run' / 'checkpoints').exists()
+    config.teacher.workdir = str(tiny.workdir / "teacher")
+    with pytest.raises(ValueError, match="got another architecture than the config.s: parameter .* has shape"):
+        training_loop.run(build(config), str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_commands_start_without_jax():
     """`--help` and an error of a flag do not wait for jax."""
-    script = 'import sys, mscm.main, mscm.eval, mscm.sample\n'
+    script = "import sys, mscm.main, mscm.eval, mscm.sample\n"
     script += "print([name for name in ('jax', 'flax', 'orbax', 'sklearn') if name in sys.modules])"
-    out = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert out.strip() == '[]'
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
 
 
 @pytest.mark.parametrize(
-    ('flags', 'sentence'),
+    ("flags", "sentence"),
     [
-        ('--config=configs/digits_cd3.py --workdir=x', "got config file 'configs/digits_cd3.py' (did you mean"),
-        ('--config=setup.cfg --workdir=x', "got config file 'setup.cfg', expected a Python file"),
-        ('--config configs/digits_cd4.py:large --workdir=x', "expected 'configs/digits_cd4.py': this config has no"),
-        ('--config=configs/imagenet64_cd8.py:huge --workdir=x', "got 'huge', expected one of '', 'large'"),
-        ('--config=configs/digits_cd4.py --workdir=x --config.train.num_stepz=3', '"num_steps" instead of "num_stepz"'),
-        ('--config=configs/digits_cd4.py --workdir=x --config.train.num_steps=3.5', 'invalid literal for int()'),
-        ('--config=configs/digits_cd4.py --workdri=x', "flag 'workdri'. Did you mean: workdir"),
-        ('--config=configs/digits_cd4.py', '--workdir must have a value'),
-        ('--workdir=x', '--config must have a value'),
-        ('--config=configs/digits_cd4.py --workdir=x y z', 'got y z, expected flags only'),
+        ("--config=configs/digits_cd3.py --workdir=x", "got config file 'configs/digits_cd3.py' (did you mean"),
+        ("--config=setup.cfg --workdir=x", "got config file 'setup.cfg', expected a Python file"),
+        ("--config configs/digits_cd4.py:large --workdir=x", "expected 'configs/digits_cd4.py': this config has no"),
+        ("--config=configs/imagenet64_cd8.py:huge --workdir=x", "got 'huge', expected one of '', 'large'"),
+        ("--config=configs/digits_cd4.py --workdir=x --config.train.num_stepz=3", '"num_steps" instead of "num_stepz"'),
+        ("--config=configs/digits_cd4.py --workdir=x --config.train.num_steps=3.5", "invalid literal for int()"),
+        ("--config=configs/digits_cd4.py --workdri=x", "flag 'workdri'. Did you mean: workdir"),
+        ("--config=configs/digits_cd4.py", "--workdir must have a value"),
+        ("--workdir=x", "--config must have a value"),
+        ("--config=configs/digits_cd4.py --workdir=x y z", "got y z, expected flags only"),
     ],
 )
 def test_a_wrong_flag_is_one_sentence(flags, sentence, tmp_path):
     """From any directory: a config file that is not here is looked for in the repository."""
-    assert sentence in sentence_of(command('main', *flags.split(), cwd=tmp_path))
+    assert sentence in sentence_of(command("main", *flags.split(), cwd=tmp_path))
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('name', ['main', 'eval', 'sample'])
+@pytest.mark.parametrize("name", ["main", "eval", "sample"])
 def test_help_says_what_the_command_does(name):
     """`--help` prints the command line and the flags."""
-    result = command(name, '--help')
-    assert f'python -m mscm.{name} --config=' in result.stdout
-    assert '--workdir' in result.stdout
+    result = command(name, "--help")
+    assert f"python -m mscm.{name} --config=" in result.stdout
+    assert "--workdir" in result.stdout
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_done(tiny, tmp_path):
     """Started again for fewer steps than it has, a run ends at once, and keeps what it has."""
-    workdir = tmp_path / 'run'
+    workdir = tmp_path / "run"
     shutil.copytree(tiny.workdir, workdir)
-    config = load_config(str(tiny.root / 'student.py'))
+    config = load_config(str(tiny.root / "student.py"))
     config.train.num_steps = 2
     experiment = build(config)
     training_loop.train(experiment, str(workdir), training_loop.check(experiment, str(workdir)), {})

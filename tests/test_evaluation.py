@@ -12,7 +12,7 @@ from mscm.evaluation import SamplerSpec
 from mscm.experiment import build
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def model():
     """A small diffusion model and parameters at random."""
     config = digits.teacher()
@@ -29,7 +29,7 @@ def _images(model, *, batch_size, num_images=7, seed=0, labels=None):
     batches = evaluation.generate(
         experiment,
         params,
-        SamplerSpec('addim', 2),
+        SamplerSpec("addim", 2),
         num_images=num_images,
         batch_size=batch_size,
         seed=seed,
@@ -63,7 +63,7 @@ def test_noise_and_labels_are_common_to_all_models(monkeypatch, model):
 
         return sample
 
-    monkeypatch.setattr(evaluation, 'make_sample_fn', make)
+    monkeypatch.setattr(evaluation, "make_sample_fn", make)
     for batch_size in (20, 8):
         assert len(_images(model, batch_size=batch_size, num_images=20)) == 20
     whole, parts = seen[0], [np.concatenate(arrays)[:20] for arrays in zip(*seen[1:], strict=True)]
@@ -78,19 +78,19 @@ def test_noise_and_labels_are_common_to_all_models(monkeypatch, model):
 def test_a_student_takes_its_own_steps():
     """Other numbers of steps and other samplers are refused with the number that is possible, unless forced."""
     student = build(digits.student(student_steps=4, distil=True))
-    assert evaluation.default_samplers(student) == [SamplerSpec('ddim', 4)]
-    evaluation.check_sampler(student, SamplerSpec('ddim', 4))
-    for spec in (SamplerSpec('ddim', 3), SamplerSpec('addim', 4)):
+    assert evaluation.default_samplers(student) == [SamplerSpec("ddim", 4)]
+    evaluation.check_sampler(student, SamplerSpec("ddim", 4))
+    for spec in (SamplerSpec("ddim", 3), SamplerSpec("addim", 4)):
         with pytest.raises(ConfigError, match=f"got {spec} for 'digits_cd4', expected ddim with 4 steps"):
             evaluation.check_sampler(student, spec)
         evaluation.check_sampler(student, spec, force=True)
-    with pytest.raises(ConfigError, match='num_steps: got 0, expected at least 1'):
-        evaluation.check_sampler(student, SamplerSpec('ddim', 0), force=True)
+    with pytest.raises(ConfigError, match="num_steps: got 0, expected at least 1"):
+        evaluation.check_sampler(student, SamplerSpec("ddim", 0), force=True)
 
 
 def test_a_diffusion_model_takes_any_number_of_steps(model):
     """aDDIM with the config's numbers of steps by default, and whatever else is asked for."""
     experiment, _ = model
     assert [spec.num_steps for spec in evaluation.default_samplers(experiment)] == [1, 2, 4, 8, 64, 256]
-    evaluation.check_sampler(experiment, SamplerSpec('ddim', 3))
-    assert (str(SamplerSpec('ddim', 1)), str(SamplerSpec('addim', 2))) == ('ddim 1 step', 'addim 2 steps')
+    evaluation.check_sampler(experiment, SamplerSpec("ddim", 3))
+    assert (str(SamplerSpec("ddim", 1)), str(SamplerSpec("addim", 2))) == ("ddim 1 step", "addim 2 steps")

@@ -25,7 +25,7 @@ def _batch():
     """Images that are white on the left and black on the right, of all classes."""
     image = np.zeros((BATCH, 8, 8, 1), np.uint8)
     image[:, :, :4] = 255
-    return {'image': jnp.asarray(image), 'label': jnp.arange(BATCH, dtype=jnp.int32) % 10}
+    return {"image": jnp.asarray(image), "label": jnp.arange(BATCH, dtype=jnp.int32) % 10}
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def calls(monkeypatch):
 
         return network
 
-    monkeypatch.setattr(experiments, '_network', make)
+    monkeypatch.setattr(experiments, "_network", make)
     return asked
 
 
@@ -48,7 +48,7 @@ def _loss(config):
     return build(config).loss_fn({}, {}, _batch(), jax.random.key(0), jnp.int32(0))
 
 
-@pytest.mark.parametrize('rate', [0.0, 0.25])
+@pytest.mark.parametrize("rate", [0.0, 0.25])
 def test_labels_are_dropped_at_the_rate_of_the_config(calls, rate):
     """A dropped label is the null class; the others are untouched."""
     config = digits.teacher()
@@ -57,11 +57,11 @@ def test_labels_are_dropped_at_the_rate_of_the_config(calls, rate):
     ((_, _, labels),) = calls
     dropped = labels == 10
     assert abs(dropped.mean() - rate) < (0.1 if rate else 1e-9)  # 256 draws: 0.1 is 3.7 standard deviations
-    np.testing.assert_array_equal(labels[~dropped], np.asarray(_batch()['label'])[~dropped])
+    np.testing.assert_array_equal(labels[~dropped], np.asarray(_batch()["label"])[~dropped])
 
 
-@pytest.mark.parametrize('family', [digits.teacher, lambda: digits.student(student_steps=2, distil=False)])
-@pytest.mark.parametrize('flip', [False, True])
+@pytest.mark.parametrize("family", [digits.teacher, lambda: digits.student(student_steps=2, distil=False)])
+@pytest.mark.parametrize("flip", [False, True])
 def test_images_are_flipped_where_the_config_says(calls, family, flip):
     """Half of them, seen through the noise where there is little."""
     config = family()
@@ -78,17 +78,17 @@ def test_images_are_flipped_where_the_config_says(calls, family, flip):
 @pytest.fixture
 def guided(tmp_path):
     """Config of a student whose teacher was trained with dropped labels, with guidance 1.5."""
-    (tmp_path / 'teacher.py').write_text(
-        'from configs import digits\n'
-        'def get_config():\n'
-        '    config = digits.teacher()\n'
-        '    config.objective.label_dropout = 0.1\n'
-        '    config.model.middle.update(dict(width=32, num_blocks=1))\n'
-        '    config.model.update(dict(emb_dim=16, head_dim=16))\n'
-        '    return config\n'
+    (tmp_path / "teacher.py").write_text(
+        "from configs import digits\n"
+        "def get_config():\n"
+        "    config = digits.teacher()\n"
+        "    config.objective.label_dropout = 0.1\n"
+        "    config.model.middle.update(dict(width=32, num_blocks=1))\n"
+        "    config.model.update(dict(emb_dim=16, head_dim=16))\n"
+        "    return config\n"
     )
     config = _small(digits.student(student_steps=2, distil=True))
-    config.teacher.config = str(tmp_path / 'teacher.py')
+    config.teacher.config = str(tmp_path / "teacher.py")
     config.teacher.guidance = 1.5
     return config
 
@@ -97,17 +97,17 @@ def test_guidance_reaches_the_teacher_and_its_samples(guided):
     """The teacher answers 2.5 conditional - 1.5 null in the loss and where it is scored, and says so in its name."""
     experiment = build(guided)
     teacher = experiment.teacher.experiment
-    assert teacher.name == 'digits_teacher, guidance 1.5'
+    assert teacher.name == "digits_teacher, guidance 1.5"
     key = jax.random.key(3)
     params = jax.jit(experiment.init_params)(key)
     # The last layer of a new network is 0, and with it every output.
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(key, p.shape), params)
     batch = {name: array[:8] for name, array in _batch().items()}
-    labels = jnp.asarray(batch['label'])
+    labels = jnp.asarray(batch["label"])
 
     def plain(labels):
         def network(z_t, logsnr, labels):
-            return experiment.model.apply({'params': params}, z_t, logsnr, labels, train=False)
+            return experiment.model.apply({"params": params}, z_t, logsnr, labels, train=False)
 
         return denoisers.make_denoiser(network, experiment.schedule, experiment.to_x, labels=labels)
 
@@ -119,11 +119,11 @@ def test_guidance_reaches_the_teacher_and_its_samples(guided):
 
     loss, _ = experiment.loss_fn(params, params, batch, key, jnp.int32(0))
     k_loss = jax.random.split(key, 3)[2]
-    x = jnp.asarray(batch['image']) / 127.5 - 1
+    x = jnp.asarray(batch["image"]) / 127.5 - 1
     by_hand, _ = consistency_loss(
         plain(labels),
         denoisers.make_guided(
-            lambda *inputs: experiment.model.apply({'params': params}, *inputs, train=False),
+            lambda *inputs: experiment.model.apply({"params": params}, *inputs, train=False),
             experiment.schedule, experiment.to_x, labels=labels, null_label=10, guidance=1.5,
         ),
         experiment.schedule, x, k_loss, student_steps=2, teacher_steps=16.0,
@@ -134,5 +134,5 @@ def test_guidance_reaches_the_teacher_and_its_samples(guided):
 def test_guidance_that_nobody_would_ask_for_is_refused(guided):
     """Consistency training asks no teacher."""
     guided.objective.distil = False
-    with pytest.raises(ConfigError, match='config.teacher.guidance: expected 0.0, because objective.distil = False'):
+    with pytest.raises(ConfigError, match="config.teacher.guidance: expected 0.0, because objective.distil = False"):
         build(guided)

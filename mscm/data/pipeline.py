@@ -90,23 +90,23 @@ class _Loader:
 
 def _check(source, batch_size, start_step, process_index, process_count, steps_per_item, num_workers) -> None:
     if not len(source):
-        raise ValueError(f'source {source.name!r} split {source.split!r} has 0 examples, expected at least 1.')
+        raise ValueError(f"source {source.name!r} split {source.split!r} has 0 examples, expected at least 1.")
     for name, value in (
-        ('batch_size', batch_size), ('process_count', process_count), ('steps_per_item', steps_per_item),
+        ("batch_size", batch_size), ("process_count", process_count), ("steps_per_item", steps_per_item),
     ):
         if value < 1:
-            raise ValueError(f'batches: got {name} = {value}, expected at least 1.')
+            raise ValueError(f"batches: got {name} = {value}, expected at least 1.")
     if num_workers < 0:
-        raise ValueError(f'batches: got num_workers = {num_workers}, expected 0 or more.')
+        raise ValueError(f"batches: got num_workers = {num_workers}, expected 0 or more.")
     if start_step < 0:
-        raise ValueError(f'batches: got start_step = {start_step}, expected 0 or more; it counts finished steps.')
+        raise ValueError(f"batches: got start_step = {start_step}, expected 0 or more; it counts finished steps.")
     if not 0 <= process_index < process_count:
         raise ValueError(
-            f'batches: got process_index = {process_index}, expected 0 to {process_count - 1} for '
-            f'process_count = {process_count}.'
+            f"batches: got process_index = {process_index}, expected 0 to {process_count - 1} for "
+            f"process_count = {process_count}."
         )
     if batch_size % process_count:
         raise ValueError(
-            f'batches: got batch_size = {batch_size}, expected a multiple of the {process_count} processes; '
-            f'choose {batch_size // process_count * process_count or process_count}.'
+            f"batches: got batch_size = {batch_size}, expected a multiple of the {process_count} processes; "
+            f"choose {batch_size // process_count * process_count or process_count}."
         )

@@ -73,13 +73,13 @@ class ArraySource:
             )
         if self.labels.shape != shape[:1] or self.labels.dtype != np.int32:
             raise ValueError(
-                f'source {self.name!r}: got labels of shape {self.labels.shape} and type {self.labels.dtype}, expected '
-                f'int32 of shape {shape[:1]}; give one class index per image.'
+                f"source {self.name!r}: got labels of shape {self.labels.shape} and type {self.labels.dtype}, expected "
+                f"int32 of shape {shape[:1]}; give one class index per image."
             )
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < self.num_classes:
             raise ValueError(
-                f'source {self.name!r}: got labels from {self.labels.min()} to {self.labels.max()}, expected 0 to '
-                f'{self.num_classes - 1}; class_names must name every class.'
+                f"source {self.name!r}: got labels from {self.labels.min()} to {self.labels.max()}, expected 0 to "
+                f"{self.num_classes - 1}; class_names must name every class."
             )
 
     @property
@@ -105,29 +105,29 @@ class ArraySource:
 
     def load(self, indices: Integer[np.ndarray, "b"]) -> dict[str, np.ndarray]:
         """The examples at `indices`, copied."""
-        return {'image': np.asarray(self.images[indices]), 'label': np.asarray(self.labels[indices])}
+        return {"image": np.asarray(self.images[indices]), "label": np.asarray(self.labels[indices])}
 
 
 def stratified_halves(labels: Integer[np.ndarray, "n"]) -> tuple[Int[np.ndarray, "a"], Int[np.ndarray, "b"]]:
     """Two disjoint sorted index sets that cover `labels`, with class counts that differ by at most one."""
     # RandomState, not default_rng: NumPy froze its stream, and the halves must be the same images for everybody.
     shuffled = np.random.RandomState(0).permutation(len(labels))
-    by_class = shuffled[np.argsort(labels[shuffled], kind='stable')]
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     return np.sort(by_class[0::2]), np.sort(by_class[1::2])
 
 
 def _digits(split: str) -> ArraySource:
     """The 1,797 real handwritten digits that come with scikit-learn, 8 x 8, grey; values 0..16 become 0..255."""
-    _check_choice("split of 'digits'", split, ('all', 'half_a', 'half_b'))
+    _check_choice("split of 'digits'", split, ("all", "half_a", "half_b"))
     from sklearn import datasets  # here, so that only who opens it needs scikit-learn
 
     digits = datasets.load_digits()
     images = np.round(digits.images[..., None] * (255.0 / 16.0)).astype(np.uint8)
     labels = digits.target.astype(np.int32)
-    if split != 'all':
-        indices = stratified_halves(labels)[('half_a', 'half_b').index(split)]
+    if split != "all":
+        indices = stratified_halves(labels)[("half_a", "half_b").index(split)]
         images, labels = images[indices], labels[indices]
-    return ArraySource('digits', split, images, labels, tuple(str(name) for name in digits.target_names))
+    return ArraySource("digits", split, images, labels, tuple(str(name) for name in digits.target_names))
 
 
 class FileSource:
@@ -225,5 +225,5 @@ def _check_choice(what: str, got: str, choices: Iterable[str]) -> None:
     if got in choices:
         return
     nearest = difflib.get_close_matches(got, choices, n=1)
-    hint = f'; did you mean {nearest[0]!r}?' if nearest else '.'
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
     raise ValueError(f"unknown {what}: got {got!r}, expected one of {', '.join(choices)}{hint}")

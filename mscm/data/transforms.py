@@ -12,7 +12,7 @@ def to_float(images: UInt8[Array | np.ndarray, "*b h w c"]) -> Float[Array, "*b 
     The scaling of Progressive Distillation, arXiv:2202.00512.
     """
     if images.dtype != np.uint8:
-        raise TypeError(f'to_float: got {images.dtype} images, expected uint8; images are scaled to [-1, 1] only once.')
+        raise TypeError(f"to_float: got {images.dtype} images, expected uint8; images are scaled to [-1, 1] only once.")
     return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1.0
 
 
@@ -22,7 +22,7 @@ def to_uint8(images: Float[Array | np.ndarray, "*b h w c"]) -> UInt8[Array, "*b 
     Samples are quantised as an image file would before they are scored.
     """
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise TypeError(f'to_uint8: got {images.dtype} images, expected floats in [-1, 1]; are they uint8 already?')
+        raise TypeError(f"to_uint8: got {images.dtype} images, expected floats in [-1, 1]; are they uint8 already?")
     levels = jnp.round((jnp.asarray(images).astype(jnp.float32) + 1.0) * 127.5)
     return jnp.clip(levels, 0.0, 255.0).astype(jnp.uint8)
 

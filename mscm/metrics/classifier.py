@@ -29,7 +29,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array, Float, Float32, Integer, UInt8
 
-ARCHITECTURE = 'conv64-v1'  # change it with the network or its training: cached weights of another one are refused
+ARCHITECTURE = "conv64-v1"  # change it with the network or its training: cached weights of another one are refused
 FEATURE_DIM = 64
 EVAL_BATCH = 256
 
@@ -83,7 +83,7 @@ class Classifier:
         """SHA-256 of the weights: names, shapes, types and bytes."""
         digest = hashlib.sha256()
         for name, value in sorted(_flatten(self.params).items()):
-            digest.update(f'{name} {value.dtype.str} {value.shape}\n'.encode())
+            digest.update(f"{name} {value.dtype.str} {value.shape}\n".encode())
             digest.update(np.ascontiguousarray(value).tobytes())
         return digest.hexdigest()
 
@@ -97,12 +97,12 @@ class Classifier:
 
     @functools.cached_property
     def _forward(self):
-        model = SmallConvNet(self.card['num_classes'])
-        return jax.jit(lambda params, images: model.apply({'params': params}, images))
+        model = SmallConvNet(self.card["num_classes"])
+        return jax.jit(lambda params, images: model.apply({"params": params}, images))
 
     def _apply(self, images) -> tuple[np.ndarray, np.ndarray]:
         images = np.asarray(images)
-        expected = (self.card['resolution'], self.card['resolution'], self.card['channels'])
+        expected = (self.card["resolution"], self.card["resolution"], self.card["channels"])
         if images.dtype != np.uint8 or images.shape[1:] != expected:
             raise ValueError(
                 f"classifier of {self.card['data_set']!r}: got {images.dtype} images of shape {images.shape}, expected "
@@ -126,14 +126,14 @@ def train_classifier(
     AdamW under a cosine schedule; the whole source is held in memory.
     """
     data = source.load(np.arange(len(source)))
-    images, labels = data['image'], data['label']
+    images, labels = data["image"], data["label"]
     batch_size = min(batch_size, len(images))
     steps_per_epoch = len(images) // batch_size
     model = SmallConvNet(source.num_classes)
     optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, num_epochs * steps_per_epoch), weight_decay=1e-2)
 
     def loss_fn(params, images, labels):
-        _, logits = model.apply({'params': params}, images)
+        _, logits = model.apply({"params": params}, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -143,7 +143,7 @@ def train_classifier(
         return optax.apply_updates(params, updates), opt_state
 
     started = time.monotonic()
-    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *images.shape[1:]), jnp.uint8))['params']
+    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *images.shape[1:]), jnp.uint8))["params"]
     opt_state = optimizer.init(params)
     rng = np.random.RandomState(seed)
     for _ in range(num_epochs):
@@ -154,11 +154,11 @@ def train_classifier(
     classifier = Classifier(
         jax.tree.map(np.asarray, params),
         _card(source, seed=seed) | {
-            'num_epochs': num_epochs, 'batch_size': batch_size, 'learning_rate': learning_rate,
+            "num_epochs": num_epochs, "batch_size": batch_size, "learning_rate": learning_rate,
         },
     )
     logging.info(
-        'Trained the feature network on %d images of %s/%s in %.1f s (weights %s).',
+        "Trained the feature network on %d images of %s/%s in %.1f s (weights %s).",
         len(images), source.name, source.split, time.monotonic() - started, classifier.fingerprint[:12],
     )
     return classifier
@@ -169,14 +169,14 @@ def load_or_train(source: LabelledImages, cache_dir: str | os.PathLike, *, seed:
 
     A file that is damaged, or whose card or weights are not what they should be, is named in the log and replaced.
     """
-    path = os.path.join(os.path.expanduser(cache_dir), f'classifier_{source.name}_{source.split}_seed{seed}.npz')
+    path = os.path.join(os.path.expanduser(cache_dir), f"classifier_{source.name}_{source.split}_seed{seed}.npz")
     if os.path.exists(path):
         try:
             return _load(path, _card(source, seed=seed))
         # What numpy, zipfile and json raise for a file that is not what it should be; one flipped bit of a zip header
         # can claim a compression that zipfile does not implement.
         except (ValueError, KeyError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-            logging.warning('Not using the feature network %s: %s Training it again.', path, error)
+            logging.warning("Not using the feature network %s: %s Training it again.", path, error)
     classifier = train_classifier(source, seed=seed)
     _save(path, classifier)
     return classifier
@@ -185,30 +185,30 @@ def load_or_train(source: LabelledImages, cache_dir: str | os.PathLike, *, seed:
 def _card(source: LabelledImages, *, seed: int) -> dict[str, Any]:
     """What must agree before stored weights are used."""
     return {
-        'architecture': ARCHITECTURE,
-        'data_set': source.name,
-        'split': source.split,
-        'count': len(source),
-        'fingerprint': source.fingerprint,
-        'num_classes': source.num_classes,
-        'resolution': source.resolution,
-        'channels': source.channels,
-        'seed': seed,
+        "architecture": ARCHITECTURE,
+        "data_set": source.name,
+        "split": source.split,
+        "count": len(source),
+        "fingerprint": source.fingerprint,
+        "num_classes": source.num_classes,
+        "resolution": source.resolution,
+        "channels": source.channels,
+        "seed": seed,
     }
 
 
 def _flatten(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value) for name, value in traverse_util.flatten_dict(params, sep='/').items()}
+    return {name: np.asarray(value) for name, value in traverse_util.flatten_dict(params, sep="/").items()}
 
 
 def _save(path: str, classifier: Classifier) -> None:
-    card = json.dumps({**classifier.card, 'weights_sha256': classifier.fingerprint}, indent=1)
+    card = json.dumps({**classifier.card, "weights_sha256": classifier.fingerprint}, indent=1)
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     # Its own name and one rename at the end: processes that train at the same time cannot mix their files.
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix='.npz.tmp')
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".npz.tmp")
     try:
-        with os.fdopen(handle, 'wb') as file:
+        with os.fdopen(handle, "wb") as file:
             np.savez(file, card=np.array(card), **_flatten(classifier.params))
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner reads
         os.replace(temporary, path)
@@ -219,14 +219,14 @@ def _save(path: str, classifier: Classifier) -> None:
 
 def _load(path: str, expected: Mapping[str, Any]) -> Classifier:
     # Opened here because np.load leaves a file that is no zip open when it refuses it.
-    with open(path, 'rb') as handle, np.load(handle, allow_pickle=False) as file:
+    with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    card = json.loads(str(arrays.pop('card')))
-    sha256 = card.pop('weights_sha256')
+    card = json.loads(str(arrays.pop("card")))
+    sha256 = card.pop("weights_sha256")
     for name, value in expected.items():
         if card.get(name) != value:
-            raise ValueError(f'its card says {name} = {card.get(name)!r}, expected {value!r}.')
-    classifier = Classifier(traverse_util.unflatten_dict(arrays, sep='/'), card)
+            raise ValueError(f"its card says {name} = {card.get(name)!r}, expected {value!r}.")
+    classifier = Classifier(traverse_util.unflatten_dict(arrays, sep="/"), card)
     if classifier.fingerprint != sha256:
-        raise ValueError(f'its weights have SHA-256 {classifier.fingerprint[:12]}..., its card says {sha256[:12]}...')
+        raise ValueError(f"its weights have SHA-256 {classifier.fingerprint[:12]}..., its card says {sha256[:12]}...")
     return classifier

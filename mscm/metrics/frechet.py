@@ -23,14 +23,14 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
-            f'frechet_distance: got {a.mean.size} and {b.mean.size} features, expected the same number; compute both '
-            'sides with one feature network.'
+            f"frechet_distance: got {a.mean.size} and {b.mean.size} features, expected the same number; compute both "
+            "sides with one feature network."
         )
     for moments in (a, b):
         if moments.count < 2:
-            raise ValueError(f'frechet_distance: got moments of {moments.count} example(s), expected at least 2.')
+            raise ValueError(f"frechet_distance: got moments of {moments.count} example(s), expected at least 2.")
         if not (np.isfinite(moments.mean).all() and np.isfinite(moments.cov).all()):
-            raise ValueError('frechet_distance: got non-finite moments, expected finite; recompute them from features.')
+            raise ValueError("frechet_distance: got non-finite moments, expected finite; recompute them from features.")
     root = _sqrt_psd(a.cov)
     inner = root @ b.cov @ root
     eigenvalues = np.linalg.eigvalsh((inner + inner.T) / 2.0)

@@ -30,8 +30,8 @@ def from_features(features: Float[np.ndarray, "n d"]) -> Moments:
     moments = _from_rows(features)
     if moments.count < 2:
         raise ValueError(
-            f'moments: got {moments.count} row(s) of features, expected at least 2; a covariance needs two examples '
-            '(to stream smaller pieces, start from `empty` and `add` them).'
+            f"moments: got {moments.count} row(s) of features, expected at least 2; a covariance needs two examples "
+            "(to stream smaller pieces, start from `empty` and `add` them)."
         )
     return moments
 
@@ -53,8 +53,8 @@ def merge(a: Moments, b: Moments) -> Moments:
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
-            f'moments: got {a.mean.size} and {b.mean.size} features, expected the same number; both sides must come '
-            'from one feature network.'
+            f"moments: got {a.mean.size} and {b.mean.size} features, expected the same number; both sides must come "
+            "from one feature network."
         )
     count = a.count + b.count
     if count == 0:
@@ -78,8 +78,8 @@ def _from_rows(features: np.ndarray) -> Moments:
     bad = np.count_nonzero(~np.isfinite(features).all(axis=1))
     if bad:
         raise ValueError(
-            f'moments: got {bad} of {len(features)} rows with a non-finite feature, expected none; the images or the '
-            'feature network are broken, and a distance computed from them would mean nothing.'
+            f"moments: got {bad} of {len(features)} rows with a non-finite feature, expected none; the images or the "
+            "feature network are broken, and a distance computed from them would mean nothing."
         )
     count, dim = features.shape
     if count == 0:

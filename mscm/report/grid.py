@@ -34,8 +34,8 @@ def image_grid(
     rows = -(-num // columns)
     if row_titles is not None and len(row_titles) != rows:
         raise ValueError(
-            f'image_grid: got {len(row_titles)} row titles, expected {rows}, one per row of {num} images in '
-            f'{columns} columns.'
+            f"image_grid: got {len(row_titles)} row titles, expected {rows}, one per row of {num} images in "
+            f"{columns} columns."
         )
     grid = np.full(
         (rows * (height + padding) + padding, columns * (width + padding) + padding, 3), BACKGROUND, np.uint8
@@ -57,7 +57,7 @@ def side_by_side(
         raise ValueError("side_by_side: got no panels, expected at least one entry 'title: images'.")
     counts = {title: len(images) for title, images in panels.items()}
     if len(set(counts.values())) > 1:
-        raise ValueError(f'side_by_side: got {counts} images, expected equally many in every panel to be comparable.')
+        raise ValueError(f"side_by_side: got {counts} images, expected equally many in every panel to be comparable.")
     grids = [
         image_grid(images, columns=columns, scale=scale, padding=padding, title=title)
         for title, images in panels.items()
@@ -73,14 +73,14 @@ def side_by_side(
 
 def save_png(path: str | os.PathLike, image: UInt8[np.ndarray, "h w c"]) -> None:
     """Writes a grey (c = 1) or RGB (c = 3) image as PNG; a reader sees the old file or the whole new one."""
-    image = _check_uint8(np.asarray(image), 'save_png', rank=3)
+    image = _check_uint8(np.asarray(image), "save_png", rank=3)
     path = os.fspath(path)
-    folder = os.path.dirname(path) or '.'
+    folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix='.png.tmp')
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".png.tmp")
     try:
-        with os.fdopen(handle, 'wb') as file:
-            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format='PNG')
+        with os.fdopen(handle, "wb") as file:
+            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="PNG")
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner reads
         os.replace(temporary, path)
     except BaseException:
@@ -89,13 +89,13 @@ def save_png(path: str | os.PathLike, image: UInt8[np.ndarray, "h w c"]) -> None
 
 
 def _cells(images: np.ndarray, columns: int, scale: int | None) -> UInt8[np.ndarray, "n H W 3"]:
-    images = _check_uint8(np.asarray(images), 'image_grid', rank=4)
+    images = _check_uint8(np.asarray(images), "image_grid", rank=4)
     if columns < 1 or not len(images):
-        raise ValueError(f'image_grid: got {len(images)} images in {columns} columns, expected at least 1 of each.')
+        raise ValueError(f"image_grid: got {len(images)} images in {columns} columns, expected at least 1 of each.")
     if scale is None:
         scale = max(1, -(-MIN_CELL // min(images.shape[1:3])))
     if scale < 1:
-        raise ValueError(f'image_grid: got scale = {scale}, expected an integer of 1 or more, or None to choose it.')
+        raise ValueError(f"image_grid: got scale = {scale}, expected an integer of 1 or more, or None to choose it.")
     if images.shape[-1] == 1:
         images = np.repeat(images, 3, axis=-1)
     return images.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -114,7 +114,7 @@ def _text(text: str) -> UInt8[np.ndarray, "h w 3"]:
     """The text in dark grey on white, in Pillow's own font, as tight as its line."""
     font = ImageFont.load_default(size=FONT_SIZE)
     left, _, right, _ = font.getbbox(text)
-    canvas = Image.new('L', (int(np.ceil(right - min(left, 0))) + 1, FONT_SIZE + 5), BACKGROUND)
+    canvas = Image.new("L", (int(np.ceil(right - min(left, 0))) + 1, FONT_SIZE + 5), BACKGROUND)
     ImageDraw.Draw(canvas).text((-min(left, 0), 1), text, font=font, fill=INK)
     return np.repeat(np.asarray(canvas)[..., None], 3, axis=-1)
 

@@ -12,19 +12,19 @@ import pytest
 from mscm.data import folders, images
 
 TREE = {
-    'photos/train/cat/1.png': 1,
-    'photos/train/cat/2.PNG': 2,
-    'photos/train/dog/1.png': 3,
-    'photos/test/cat/1.png': 4,
-    'photos/test/dog/9.png': 5,
-    'photos/README.txt': None,
-    'photos/train/dog/.hidden.png': 6,
-    '__MACOSX/photos/train/dog/1.png': 7,
+    "photos/train/cat/1.png": 1,
+    "photos/train/cat/2.PNG": 2,
+    "photos/train/dog/1.png": 3,
+    "photos/test/cat/1.png": 4,
+    "photos/test/dog/9.png": 5,
+    "photos/README.txt": None,
+    "photos/train/dog/.hidden.png": 6,
+    "__MACOSX/photos/train/dog/1.png": 7,
 }
 
 
 def _bytes(value):
-    return b'text' if value is None else images.encode_png(np.full((4, 4, 3), value, np.uint8))
+    return b"text" if value is None else images.encode_png(np.full((4, 4, 3), value, np.uint8))
 
 
 def _folder(root, tree):
@@ -36,13 +36,13 @@ def _folder(root, tree):
 
 
 def _zip(path, tree, compression=zipfile.ZIP_DEFLATED):
-    with zipfile.ZipFile(path, 'w', compression) as archive:
+    with zipfile.ZipFile(path, "w", compression) as archive:
         for name, value in tree.items():
             archive.writestr(name, _bytes(value))
     return path
 
 
-def _tar(path, tree, mode='w'):
+def _tar(path, tree, mode="w"):
     with tarfile.open(path, mode) as archive:
         for name, value in tree.items():
             info = tarfile.TarInfo(name)
@@ -53,10 +53,10 @@ def _tar(path, tree, mode='w'):
 
 def _tar_of_tars(path):
     """The layout of ILSVRC's training images: one tar per class."""
-    with tarfile.open(path, 'w') as archive:
-        for name, tree in (('dog', {'1.png': 3}), ('cat', {'1.png': 1, '2.PNG': 2})):
-            inner = _tar(path.with_suffix('.inner'), tree).read_bytes()
-            info = tarfile.TarInfo(f'{name}.tar')
+    with tarfile.open(path, "w") as archive:
+        for name, tree in (("dog", {"1.png": 3}), ("cat", {"1.png": 1, "2.PNG": 2})):
+            inner = _tar(path.with_suffix(".inner"), tree).read_bytes()
+            info = tarfile.TarInfo(f"{name}.tar")
             info.size = len(inner)
             archive.addfile(info, io.BytesIO(inner))
     return path
@@ -66,68 +66,68 @@ def _values(files):
     return [int(images.decode(files.read(i), channels=1)[0, 0, 0]) for i in range(len(files.entries))]
 
 
-@pytest.mark.parametrize('kind', ['folder', 'zip', 'stored zip', 'tar'])
+@pytest.mark.parametrize("kind", ["folder", "zip", "stored zip", "tar"])
 def test_the_same_files_whatever_holds_them(tmp_path, kind):
     """Sorted classes and names, labels, bytes; also after a trip to another process."""
     make = {
-        'folder': lambda: _folder(tmp_path / 'x', TREE),
-        'zip': lambda: _zip(tmp_path / 'x.zip', TREE),
-        'stored zip': lambda: _zip(tmp_path / 'x.zip', TREE, zipfile.ZIP_STORED),
-        'tar': lambda: _tar(tmp_path / 'x.tar', TREE),
+        "folder": lambda: _folder(tmp_path / "x", TREE),
+        "zip": lambda: _zip(tmp_path / "x.zip", TREE),
+        "stored zip": lambda: _zip(tmp_path / "x.zip", TREE, zipfile.ZIP_STORED),
+        "tar": lambda: _tar(tmp_path / "x.tar", TREE),
     }
-    files = pickle.loads(pickle.dumps(folders.open_files(make[kind](), split='train')))
-    assert files.class_names == ('cat', 'dog') and files.split == 'train'
+    files = pickle.loads(pickle.dumps(folders.open_files(make[kind](), split="train")))
+    assert files.class_names == ("cat", "dog") and files.split == "train"
     assert files.entries == (
-        ('photos/train/cat/1.png', 0), ('photos/train/cat/2.PNG', 0), ('photos/train/dog/1.png', 1)
+        ("photos/train/cat/1.png", 0), ("photos/train/cat/2.PNG", 0), ("photos/train/dog/1.png", 1)
     )
     assert _values(files) == [1, 2, 3]
     assert _values(files.part(1, 3)) == [2, 3] and files.part(1, 3).entries == files.entries[1:]
 
 
 def test_a_tar_of_class_tars(tmp_path):
-    files = folders.open_files(_tar_of_tars(tmp_path / 'ILSVRC.tar'))
-    assert files.class_names == ('cat', 'dog')
+    files = folders.open_files(_tar_of_tars(tmp_path / "ILSVRC.tar"))
+    assert files.class_names == ("cat", "dog")
     assert [entry.label for entry in files.entries] == [0, 0, 1]
     assert _values(files) == [1, 2, 3]
 
 
 def test_a_folder_without_splits(tmp_path):
-    files = folders.open_files(_folder(tmp_path / 'x', {'b/1.png': 1, 'a/1.png': 2}))
-    assert files.class_names == ('a', 'b') and _values(files) == [2, 1] and files.split is None
+    files = folders.open_files(_folder(tmp_path / "x", {"b/1.png": 1, "a/1.png": 2}))
+    assert files.class_names == ("a", "b") and _values(files) == [2, 1] and files.split is None
 
 
 @pytest.mark.parametrize(
-    ('tree', 'split', 'sentence'),
+    ("tree", "split", "sentence"),
     [
-        (TREE, None, '2 classes with two folders of their name.* choose one of test, train'),
-        (TREE, 'trian', "got split 'trian', expected a folder above the class folders, one of photos, test, train"),
-        ({'a/1.png': 1}, 'train', 'there is none, so give no split'),
-        ({'1.png': 1, 'a/1.png': 1}, None, 'images that are in no folder, expected one folder per class'),
-        ({'a/1.txt': None}, None, 'got 1 files and no image'),
-        ({'a/1.png': 1, 'b/1.txt': None}, None, 'got no image in the class folder b'),
+        (TREE, None, "2 classes with two folders of their name.* choose one of test, train"),
+        (TREE, "trian", "got split 'trian', expected a folder above the class folders, one of photos, test, train"),
+        ({"a/1.png": 1}, "train", "there is none, so give no split"),
+        ({"1.png": 1, "a/1.png": 1}, None, "images that are in no folder, expected one folder per class"),
+        ({"a/1.txt": None}, None, "got 1 files and no image"),
+        ({"a/1.png": 1, "b/1.txt": None}, None, "got no image in the class folder b"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path, tree, split, sentence):
     with pytest.raises(ValueError, match=sentence):
-        folders.open_files(_folder(tmp_path / 'x', tree), split=split)
+        folders.open_files(_folder(tmp_path / "x", tree), split=split)
 
 
 def test_what_cannot_be_read_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='expected an existing folder, zip or tar'):
-        folders.open_files(tmp_path / 'absent')
-    (tmp_path / 'text').write_text('text')
-    with pytest.raises(ValueError, match='neither zip nor tar'):
-        folders.open_files(tmp_path / 'text')
-    with pytest.raises(ValueError, match='got a compressed tar, expected a plain one'):
-        folders.open_files(_tar(tmp_path / 'x.tar.gz', TREE, 'w:gz'))
-    with pytest.raises(ValueError, match='compressed in a rare way'):
-        folders.open_files(_zip(tmp_path / 'x.zip', TREE, zipfile.ZIP_LZMA), split='train')
+    with pytest.raises(ValueError, match="expected an existing folder, zip or tar"):
+        folders.open_files(tmp_path / "absent")
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(ValueError, match="neither zip nor tar"):
+        folders.open_files(tmp_path / "text")
+    with pytest.raises(ValueError, match="got a compressed tar, expected a plain one"):
+        folders.open_files(_tar(tmp_path / "x.tar.gz", TREE, "w:gz"))
+    with pytest.raises(ValueError, match="compressed in a rare way"):
+        folders.open_files(_zip(tmp_path / "x.zip", TREE, zipfile.ZIP_LZMA), split="train")
 
 
 def test_links_are_followed(tmp_path):
     """A data set is often a folder of links into another."""
-    _folder(tmp_path / 'real', {'a/1.png': 9})
-    (tmp_path / 'x').mkdir()
-    os.symlink(tmp_path / 'real' / 'a', tmp_path / 'x' / 'linked')
-    files = folders.open_files(tmp_path / 'x')
-    assert files.class_names == ('linked',) and _values(files) == [9]
+    _folder(tmp_path / "real", {"a/1.png": 9})
+    (tmp_path / "x").mkdir()
+    os.symlink(tmp_path / "real" / "a", tmp_path / "x" / "linked")
+    files = folders.open_files(tmp_path / "x")
+    assert files.class_names == ("linked",) and _values(files) == [9]

@@ -9,7 +9,7 @@ from PIL import Image
 from mscm.data import images
 
 
-def _file(image: Image.Image, format: str = 'PNG', **options) -> bytes:
+def _file(image: Image.Image, format: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=format, **options)
     return buffer.getvalue()
@@ -22,13 +22,13 @@ def photo():
     return np.stack([4 * x, 5 * y, 255 - 2 * x - 2 * y], axis=-1).clip(0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize('format', ['PNG', 'BMP', 'PPM', 'TIFF', 'GIF', 'JPEG', 'WEBP'])
+@pytest.mark.parametrize("format", ["PNG", "BMP", "PPM", "TIFF", "GIF", "JPEG", "WEBP"])
 def test_formats(photo, format):
     """Lossless formats exactly, the others nearly."""
     pixels = images.decode(_file(Image.fromarray(photo), format), channels=3)
     assert pixels.shape == (48, 64, 3) and pixels.dtype == np.uint8
     error = np.abs(pixels.astype(int) - photo).mean()
-    assert error == 0 if format in ('PNG', 'BMP', 'PPM', 'TIFF') else error < 8
+    assert error == 0 if format in ("PNG", "BMP", "PPM", "TIFF") else error < 8
 
 
 def test_png_is_its_own_inverse(photo):
@@ -56,7 +56,7 @@ def test_sixteen_bits_are_scaled(photo):
 
 def test_palette_and_its_transparency(photo):
     """A palette is looked up; its transparent colour is white."""
-    palette = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), mode='P')
+    palette = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), mode="P")
     palette.putpalette([250, 0, 0, 0, 250, 0, 0, 0, 250])
     red, green, blue = [250, 0, 0], [0, 250, 0], [0, 0, 250]
     np.testing.assert_array_equal(images.decode(_file(palette), channels=3), [[red, green], [blue, green]])
@@ -73,7 +73,7 @@ def test_alpha_is_blended_with_white():
 def test_cmyk_is_not_inverted():
     """No ink is white, all black ink is black."""
     for ink, expected in (((0, 0, 0, 0), 255), ((0, 0, 0, 255), 0)):
-        pixels = images.decode(_file(Image.new('CMYK', (8, 8), ink), 'JPEG', quality=95), channels=3)
+        pixels = images.decode(_file(Image.new("CMYK", (8, 8), ink), "JPEG", quality=95), channels=3)
         assert np.abs(pixels.astype(int) - expected).max() < 3
 
 
@@ -86,14 +86,14 @@ def test_exif_rotation_is_applied(photo):
     np.testing.assert_array_equal(images.decode(_file(turned, exif=exif), channels=3), photo)
 
 
-@pytest.mark.parametrize('damage', [lambda data: b'', lambda data: b'no image', lambda data: data[: len(data) // 2]])
-@pytest.mark.parametrize('format', ['PNG', 'JPEG'])
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"no image", lambda data: data[: len(data) // 2]])
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
 def test_a_broken_file_is_refused(photo, format, damage):
     with pytest.raises(images.BrokenImage):
         images.decode(damage(_file(Image.fromarray(photo), format)), channels=3)
 
 
-@pytest.mark.parametrize('ratio', [1, 2, 3, 8])
+@pytest.mark.parametrize("ratio", [1, 2, 3, 8])
 def test_area_with_a_whole_ratio_is_the_mean(ratio):
     """k x k pixels become their mean, rounded half up."""
     pixels = np.random.RandomState(0).randint(0, 256, (6 * ratio, 6 * ratio, 3), np.uint8)
@@ -127,7 +127,7 @@ def test_adm_is_its_recipe():
     np.testing.assert_array_equal(between, bicubic[:, 3:27])
 
 
-@pytest.mark.parametrize('transform', images.TRANSFORMS.values(), ids=images.TRANSFORMS)
+@pytest.mark.parametrize("transform", images.TRANSFORMS.values(), ids=images.TRANSFORMS)
 def test_transforms_keep_a_flat_image_and_enlarge_a_small_one(transform):
     for shape in ((50, 70), (70, 50), (5, 9)):
         flat = np.full((*shape, 3), 77, np.uint8)

@@ -13,11 +13,11 @@ NUM = 23  # no multiple of any batch size here, so that batches span epochs
 
 def make_source():
     images = np.arange(NUM * 4, dtype=np.uint8).reshape(NUM, 2, 2, 1)
-    return sources.ArraySource('count', 'all', images, np.arange(NUM, dtype=np.int32), tuple(map(str, range(NUM))))
+    return sources.ArraySource("count", "all", images, np.arange(NUM, dtype=np.int32), tuple(map(str, range(NUM))))
 
 
 def take(num, **kwargs):
-    arguments = {'batch_size': 4, 'seed': 0} | kwargs
+    arguments = {"batch_size": 4, "seed": 0} | kwargs
     with contextlib.closing(pipeline.batches(make_source(), **arguments)) as iterator:
         return list(itertools.islice(iterator, num))
 
@@ -25,7 +25,7 @@ def take(num, **kwargs):
 def assert_same(got, expected):
     assert len(got) == len(expected)
     for one, two in zip(got, expected, strict=True):
-        assert one.keys() == two.keys() == {'image', 'label'}
+        assert one.keys() == two.keys() == {"image", "label"}
         for name in one:
             assert one[name].dtype == two[name].dtype
             np.testing.assert_array_equal(one[name], two[name])
@@ -33,71 +33,71 @@ def assert_same(got, expected):
 
 def test_shapes_types_and_pairing():
     (batch,) = take(1)
-    assert batch['image'].shape == (4, 2, 2, 1) and batch['image'].dtype == np.uint8
-    assert batch['label'].shape == (4,) and batch['label'].dtype == np.int32
-    np.testing.assert_array_equal(batch['image'], make_source().images[batch['label']])
+    assert batch["image"].shape == (4, 2, 2, 1) and batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (4,) and batch["label"].dtype == np.int32
+    np.testing.assert_array_equal(batch["image"], make_source().images[batch["label"]])
 
 
 def test_every_example_once_per_epoch_in_a_new_order():
-    labels = np.concatenate([batch['label'] for batch in take(3 * NUM)])
+    labels = np.concatenate([batch["label"] for batch in take(3 * NUM)])
     epochs = labels.reshape(-1, NUM)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(NUM), (len(epochs), 1)))
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
 
 
-@pytest.mark.parametrize('start', [1, 5, 6, 40])
+@pytest.mark.parametrize("start", [1, 5, 6, 40])
 def test_restart_at_any_step(start):
     assert_same(take(3, start_step=start), take(start + 3)[start:])
 
 
-@pytest.mark.parametrize('process_count', [2, 4])
-@pytest.mark.parametrize('start', [0, 3])
+@pytest.mark.parametrize("process_count", [2, 4])
+@pytest.mark.parametrize("start", [0, 3])
 def test_processes_share_one_global_sequence(process_count, start):
     parts = [take(9, start_step=start, process_index=p, process_count=process_count) for p in range(process_count)]
     together = [
-        {name: np.concatenate([part[i][name] for part in parts]) for name in ('image', 'label')} for i in range(9)
+        {name: np.concatenate([part[i][name] for part in parts]) for name in ("image", "label")} for i in range(9)
     ]
     assert_same(together, take(9, start_step=start))
 
 
-@pytest.mark.parametrize('num_workers', [1, 2])
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_worker_processes_change_nothing(num_workers):
     """The same batches in the same order, from any step, stacked and of one process of two."""
-    arguments = {'start_step': 3, 'process_index': 1, 'process_count': 2, 'steps_per_item': 2}
+    arguments = {"start_step": 3, "process_index": 1, "process_count": 2, "steps_per_item": 2}
     assert_same(take(7, num_workers=num_workers, **arguments), take(7, **arguments))
 
 
-@pytest.mark.parametrize('start', [0, 3, 4])
+@pytest.mark.parametrize("start", [0, 3, 4])
 def test_stacked_steps_are_consecutive_steps(start):
     single = take(8, start_step=start, process_index=1, process_count=2)
     stacked = take(2, start_step=start, process_index=1, process_count=2, steps_per_item=4)
-    assert stacked[0]['image'].shape == (4, 2, 2, 2, 1)
+    assert stacked[0]["image"].shape == (4, 2, 2, 2, 1)
     assert_same([{name: item[name][i] for name in item} for item in stacked for i in range(4)], single)
 
 
 def test_seeds_differ_and_repeat():
     assert_same(take(4, seed=3), take(4, seed=3))
-    assert not np.array_equal(take(1, seed=3)[0]['label'], take(1, seed=4)[0]['label'])
+    assert not np.array_equal(take(1, seed=3)[0]["label"], take(1, seed=4)[0]["label"])
 
 
 def test_batch_larger_than_the_source():
     (batch,) = take(1, batch_size=2 * NUM)
-    np.testing.assert_array_equal(np.sort(batch['label']), np.repeat(np.arange(NUM), 2))
+    np.testing.assert_array_equal(np.sort(batch["label"]), np.repeat(np.arange(NUM), 2))
 
 
 def test_far_step_costs_nothing():
-    assert take(1, start_step=10**9)[0]['label'].shape == (4,)
+    assert take(1, start_step=10**9)[0]["label"].shape == (4,)
 
 
 @pytest.mark.parametrize(
-    'arguments, message',
+    "arguments, message",
     [
-        ({'batch_size': 0}, 'batch_size = 0'),
-        ({'start_step': -1}, 'start_step = -1'),
-        ({'process_index': 2, 'process_count': 2}, 'process_index = 2, expected 0 to 1'),
-        ({'batch_size': 6, 'process_count': 4}, 'multiple of the 4 processes; choose 4'),
-        ({'steps_per_item': 0}, 'steps_per_item = 0'),
-        ({'num_workers': -1}, 'num_workers = -1'),
+        ({"batch_size": 0}, "batch_size = 0"),
+        ({"start_step": -1}, "start_step = -1"),
+        ({"process_index": 2, "process_count": 2}, "process_index = 2, expected 0 to 1"),
+        ({"batch_size": 6, "process_count": 4}, "multiple of the 4 processes; choose 4"),
+        ({"steps_per_item": 0}, "steps_per_item = 0"),
+        ({"num_workers": -1}, "num_workers = -1"),
     ],
 )
 def test_bad_sizes_are_sentences(arguments, message):
@@ -106,6 +106,6 @@ def test_bad_sizes_are_sentences(arguments, message):
 
 
 def test_empty_source_is_refused():
-    empty = sources.ArraySource('none', 'all', np.zeros((0, 2, 2, 1), np.uint8), np.zeros(0, np.int32), ('a',))
-    with pytest.raises(ValueError, match='has 0 examples'):
+    empty = sources.ArraySource("none", "all", np.zeros((0, 2, 2, 1), np.uint8), np.zeros(0, np.int32), ("a",))
+    with pytest.raises(ValueError, match="has 0 examples"):
         pipeline.batches(empty, batch_size=1, seed=0)

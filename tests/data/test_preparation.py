@@ -19,24 +19,24 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZES = ((12, 9), (8, 8), (6, 20))
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """14 images of 2 classes, of different sizes, one of them smaller than 8 pixels."""
-    root = tmp_path_factory.mktemp('photos')
+    root = tmp_path_factory.mktemp("photos")
     rng = np.random.RandomState(0)
     for i in range(14):
-        path = root / ('cat' if i < 5 else 'dog') / f'{i:02d}.png'
+        path = root / ("cat" if i < 5 else "dog") / f"{i:02d}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(images.encode_png(rng.randint(0, 256, (*SIZES[i % 3], 3), np.uint8)))
     return root
 
 
-def _prepare(photos, output, *, split='train', num_workers=1, **settings):
+def _prepare(photos, output, *, split="train", num_workers=1, **settings):
     reports = []
     card = preparation.prepare(
         folders.open_files(photos),
         output,
-        Settings(**({'resolution': 8} | settings)),
+        Settings(**({"resolution": 8} | settings)),
         split=split,
         num_workers=num_workers,
         report=lambda *numbers: reports.append(numbers),
@@ -44,105 +44,105 @@ def _prepare(photos, output, *, split='train', num_workers=1, **settings):
     return card, reports
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def prepared(photos, tmp_path_factory):
-    output = tmp_path_factory.mktemp('records')
+    output = tmp_path_factory.mktemp("records")
     return output, *_prepare(photos, output, images_per_shard=4, num_workers=2)
 
 
 def test_records_are_the_transformed_images(photos, prepared):
     """In the order of the sorted names, at any indices, with the labels of the sorted classes."""
     output, card, reports = prepared
-    source = sources.open_source('photos', split='train', path=output)
+    source = sources.open_source("photos", split="train", path=output)
     assert isinstance(source, sources.Source) and isinstance(source, records.RecordSource)
     files = folders.open_files(photos)
     expected = [images.area(images.decode(files.read(i), channels=3), 8) for i in range(14)]
     for indices in (np.arange(14), np.array([13, 0, 7, 7])):
         batch = source.load(indices)
-        np.testing.assert_array_equal(batch['image'], np.stack(expected)[indices])
-        np.testing.assert_array_equal(batch['label'], (indices >= 5).astype(np.int32))
-    assert batch['image'].dtype == np.uint8 and batch['label'].dtype == np.int32
+        np.testing.assert_array_equal(batch["image"], np.stack(expected)[indices])
+        np.testing.assert_array_equal(batch["label"], (indices >= 5).astype(np.int32))
+    assert batch["image"].dtype == np.uint8 and batch["label"].dtype == np.int32
     assert (len(source), source.num_classes, source.resolution, source.channels) == (14, 2, 8, 3)
-    assert source.fingerprint == card.checksum and source.class_names == ('cat', 'dog')
+    assert source.fingerprint == card.checksum and source.class_names == ("cat", "dog")
     assert reports[-1][:2] == (14, 14)
 
 
 def test_the_card_says_what_there_is(photos, prepared):
     """Counts, sizes, shards; nothing temporary is left."""
     output, card, _ = prepared
-    assert records.read_card(output, 'train') == card
+    assert records.read_card(output, "train") == card
     assert (card.num_examples, card.class_counts, card.shard_sizes) == (14, (5, 9), (4, 4, 4, 2))
-    assert (card.source, card.transform, card.resolution, card.broken) == (photos.name, 'area', 8, ())
+    assert (card.source, card.transform, card.resolution, card.broken) == (photos.name, "area", 8, ())
     assert card.num_enlarged == sum(min(SIZES[i % 3]) < 8 for i in range(14)) == 4
-    assert sorted(os.listdir(output)) == sorted((*card.shards, 'train.json', 'train-labels.npy'))
+    assert sorted(os.listdir(output)) == sorted((*card.shards, "train.json", "train-labels.npy"))
 
 
 def test_the_checksum_is_of_the_pixels(photos, prepared, tmp_path):
     """The same for other shards and raw pixels; another for another transform."""
-    raw, _ = _prepare(photos, tmp_path / 'raw', encoding='raw', images_per_shard=100)
+    raw, _ = _prepare(photos, tmp_path / "raw", encoding="raw", images_per_shard=100)
     assert raw.checksum == prepared[1].checksum and len(raw.shards) == 1
-    source, other = (sources.open_source('x', split='train', path=path) for path in (tmp_path / 'raw', prepared[0]))
-    np.testing.assert_array_equal(source.load(np.arange(14))['image'], other.load(np.arange(14))['image'])
-    assert _prepare(photos, tmp_path / 'lanczos', transform='lanczos')[0].checksum != raw.checksum
+    source, other = (sources.open_source("x", split="train", path=path) for path in (tmp_path / "raw", prepared[0]))
+    np.testing.assert_array_equal(source.load(np.arange(14))["image"], other.load(np.arange(14))["image"])
+    assert _prepare(photos, tmp_path / "lanczos", transform="lanczos")[0].checksum != raw.checksum
 
 
 def test_grey_records(photos, tmp_path):
     card, _ = _prepare(photos, tmp_path, channels=1)
-    assert sources.open_source('x', split='train', path=tmp_path).load(np.array([3]))['image'].shape == (1, 8, 8, 1)
+    assert sources.open_source("x", split="train", path=tmp_path).load(np.array([3]))["image"].shape == (1, 8, 8, 1)
     assert card.channels == 1
 
 
 def test_a_source_can_go_to_another_process(prepared):
-    source = sources.open_source('x', split='train', path=prepared[0])
+    source = sources.open_source("x", split="train", path=prepared[0])
     again = pickle.loads(pickle.dumps(source))
-    np.testing.assert_array_equal(again.load(np.array([2]))['image'], source.load(np.array([2]))['image'])
+    np.testing.assert_array_equal(again.load(np.array([2]))["image"], source.load(np.array([2]))["image"])
 
 
 def test_files_as_they_are_give_the_same_images(photos, prepared):
     """A folder needs no preparation to be tried."""
-    source = sources.open_source('x', split='train', path=photos, resolution=8)
+    source = sources.open_source("x", split="train", path=photos, resolution=8)
     assert isinstance(source, sources.Source)
-    whole = sources.open_source('x', split='train', path=prepared[0]).load(np.arange(14))
+    whole = sources.open_source("x", split="train", path=prepared[0]).load(np.arange(14))
     batch = source.load(np.arange(14))
-    np.testing.assert_array_equal(batch['image'], whole['image'])
-    np.testing.assert_array_equal(batch['label'], whole['label'])
+    np.testing.assert_array_equal(batch["image"], whole["image"])
+    np.testing.assert_array_equal(batch["label"], whole["label"])
 
 
 def test_a_broken_image_is_named_or_skipped(photos, tmp_path):
     """It ends the run, with its name; with skip_broken it is left out, counted and listed."""
-    source = tmp_path / 'photos'
-    for path in photos.rglob('*.png'):
+    source = tmp_path / "photos"
+    for path in photos.rglob("*.png"):
         (source / path.parent.name).mkdir(parents=True, exist_ok=True)
         (source / path.parent.name / path.name).write_bytes(path.read_bytes())
-    (source / 'dog' / '07.png').write_bytes((photos / 'dog' / '07.png').read_bytes()[:60])
-    with pytest.raises(ValueError, match='got a broken image, dog/07.png .*; remove it or give --skip_broken'):
-        _prepare(source, tmp_path / 'out')
-    assert not (tmp_path / 'out' / 'train.json').exists() and not list((tmp_path / 'out').glob('*.tmp'))
-    card, _ = _prepare(source, tmp_path / 'out2', skip_broken=True)
-    assert (card.broken, card.num_examples, card.class_counts) == (('dog/07.png',), 13, (5, 8))
-    assert len(sources.open_source('x', split='train', path=tmp_path / 'out2')) == 13
-    for path in (source / 'cat').iterdir():
-        path.write_bytes(b'')
+    (source / "dog" / "07.png").write_bytes((photos / "dog" / "07.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match="got a broken image, dog/07.png .*; remove it or give --skip_broken"):
+        _prepare(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "train.json").exists() and not list((tmp_path / "out").glob("*.tmp"))
+    card, _ = _prepare(source, tmp_path / "out2", skip_broken=True)
+    assert (card.broken, card.num_examples, card.class_counts) == (("dog/07.png",), 13, (5, 8))
+    assert len(sources.open_source("x", split="train", path=tmp_path / "out2")) == 13
+    for path in (source / "cat").iterdir():
+        path.write_bytes(b"")
     with pytest.raises(ValueError, match="got no whole image in class 'cat'"):
-        _prepare(source, tmp_path / 'out3', skip_broken=True)
+        _prepare(source, tmp_path / "out3", skip_broken=True)
 
 
 @pytest.mark.parametrize(
-    ('settings', 'sentence'),
+    ("settings", "sentence"),
     [
-        ({'transform': 'box'}, "transform: got 'box', expected one of area, adm, lanczos"),
-        ({'encoding': 'jpeg'}, "encoding: got 'jpeg', expected one of png, raw"),
-        ({'channels': 4}, 'channels: got 4, expected one of 1, 3'),
-        ({'resolution': 0}, 'got resolution 0'),
+        ({"transform": "box"}, "transform: got 'box', expected one of area, adm, lanczos"),
+        ({"encoding": "jpeg"}, "encoding: got 'jpeg', expected one of png, raw"),
+        ({"channels": 4}, "channels: got 4, expected one of 1, 3"),
+        ({"resolution": 0}, "got resolution 0"),
     ],
 )
 def test_impossible_settings_are_refused(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
-        Settings(**({'resolution': 8} | settings))
+        Settings(**({"resolution": 8} | settings))
 
 
 def test_nothing_is_written_over(photos, prepared):
-    with pytest.raises(ValueError, match='train.json exists already; remove it, or choose another --output'):
+    with pytest.raises(ValueError, match="train.json exists already; remove it, or choose another --output"):
         _prepare(photos, prepared[0])
 
 
@@ -150,71 +150,71 @@ def test_records_that_lost_something_are_refused(photos, tmp_path):
     """A split that is not there, a shard that is gone, labels of another length, a card of another format."""
     _prepare(photos, tmp_path, images_per_shard=10)
     with pytest.raises(ValueError, match="got no val.json for split 'val', expected one of train"):
-        sources.open_source('x', split='val', path=tmp_path)
-    labels = np.load(tmp_path / 'train-labels.npy')
-    np.save(tmp_path / 'train-labels.npy', labels[:-1])
-    with pytest.raises(ValueError, match='got 14 images and 13 labels, expected 14 of each'):
-        sources.open_source('x', split='train', path=tmp_path)
-    (tmp_path / 'train-00001-of-00002.array_record').unlink()
-    with pytest.raises(ValueError, match='got no file train-00001-of-00002.array_record'):
-        sources.open_source('x', split='train', path=tmp_path)
-    card = json.loads((tmp_path / 'train.json').read_text()) | {'format': 'other'}
-    (tmp_path / 'train.json').write_text(json.dumps(card))
+        sources.open_source("x", split="val", path=tmp_path)
+    labels = np.load(tmp_path / "train-labels.npy")
+    np.save(tmp_path / "train-labels.npy", labels[:-1])
+    with pytest.raises(ValueError, match="got 14 images and 13 labels, expected 14 of each"):
+        sources.open_source("x", split="train", path=tmp_path)
+    (tmp_path / "train-00001-of-00002.array_record").unlink()
+    with pytest.raises(ValueError, match="got no file train-00001-of-00002.array_record"):
+        sources.open_source("x", split="train", path=tmp_path)
+    card = json.loads((tmp_path / "train.json").read_text()) | {"format": "other"}
+    (tmp_path / "train.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match="got format 'other', expected 'mscm records 1'"):
-        sources.open_source('x', split='train', path=tmp_path)
+        sources.open_source("x", split="train", path=tmp_path)
 
 
 def _command(*flags):
-    return [sys.executable, '-m', 'mscm.prepare', *flags]
+    return [sys.executable, "-m", "mscm.prepare", *flags]
 
 
 def test_killed_it_continues(tmp_path):
     """kill -9 in the middle; run again, it keeps the finished shards and ends with the card of an unbroken run."""
     rng = np.random.RandomState(1)
     for i in range(160):
-        path = tmp_path / 'photos' / f'class_{i % 4}' / f'{i:03d}.png'
+        path = tmp_path / "photos" / f"class_{i % 4}" / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(images.encode_png(rng.randint(0, 256, (256, 256, 3), np.uint8)))
-    output = tmp_path / 'out'
-    flags = (f'--source={tmp_path / "photos"}', '--resolution=16', '--images_per_shard=10', '--workers=1')
+    output = tmp_path / "out"
+    flags = (f'--source={tmp_path / "photos"}', "--resolution=16", "--images_per_shard=10", "--workers=1")
     process = subprocess.Popen(
-        _command(*flags, f'--output={output}'), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+        _command(*flags, f"--output={output}"), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + 120
-    while not list(output.glob('*.done.json')) and time.monotonic() < deadline:
+    while not list(output.glob("*.done.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    finished = {path: path.stat().st_mtime_ns for path in output.glob('*.array_record')}
-    assert 1 <= len(finished) < 16 and not (output / 'train.json').exists()
+    finished = {path: path.stat().st_mtime_ns for path in output.glob("*.array_record")}
+    assert 1 <= len(finished) < 16 and not (output / "train.json").exists()
 
     other = subprocess.run(
-        _command(*flags, f'--output={output}', '--transform=adm'), cwd=ROOT, capture_output=True, text=True
+        _command(*flags, f"--output={output}", "--transform=adm"), cwd=ROOT, capture_output=True, text=True
     )
-    assert other.returncode == 2 and 'got an unfinished run of other settings' in other.stderr
-    again = subprocess.run(_command(*flags, f'--output={output}'), cwd=ROOT, capture_output=True, text=True)
+    assert other.returncode == 2 and "got an unfinished run of other settings" in other.stderr
+    again = subprocess.run(_command(*flags, f"--output={output}"), cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert '160 images of 4 classes (40 to 40 in each), 16 pixels, 0 enlarged' in again.stdout
-    assert '160/160 images' in again.stderr
+    assert "160 images of 4 classes (40 to 40 in each), 16 pixels, 0 enlarged" in again.stdout
+    assert "160/160 images" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    assert not list(output.glob('*.tmp')) and not list(output.glob('*.done.json'))
-    card, _ = _prepare(tmp_path / 'photos', tmp_path / 'whole', resolution=16)
-    assert records.read_card(output, 'train').checksum == card.checksum
+    assert not list(output.glob("*.tmp")) and not list(output.glob("*.done.json"))
+    card, _ = _prepare(tmp_path / "photos", tmp_path / "whole", resolution=16)
+    assert records.read_card(output, "train").checksum == card.checksum
 
 
 @pytest.mark.parametrize(
-    ('flags', 'sentence'),
+    ("flags", "sentence"),
     [
-        ((), '--source must have a value'),
-        (('--source=absent', '--output=x', '--resolution=8'), "got 'absent', expected an existing folder"),
-        (('--source=absent', '--output=x', '--resolution=8', '--transform=box'), "transform: got 'box'"),
+        ((), "--source must have a value"),
+        (("--source=absent", "--output=x", "--resolution=8"), "got 'absent', expected an existing folder"),
+        (("--source=absent", "--output=x", "--resolution=8", "--transform=box"), "transform: got 'box'"),
     ],
 )
 def test_mistakes_are_one_sentence(flags, sentence, tmp_path):
     result = subprocess.run(
-        _command(*flags), cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True
+        _command(*flags), cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
-    assert result.returncode == 2 and 'Traceback' not in result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith('error: ')]
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert sentence in line
-    assert not (tmp_path / 'x').exists()
+    assert not (tmp_path / "x").exists()

@@ -16,26 +16,26 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_digits_are_the_1797_real_ones():
     from sklearn.datasets import load_digits
 
-    source = sources.open_source('digits', split='all')
+    source = sources.open_source("digits", split="all")
     assert isinstance(source, sources.Source)
     assert (len(source), source.num_classes, source.resolution, source.channels) == (1797, 10, 8, 1)
-    assert source.class_names == tuple('0123456789')
+    assert source.class_names == tuple("0123456789")
     np.testing.assert_array_equal(np.round(source.images[..., 0] / 255 * 16), load_digits().images)
     assert source.images.min() == 0 and source.images.max() == 255
     batch = source.load(np.array([3, 1, 4, 1]))
-    assert batch['image'].dtype == np.uint8 and batch['label'].dtype == np.int32
-    np.testing.assert_array_equal(batch['image'], source.images[[3, 1, 4, 1]])
-    np.testing.assert_array_equal(batch['label'], source.labels[[3, 1, 4, 1]])
+    assert batch["image"].dtype == np.uint8 and batch["label"].dtype == np.int32
+    np.testing.assert_array_equal(batch["image"], source.images[[3, 1, 4, 1]])
+    np.testing.assert_array_equal(batch["label"], source.labels[[3, 1, 4, 1]])
 
 
 def test_load_does_not_lend_its_memory():
-    source = sources.open_source('digits', split='all')
-    source.load(np.arange(2))['image'][:] = 7
+    source = sources.open_source("digits", split="all")
+    source.load(np.arange(2))["image"][:] = 7
     assert not (source.images[:2] == 7).all()
 
 
 def test_halves_partition_the_set_and_are_stratified():
-    everything, a, b = (sources.open_source('digits', split=split) for split in ('all', 'half_a', 'half_b'))
+    everything, a, b = (sources.open_source("digits", split=split) for split in ("all", "half_a", "half_b"))
     rows = lambda s: sorted(image.tobytes() + bytes([label]) for image, label in zip(s.images, s.labels, strict=True))  # noqa: E731
     assert sorted(rows(a) + rows(b)) == rows(everything)
     assert abs(len(a) - len(b)) == 1
@@ -46,47 +46,47 @@ def test_halves_partition_the_set_and_are_stratified():
 
 def test_unknown_names_say_what_there_is():
     with pytest.raises(ValueError, match="got data set 'digit', expected digits, synthetic, or a name that Tensor"):
-        sources.open_source('digit', split='all')
+        sources.open_source("digit", split="all")
     with pytest.raises(ValueError, match="expected one of all, half_a, half_b; did you mean 'half_a'"):
-        sources.open_source('digits', split='half_aa')
+        sources.open_source("digits", split="half_aa")
 
 
 @pytest.mark.parametrize(
-    'images, labels, message',
+    "images, labels, message",
     [
-        (np.zeros((2, 4, 5, 1), np.uint8), np.zeros(2, np.int32), 'expected square uint8'),
-        (np.zeros((2, 4, 4, 1), np.uint8), np.zeros(3, np.int32), 'one class index per image'),
-        (np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 2], np.int32), 'labels from 0 to 2, expected 0 to 1'),
+        (np.zeros((2, 4, 5, 1), np.uint8), np.zeros(2, np.int32), "expected square uint8"),
+        (np.zeros((2, 4, 4, 1), np.uint8), np.zeros(3, np.int32), "one class index per image"),
+        (np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 2], np.int32), "labels from 0 to 2, expected 0 to 1"),
     ],
 )
 def test_array_source_refuses(images, labels, message):
     check = inspect.unwrap(sources.ArraySource.__post_init__)
     broken = object.__new__(sources.ArraySource)
-    broken.__dict__.update(name='x', split='all', images=images, labels=labels, class_names=('a', 'b'))
+    broken.__dict__.update(name="x", split="all", images=images, labels=labels, class_names=("a", "b"))
     with pytest.raises(ValueError, match=message):
         check(broken)
 
 
 def test_synthetic_has_the_sizes_that_are_asked_for():
     """Noise of every class, the same twice."""
-    sizes = dict(split='train', resolution=16, channels=3, num_classes=7)
-    source, again = (sources.open_source('synthetic', **sizes) for _ in range(2))
+    sizes = dict(split="train", resolution=16, channels=3, num_classes=7)
+    source, again = (sources.open_source("synthetic", **sizes) for _ in range(2))
     assert (source.resolution, source.channels, source.num_classes) == (16, 3, 7)
     assert set(source.labels) == set(range(7)) and source.images.std() > 70
     assert source.fingerprint == again.fingerprint
-    with pytest.raises(ValueError, match='expected resolution, channels and num_classes'):
-        sources.open_source('synthetic', split='train')
+    with pytest.raises(ValueError, match="expected resolution, channels and num_classes"):
+        sources.open_source("synthetic", split="train")
 
 
 def test_fingerprints_tell_data_sets_apart():
-    prints = [sources.open_source('digits', split=split).fingerprint for split in ('all', 'half_a', 'half_b', 'all')]
+    prints = [sources.open_source("digits", split=split).fingerprint for split in ("all", "half_a", "half_b", "all")]
     assert len(set(prints)) == 3 and prints[0] == prints[3]
 
 
 def test_data_brings_in_neither_tensorflow_nor_pytorch():
     """Training on a pod must not pay for them."""
-    modules = 'mscm.data.sources, mscm.data.pipeline, mscm.data.preparation, mscm.data.transforms'
-    heavy = 'tensorflow', 'torch', 'tensorflow_datasets'
-    script = f'import sys, {modules}; print([name for name in {heavy} if name in sys.modules])'
-    out = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert out.strip() == '[]'
+    modules = "mscm.data.sources, mscm.data.pipeline, mscm.data.preparation, mscm.data.transforms"
+    heavy = "tensorflow", "torch", "tensorflow_datasets"
+    script = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"

@@ -14,21 +14,21 @@ PIXELS = np.random.RandomState(0).randint(0, 256, (11, 8, 8, 3), np.uint8)
 
 
 class _Base(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    VERSION = tfds.core.Version('1.0.0')
+    VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
         features = tfds.features.FeaturesDict(self.features())
-        return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=('image', 'label'))
+        return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=("image", "label"))
 
     def features(self):
-        return {'image': tfds.features.Image(shape=(8, 8, 3)), 'label': tfds.features.ClassLabel(names=['cat', 'dog'])}
+        return {"image": tfds.features.Image(shape=(8, 8, 3)), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
 
     def _split_generators(self, dl_manager):
-        return {'train': self._generate_examples(range(8)), 'test': self._generate_examples(range(8, 11))}
+        return {"train": self._generate_examples(range(8)), "test": self._generate_examples(range(8, 11))}
 
     def _generate_examples(self, indices):
         for i in indices:
-            yield i, {'image': io.BytesIO(images.encode_png(PIXELS[i])), 'label': i % 2}
+            yield i, {"image": io.BytesIO(images.encode_png(PIXELS[i])), "label": i % 2}
 
 
 class MscmPets(_Base):
@@ -39,67 +39,67 @@ class MscmUneven(_Base):
     """Images of any size."""
 
     def features(self):
-        return super().features() | {'image': tfds.features.Image(shape=(None, None, 3))}
+        return super().features() | {"image": tfds.features.Image(shape=(None, None, 3))}
 
 
 class MscmUnlabelled(_Base):
     """Numbers in place of classes."""
 
     def features(self):
-        return super().features() | {'label': tfds.features.Scalar(np.int64)}
+        return super().features() | {"label": tfds.features.Scalar(np.int64)}
 
 
 class MscmUnprepared(_Base):
     """Never written."""
 
 
-@pytest.fixture(scope='module', autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def prepared(tmp_path_factory):
     """The first three as array_record, in a directory that TFDS looks into."""
-    data_dir = tmp_path_factory.mktemp('tfds')
+    data_dir = tmp_path_factory.mktemp("tfds")
     for builder in (MscmPets, MscmUneven, MscmUnlabelled):
-        builder(data_dir=os.fspath(data_dir), file_format='array_record').download_and_prepare()
+        builder(data_dir=os.fspath(data_dir), file_format="array_record").download_and_prepare()
     tfds.core.add_data_dir(os.fspath(data_dir))
 
 
 def test_examples_come_back():
     """All of them, in whatever order TFDS wrote them, with labels that need no image."""
-    source = sources.open_source('mscm_pets', split='train')
+    source = sources.open_source("mscm_pets", split="train")
     assert isinstance(source, sources.Source)
     assert (len(source), source.num_classes, source.resolution, source.channels) == (8, 2, 8, 3)
-    assert source.class_names == ('cat', 'dog')
+    assert source.class_names == ("cat", "dog")
     batch = source.load(np.arange(8))
-    assert batch['image'].dtype == np.uint8 and batch['label'].dtype == np.int32
-    pairs = {(image.tobytes(), int(label)) for image, label in zip(batch['image'], batch['label'], strict=True)}
+    assert batch["image"].dtype == np.uint8 and batch["label"].dtype == np.int32
+    pairs = {(image.tobytes(), int(label)) for image, label in zip(batch["image"], batch["label"], strict=True)}
     assert pairs == {(PIXELS[i].tobytes(), i % 2) for i in range(8)}
-    np.testing.assert_array_equal(source.labels, batch['label'])
+    np.testing.assert_array_equal(source.labels, batch["label"])
     picked = source.load(np.array([5, 0, 5]))
-    np.testing.assert_array_equal(picked['image'], batch['image'][[5, 0, 5]])
-    test = sources.open_source('mscm_pets', split='test')
+    np.testing.assert_array_equal(picked["image"], batch["image"][[5, 0, 5]])
+    test = sources.open_source("mscm_pets", split="test")
     assert len(test) == 3 and test.fingerprint != source.fingerprint
-    assert 'tensorflow' not in sys.modules
+    assert "tensorflow" not in sys.modules
 
 
 def test_a_data_set_can_be_prepared(tmp_path):
     """Images of any size, cut down to one, with the labels that they had."""
-    files = tfds_source.open_tfds_files('tfds:mscm_uneven', split='train')
+    files = tfds_source.open_tfds_files("tfds:mscm_uneven", split="train")
     settings = preparation.Settings(resolution=4, images_per_shard=3)
-    preparation.prepare(files, tmp_path, settings, split='train', num_workers=1, report=lambda *numbers: None)
-    batch = sources.open_source('x', split='train', path=tmp_path).load(np.arange(8))
-    pairs = {(image.tobytes(), int(label)) for image, label in zip(batch['image'], batch['label'], strict=True)}
+    preparation.prepare(files, tmp_path, settings, split="train", num_workers=1, report=lambda *numbers: None)
+    batch = sources.open_source("x", split="train", path=tmp_path).load(np.arange(8))
+    pairs = {(image.tobytes(), int(label)) for image, label in zip(batch["image"], batch["label"], strict=True)}
     assert pairs == {(images.area(PIXELS[i], 4).tobytes(), i % 2) for i in range(8)}
     with pytest.raises(ValueError, match="got split None of 'mscm_pets', expected one of train, test"):
-        tfds_source.open_tfds_files('tfds:mscm_pets', split=None)
+        tfds_source.open_tfds_files("tfds:mscm_pets", split=None)
 
 
 @pytest.mark.parametrize(
-    ('name', 'split', 'sentence'),
+    ("name", "split", "sentence"),
     [
-        ('mscm_pets', 'validation', "got split 'validation' of 'mscm_pets', expected one of train, test"),
-        ('mscm_uneven', 'train', 'expected one square size; run python -m mscm.prepare'),
-        ('mscm_unlabelled', 'train', 'without an image and a class label'),
-        ('mscm_unprepared', 'train', 'is not prepared in .* tfds build mscm_unprepared --file_format=array_record'),
-        ('no_such_data_set', 'train', "got data set 'no_such_data_set', expected digits, synthetic"),
+        ("mscm_pets", "validation", "got split 'validation' of 'mscm_pets', expected one of train, test"),
+        ("mscm_uneven", "train", "expected one square size; run python -m mscm.prepare"),
+        ("mscm_unlabelled", "train", "without an image and a class label"),
+        ("mscm_unprepared", "train", "is not prepared in .* tfds build mscm_unprepared --file_format=array_record"),
+        ("no_such_data_set", "train", "got data set 'no_such_data_set', expected digits, synthetic"),
     ],
 )
 def test_what_cannot_be_read_says_what_to_do(name, split, sentence):

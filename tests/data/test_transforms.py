@@ -30,9 +30,9 @@ def test_extra_leading_axes():
 
 
 def test_scaling_twice_is_refused():
-    with pytest.raises(TypeError, match='got float32 images, expected uint8'):
+    with pytest.raises(TypeError, match="got float32 images, expected uint8"):
         inspect.unwrap(transforms.to_float)(np.zeros((1, 2, 2, 1), np.float32))
-    with pytest.raises(TypeError, match='got uint8 images, expected floats'):
+    with pytest.raises(TypeError, match="got uint8 images, expected floats"):
         inspect.unwrap(transforms.to_uint8)(ALL_LEVELS)
 
 

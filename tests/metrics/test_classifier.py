@@ -17,23 +17,23 @@ from mscm.metrics.frechet import frechet_distance
 from mscm.metrics.moments import from_features
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def digits():
-    return sources.open_source('digits', split='all')
+    return sources.open_source("digits", split="all")
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def trained(digits):
     return classifier_lib.train_classifier(digits)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def small():
     """Four separable classes of 12 x 12 colour images: trains in a second."""
     rng = np.random.RandomState(0)
     labels = np.arange(64, dtype=np.int32) % 4
     images = (rng.rand(64, 12, 12, 3) * 60 + labels[:, None, None, None] * 60).astype(np.uint8)
-    return sources.ArraySource('small', 'all', images, labels, tuple('abcd'))
+    return sources.ArraySource("small", "all", images, labels, tuple("abcd"))
 
 
 @pytest.fixture
@@ -55,9 +55,9 @@ def same_weights(a, b):
 
 def test_held_out_accuracy(digits):
     shuffled = np.random.RandomState(1).permutation(len(digits))
-    held_out = shuffled[np.argsort(digits.labels[shuffled], kind='stable')][::10]  # every tenth of each class
+    held_out = shuffled[np.argsort(digits.labels[shuffled], kind="stable")][::10]  # every tenth of each class
     kept = np.setdiff1d(shuffled, held_out)
-    part = dataclasses.replace(digits, split='train90', images=digits.images[kept], labels=digits.labels[kept])
+    part = dataclasses.replace(digits, split="train90", images=digits.images[kept], labels=digits.labels[kept])
     logits = classifier_lib.train_classifier(part).logits(digits.images[held_out])
     assert (logits.argmax(-1) == digits.labels[held_out]).mean() >= 0.97
 
@@ -86,7 +86,7 @@ def test_distance_rises_with_noise_and_blur(digits, trained):
     blurred = [distance(np.round(ndimage.gaussian_filter(digits.images * 1.0, (0, w, w, 0)))) for w in (0.01, 0.5, 1.0)]
     assert noisy[0] < 1e-3 and all(b > 1.5 * a + 0.05 for a, b in zip(noisy, noisy[1:], strict=False)), noisy
     assert all(b > 1.5 * a + 0.05 for a, b in zip(blurred, blurred[1:], strict=False)), blurred
-    halves = [sources.open_source('digits', split=split).images for split in ('half_a', 'half_b')]
+    halves = [sources.open_source("digits", split=split).images for split in ("half_a", "half_b")]
     real = frechet_distance(*(from_features(trained.features(half)) for half in halves))
     assert 0 < real < noisy[3], (real, noisy)  # two real halves are closer than visibly noisy images
 
@@ -100,16 +100,16 @@ def test_training_repeats_bit_for_bit_and_follows_the_seed(small):
 def test_fingerprint_sees_every_bit(small):
     one = classifier_lib.train_classifier(small, num_epochs=1)
     params = jax.tree.map(np.copy, dict(one.params))
-    params['Dense_0']['bias'][3] = np.nextafter(params['Dense_0']['bias'][3], 1)
+    params["Dense_0"]["bias"][3] = np.nextafter(params["Dense_0"]["bias"][3], 1)
     assert dataclasses.replace(one, params=params).fingerprint != one.fingerprint
 
 
 def test_cache_round_trip(small, tmp_path, warnings, monkeypatch):
-    first = classifier_lib.load_or_train(small, tmp_path / 'new')
-    (path,) = (tmp_path / 'new').iterdir()  # and no temporary file beside it
-    assert path.name == 'classifier_small_all_seed0.npz'
-    monkeypatch.setattr(classifier_lib, 'train_classifier', None)  # training again would fail
-    again = classifier_lib.load_or_train(small, tmp_path / 'new')
+    first = classifier_lib.load_or_train(small, tmp_path / "new")
+    (path,) = (tmp_path / "new").iterdir()  # and no temporary file beside it
+    assert path.name == "classifier_small_all_seed0.npz"
+    monkeypatch.setattr(classifier_lib, "train_classifier", None)  # training again would fail
+    again = classifier_lib.load_or_train(small, tmp_path / "new")
     assert again.fingerprint == first.fingerprint and again.card == first.card and not warnings
     np.testing.assert_array_equal(again.features(small.images), first.features(small.images))
 
@@ -117,35 +117,35 @@ def test_cache_round_trip(small, tmp_path, warnings, monkeypatch):
 def rewrite(path, change):
     with np.load(path) as file:
         arrays = dict(file)
-    card = json.loads(str(arrays.pop('card')))
+    card = json.loads(str(arrays.pop("card")))
     change(card, arrays)
     np.savez(path, card=np.array(json.dumps(card)), **arrays)
 
 
 def claim_compression(path):
     content = bytearray(path.read_bytes())
-    content[content.index(b'PK\x01\x02') + 10] = 77  # the method of the first entry of the zip's directory
+    content[content.index(b"PK\x01\x02") + 10] = 77  # the method of the first entry of the zip's directory
     path.write_bytes(bytes(content))
 
 
 def alter_weight(card, arrays):
-    arrays['Dense_0/bias'] = arrays['Dense_0/bias'] + 1e-3
+    arrays["Dense_0/bias"] = arrays["Dense_0/bias"] + 1e-3
 
 
 @pytest.mark.parametrize(
-    'damage, reason',
+    "damage, reason",
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-100]), ''),
-        (lambda path: path.write_bytes(b'not a zip'), ''),
-        (lambda path: path.write_bytes(b''), ''),
-        (claim_compression, 'compression'),
-        (lambda path: np.savez(path, other=np.zeros(2)), 'card'),
-        (lambda path: rewrite(path, alter_weight), 'SHA-256'),
-        (lambda path: rewrite(path, lambda card, _: card.update(count=63)), 'count = 63, expected 64'),
-        (lambda path: rewrite(path, lambda card, _: card.update(architecture='v0')), "architecture = 'v0'"),
-        (lambda path: rewrite(path, lambda card, _: card.pop('seed')), 'seed = None, expected 0'),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), ""),
+        (lambda path: path.write_bytes(b"not a zip"), ""),
+        (lambda path: path.write_bytes(b""), ""),
+        (claim_compression, "compression"),
+        (lambda path: np.savez(path, other=np.zeros(2)), "card"),
+        (lambda path: rewrite(path, alter_weight), "SHA-256"),
+        (lambda path: rewrite(path, lambda card, _: card.update(count=63)), "count = 63, expected 64"),
+        (lambda path: rewrite(path, lambda card, _: card.update(architecture="v0")), "architecture = 'v0'"),
+        (lambda path: rewrite(path, lambda card, _: card.pop("seed")), "seed = None, expected 0"),
     ],
-    ids=['cut', 'text', 'empty', 'compression', 'other', 'weight', 'count', 'architecture', 'card'],
+    ids=["cut", "text", "empty", "compression", "other", "weight", "count", "architecture", "card"],
 )
 def test_wrong_cache_is_named_and_replaced(small, tmp_path, warnings, damage, reason):
     good = classifier_lib.load_or_train(small, tmp_path)
@@ -160,7 +160,7 @@ def test_wrong_cache_is_named_and_replaced(small, tmp_path, warnings, damage, re
 
 def test_wrong_images_are_a_sentence(trained):
     features = inspect.unwrap(classifier_lib.Classifier.features)
-    with pytest.raises(ValueError, match='got float32 images of shape'):
+    with pytest.raises(ValueError, match="got float32 images of shape"):
         features(trained, np.zeros((2, 8, 8, 1), np.float32))
-    with pytest.raises(ValueError, match=r'expected uint8 of shape \(n, 8, 8, 1\)'):
+    with pytest.raises(ValueError, match=r"expected uint8 of shape \(n, 8, 8, 1\)"):
         features(trained, np.zeros((2, 8, 8, 3), np.uint8))

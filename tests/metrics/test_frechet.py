@@ -22,7 +22,7 @@ def test_zero_to_itself():
     assert frechet_distance(moments, moments) <= 1e-6 * np.trace(moments.cov)
 
 
-@pytest.mark.parametrize('shift', [0.5, -3.0])
+@pytest.mark.parametrize("shift", [0.5, -3.0])
 def test_shift_of_one_feature(shift):
     features = np.random.RandomState(0).randn(300, 6)
     moved = features.copy()
@@ -38,7 +38,7 @@ def test_commuting_gaussians():
     assert got == pytest.approx(mean @ mean + np.square(np.sqrt(a) - np.sqrt(b)).sum(), rel=1e-9)
 
 
-@pytest.mark.parametrize('dim', [1, 3, 40])
+@pytest.mark.parametrize("dim", [1, 3, 40])
 def test_equals_scipy_sqrtm_and_is_symmetric(dim):
     rng = np.random.RandomState(dim)
     a, b = (gaussian(rng.randn(dim), random_spd(rng, dim)) for _ in range(2))
@@ -62,9 +62,9 @@ def test_one_dimension_is_the_textbook_formula():
 
 def test_bad_input_is_a_sentence():
     good = gaussian([0.0], [[1.0]])
-    with pytest.raises(ValueError, match='got 1 and 2 features'):
+    with pytest.raises(ValueError, match="got 1 and 2 features"):
         frechet_distance(good, gaussian([0.0, 0.0], np.eye(2)))
-    with pytest.raises(ValueError, match=r'0 example\(s\), expected at least 2'):
+    with pytest.raises(ValueError, match=r"0 example\(s\), expected at least 2"):
         frechet_distance(good, empty(1))
-    with pytest.raises(ValueError, match='non-finite'):
+    with pytest.raises(ValueError, match="non-finite"):
         frechet_distance(good, gaussian([np.nan], [[1.0]]))

@@ -28,14 +28,14 @@ def test_equals_numpy_and_is_float64():
     np.testing.assert_allclose(got.cov, np.cov(features.astype(np.float64).T), rtol=1e-10)
 
 
-@pytest.mark.parametrize('size', [1, 2, 7, 100, 101])
+@pytest.mark.parametrize("size", [1, 2, 7, 100, 101])
 def test_streaming_equals_one_shot(size):
     features = make_features()
     pieces = [features[start : start + size] for start in range(0, len(features), size)]
     assert_close(functools.reduce(moments.add, pieces, moments.empty(5)), moments.from_features(features))
 
 
-@pytest.mark.parametrize('cut', [2, 50, 99])
+@pytest.mark.parametrize("cut", [2, 50, 99])
 def test_merge_is_exact_and_symmetric(cut):
     features = make_features()
     a, b = moments.from_features(features[:cut]), moments.from_features(features[cut:])
@@ -57,13 +57,13 @@ def test_single_rows_have_zero_covariance():
 
 def test_bad_input_is_a_sentence():
     from_features = inspect.unwrap(moments.from_features)
-    with pytest.raises(ValueError, match=r'got 1 row\(s\)'):
+    with pytest.raises(ValueError, match=r"got 1 row\(s\)"):
         from_features(np.zeros((1, 3)))
     with pytest.raises(ValueError, match=r"shape \(4,\), expected 'n d'"):
         from_features(np.zeros(4))
     broken = np.zeros((4, 3))
     broken[1, 2], broken[3, 0] = np.nan, np.inf
-    with pytest.raises(ValueError, match='2 of 4 rows with a non-finite feature'):
+    with pytest.raises(ValueError, match="2 of 4 rows with a non-finite feature"):
         from_features(broken)
-    with pytest.raises(ValueError, match='got 2 and 3 features'):
+    with pytest.raises(ValueError, match="got 2 and 3 features"):
         moments.merge(moments.empty(2), moments.empty(3))

@@ -8,10 +8,10 @@ from mscm.report.writer import Writer
 def test_scalars_and_images_are_in_the_event_file(tmp_path):
     """What was written is there after the exit, under its name."""
     with Writer(tmp_path) as writer:
-        writer.write_scalars(3, {'loss': 0.5, 'loss_segment/1': np.float32(0.25)})
-        writer.write_images(3, {'samples': np.zeros((8, 8, 3), np.uint8)})
-    (events,) = tmp_path.glob('events.*')
+        writer.write_scalars(3, {"loss": 0.5, "loss_segment/1": np.float32(0.25)})
+        writer.write_images(3, {"samples": np.zeros((8, 8, 3), np.uint8)})
+    (events,) = tmp_path.glob("events.*")
     content = events.read_bytes()
-    assert all(name in content for name in (b'\x04loss', b'loss_segment/1', b'samples'))
+    assert all(name in content for name in (b"\x04loss", b"loss_segment/1", b"samples"))
     values = (np.float32(number).tobytes() for number in (0.5, 0.25))
     assert all(value in content for value in values)

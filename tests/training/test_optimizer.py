@@ -10,25 +10,25 @@ from mscm.training import optimizer as optimizers
 
 def test_cosine_with_warm_up():
     """0 at 0, linear to the peak at the end of the warm-up, half of it halfway after, 0 at the end."""
-    rate = optimizers.make_learning_rate(learning_rate=2.0, warmup_steps=10, decay='cosine', num_steps=110)
+    rate = optimizers.make_learning_rate(learning_rate=2.0, warmup_steps=10, decay="cosine", num_steps=110)
     for step, expected in ((0, 0.0), (5, 1.0), (10, 2.0), (60, 1.0), (110, 0.0), (200, 0.0)):
         np.testing.assert_allclose(rate(jnp.int32(step)), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize('decay', optimizers.DECAYS)
+@pytest.mark.parametrize("decay", optimizers.DECAYS)
 def test_no_warm_up_starts_at_the_peak(decay):
     """With warmup_steps = 0 the first step has the full rate."""
     rate = optimizers.make_learning_rate(learning_rate=0.5, warmup_steps=0, decay=decay, num_steps=8)
     assert float(rate(jnp.int32(0))) == 0.5
-    assert float(rate(jnp.int32(8))) == (0.5 if decay == 'constant' else 0.0)
+    assert float(rate(jnp.int32(8))) == (0.5 if decay == "constant" else 0.0)
 
 
 def test_refusals_are_sentences():
     """An unknown decay names the choices, a warm-up longer than the training both numbers."""
     with pytest.raises(ValueError, match="optimizer.decay: got 'linear', expected one of constant, cosine"):
-        optimizers.make_learning_rate(learning_rate=1.0, warmup_steps=0, decay='linear', num_steps=8)
-    with pytest.raises(ValueError, match='optimizer.warmup_steps: got 9, expected 0 to train.num_steps = 8'):
-        optimizers.make_learning_rate(learning_rate=1.0, warmup_steps=9, decay='cosine', num_steps=8)
+        optimizers.make_learning_rate(learning_rate=1.0, warmup_steps=0, decay="linear", num_steps=8)
+    with pytest.raises(ValueError, match="optimizer.warmup_steps: got 9, expected 0 to train.num_steps = 8"):
+        optimizers.make_learning_rate(learning_rate=1.0, warmup_steps=9, decay="cosine", num_steps=8)
 
 
 def _optimizer(*, weight_decay=0.0, clip_norm=1.0, eps=1.0):
@@ -36,10 +36,10 @@ def _optimizer(*, weight_decay=0.0, clip_norm=1.0, eps=1.0):
     return optimizers.make_optimizer(rate, b1=0.0, b2=0.0, eps=eps, weight_decay=weight_decay, clip_norm=clip_norm)
 
 
-@pytest.mark.parametrize(('clip_norm', 'scale'), [(None, 1.0), (1.0, 0.2), (10.0, 1.0)])
+@pytest.mark.parametrize(("clip_norm", "scale"), [(None, 1.0), (1.0, 0.2), (10.0, 1.0)])
 def test_gradients_are_clipped_by_the_norm_of_all_of_them(clip_norm, scale):
     """With b1 = b2 = 0 a step is -rate g / (|g| + eps) of g, or of g clip / norm where the norm, here 5, is larger."""
-    gradient = {'a': jnp.array([3.0]), 'b': jnp.array([-4.0])}
+    gradient = {"a": jnp.array([3.0]), "b": jnp.array([-4.0])}
     optimizer = _optimizer(clip_norm=clip_norm)
     updates, _ = optimizer.update(gradient, optimizer.init(gradient), gradient)
     for name, value in gradient.items():
@@ -49,8 +49,8 @@ def test_gradients_are_clipped_by_the_norm_of_all_of_them(clip_norm, scale):
 
 def test_weight_decay_is_decoupled():
     """Without a gradient a step is -rate * weight_decay * parameter; without weight decay it is none."""
-    params, zero = {'a': jnp.array([2.0])}, {'a': jnp.zeros(1)}
+    params, zero = {"a": jnp.array([2.0])}, {"a": jnp.zeros(1)}
     for weight_decay in (0.0, 0.5):
         optimizer = _optimizer(weight_decay=weight_decay)
         updates, _ = optimizer.update(zero, optimizer.init(params), params)
-        np.testing.assert_allclose(updates['a'], -0.1 * weight_decay * 2.0, rtol=1e-6)
+        np.testing.assert_allclose(updates["a"], -0.1 * weight_decay * 2.0, rtol=1e-6)

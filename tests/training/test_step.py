@@ -16,9 +16,9 @@ ROOT_KEY = jax.random.key(3)
 
 
 def _loss_fn(params, frozen, batch, key, step):
-    noise = jax.random.normal(key, batch['x'].shape)
-    loss = jnp.mean(jnp.square(params['w'][None] * batch['x'] - batch['x'] - frozen['shift'] - noise), axis=1)
-    return loss, {'logsnr': batch['x'][:, 0], 'noise': jnp.mean(noise), 'step': step.astype(jnp.float32)}
+    noise = jax.random.normal(key, batch["x"].shape)
+    loss = jnp.mean(jnp.square(params["w"][None] * batch["x"] - batch["x"] - frozen["shift"] - noise), axis=1)
+    return loss, {"logsnr": batch["x"][:, 0], "noise": jnp.mean(noise), "step": step.astype(jnp.float32)}
 
 
 def _steps(loss_fn=_loss_fn):
@@ -30,65 +30,65 @@ def _steps(loss_fn=_loss_fn):
 
 
 def _state(optimizer):
-    return init_state({'w': jnp.linspace(0.0, 1.0, 4)}, optimizer)
+    return init_state({"w": jnp.linspace(0.0, 1.0, 4)}, optimizer)
 
 
 def test_several_steps_in_one_dispatch_are_the_same_steps():
     """Three steps in one dispatch, and three dispatches of one step: the same state and sums, to 1e-6."""
     optimizer, steps = _steps()
-    batches = {'x': jax.random.normal(jax.random.key(0), (3, 5, 4))}
-    frozen = {'shift': jnp.ones(())}
+    batches = {"x": jax.random.normal(jax.random.key(0), (3, 5, 4))}
+    frozen = {"shift": jnp.ones(())}
     together, averages = steps(_state(optimizer), frozen, batches, ROOT_KEY)
     state, parts = _state(optimizer), []
     for i in range(3):
-        state, part = steps(state, frozen, {'x': batches['x'][i : i + 1]}, ROOT_KEY)
+        state, part = steps(state, frozen, {"x": batches["x"][i : i + 1]}, ROOT_KEY)
         parts.append(part)
     assert together.step == state.step == 3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), together, state)
     summed = jax.tree.map(lambda *sums: sum(sums), *parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), averages, summed)
-    assert averages['loss'].count == 15 and averages['learning_rate'].count == 3
-    np.testing.assert_allclose(averages['learning_rate'].compute(), 0.1, rtol=1e-6)
+    assert averages["loss"].count == 15 and averages["learning_rate"].count == 3
+    np.testing.assert_allclose(averages["learning_rate"].compute(), 0.1, rtol=1e-6)
 
 
 def test_randomness_depends_on_the_number_of_the_step_only():
     """The noise of step n is that of fold_in(root, n), however the state got there."""
     optimizer, steps = _steps()
-    frozen, batch = {'shift': jnp.zeros(())}, {'x': jnp.ones((1, 5, 4))}
+    frozen, batch = {"shift": jnp.zeros(())}, {"x": jnp.ones((1, 5, 4))}
     expected = jnp.mean(jax.random.normal(jax.random.fold_in(ROOT_KEY, 7), (5, 4)))
     for params in (jnp.zeros(4), jnp.ones(4)):
-        state = init_state({'w': params}, optimizer)._replace(step=jnp.int32(7))
+        state = init_state({"w": params}, optimizer)._replace(step=jnp.int32(7))
         _, averages = steps(state, frozen, batch, ROOT_KEY)
-        np.testing.assert_allclose(averages['noise'].compute(), expected, rtol=1e-5)
-        assert averages['step'].compute() == 7
+        np.testing.assert_allclose(averages["noise"].compute(), expected, rtol=1e-5)
+        assert averages["step"].compute() == 7
 
 
 def test_the_average_follows_with_the_decay_of_its_step():
     """After one step: 0.1 of the first parameters and 0.9 of the new ones."""
     optimizer, steps = _steps()
     first = np.linspace(0.0, 1.0, 4, dtype=np.float32)
-    state, _ = steps(_state(optimizer), {'shift': jnp.zeros(())}, {'x': jnp.ones((1, 5, 4))}, ROOT_KEY)
-    np.testing.assert_allclose(state.ema['w'], 0.1 * first + 0.9 * np.asarray(state.params['w']), rtol=1e-5)
+    state, _ = steps(_state(optimizer), {"shift": jnp.zeros(())}, {"x": jnp.ones((1, 5, 4))}, ROOT_KEY)
+    np.testing.assert_allclose(state.ema["w"], 0.1 * first + 0.9 * np.asarray(state.params["w"]), rtol=1e-5)
 
 
 def test_parts_recombine_to_the_loss():
     """Bands of log-SNR, and segments: sums and counts add up to those of the whole batch."""
     loss = jnp.arange(1.0, 9.0)
     metrics = {
-        'logsnr': jnp.array([-20.0, *LOGSNR_EDGES, 1.0, 20.0]),
-        'segment': jnp.array([0, 1, 2, 0, 1, 2, 0, 0]),
-        'scalar': jnp.float32(2.5),
+        "logsnr": jnp.array([-20.0, *LOGSNR_EDGES, 1.0, 20.0]),
+        "segment": jnp.array([0, 1, 2, 0, 1, 2, 0, 0]),
+        "scalar": jnp.float32(2.5),
     }
     averages = summarize(loss, metrics, num_segments=4)
-    np.testing.assert_allclose(averages['loss'].compute(), 4.5)
-    for prefix, names in (('loss_logsnr/', band_names()), ('loss_segment/', ['0', '1', '2', '3'])):
+    np.testing.assert_allclose(averages["loss"].compute(), 4.5)
+    for prefix, names in (("loss_logsnr/", band_names()), ("loss_segment/", ["0", "1", "2", "3"])):
         parts = [averages[prefix + name] for name in names]
         assert sum(int(part.count) for part in parts) == 8
         np.testing.assert_allclose(sum(float(part.total) for part in parts), float(loss.sum()))
     # An edge belongs to the band above it.
-    assert averages['loss_logsnr/below_-6'].count == 1 and averages['loss_logsnr/-6_to_-3'].count == 1
-    assert averages['loss_segment/3'].count == 0
-    assert averages['scalar'].compute() == 2.5
+    assert averages["loss_logsnr/below_-6"].count == 1 and averages["loss_logsnr/-6_to_-3"].count == 1
+    assert averages["loss_segment/3"].count == 0
+    assert averages["scalar"].compute() == 2.5
 
 
 def _tiny(config, dropout=0.0):
@@ -101,7 +101,7 @@ def _tiny(config, dropout=0.0):
 def student(monkeypatch):
     """The experiment of a small student that drops out half of its units."""
     load = experiments.load_config
-    monkeypatch.setattr(experiments, 'load_config', lambda path: _tiny(load(path), 0.5))
+    monkeypatch.setattr(experiments, "load_config", lambda path: _tiny(load(path), 0.5))
     return experiments.build(_tiny(digits.student(student_steps=2, distil=True), 0.5))
 
 
@@ -114,10 +114,10 @@ def test_dropout_is_the_same_in_both_calls_of_the_student(student, monkeypatch):
         outputs.append((student(x, t), student(x, t), teacher(x, t), teacher(x, t)))
         return jnp.zeros(x.shape[0]), {}
 
-    monkeypatch.setattr(experiments, 'consistency_loss', loss)
+    monkeypatch.setattr(experiments, "consistency_loss", loss)
     # The last layer of a new network is 0, and with it every output.
     params = jax.tree.map(lambda p: p + 0.1, jax.jit(student.init_params)(jax.random.key(0)))
-    batch = {'image': jnp.zeros((2, 8, 8, 1), jnp.uint8), 'label': jnp.zeros(2, jnp.int32)}
+    batch = {"image": jnp.zeros((2, 8, 8, 1), jnp.uint8), "label": jnp.zeros(2, jnp.int32)}
     for seed in (0, 1):
         student.loss_fn(params, params, batch, jax.random.key(seed), jnp.int32(0))
     (first, second, teacher, teacher_again), (other, *_, teacher_other, _) = outputs

@@ -14,7 +14,7 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Integer, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 Pixels = UInt8[np.ndarray, "h w c"]
@@ -72,11 +72,13 @@ def encode_png(pixels: Pixels) -> bytes:
 
 
 def area(pixels: Pixels, side: int) -> Square:
-    """Central square crop, then the average over each target pixel's area."""
+    """Central square crop, then the average over each target pixel's area, rounded half up; exact."""
     pixels = _central_square(pixels)
-    weights = _area_weights(pixels.shape[0], side)
-    rows = np.tensordot(weights, pixels.astype(np.float64), axes=(1, 0))
-    return _quantise(np.tensordot(weights, rows, axes=(1, 1)).swapaxes(0, 1))
+    source, _, channels = pixels.shape
+    rows = _area_sums(pixels.reshape(source, -1), side, peak=255).reshape(side, source, channels)
+    columns = np.ascontiguousarray(rows.swapaxes(0, 1)).reshape(source, -1)
+    sums = _area_sums(columns, side, peak=255 * source).reshape(side, side, channels).swapaxes(0, 1)
+    return ((2 * sums.astype(np.int64) + source**2) // (2 * source**2)).astype(np.uint8)
 
 
 def adm(pixels: Pixels, side: int) -> Square:
@@ -107,17 +109,19 @@ def _central_square(pixels: Pixels) -> Square:
     return pixels[top : top + side, left : left + side]
 
 
-def _area_weights(source: int, target: int) -> Float[np.ndarray, "target source"]:
-    """Share of source pixel j in target pixel i; rows sum to 1."""
-    # In units of 1 / (source * target) all edges are whole numbers, so an integer ratio is exact.
-    low, high = np.arange(target)[:, None] * source, np.arange(1, target + 1)[:, None] * source
-    start, end = np.arange(source)[None, :] * target, np.arange(1, source + 1)[None, :] * target
-    overlap = np.minimum(high, end) - np.maximum(low, start)
-    return np.maximum(overlap, 0) / source
-
-
-def _quantise(values: Float[np.ndarray, "s s c"]) -> Square:
-    return np.clip(np.floor(values + 0.5), 0, 255).astype(np.uint8)
+def _area_sums(values: Integer[np.ndarray, "source n"], target: int, *, peak: int) -> Integer[np.ndarray, "target n"]:
+    """Sum of the values, none above `peak`, over each of `target` equal parts of the first axis, times `target`."""
+    # In units of 1 / target all edges are whole numbers. Integers are exact, and use one thread: a product with a
+    # matrix of shares would start the threads of a linear algebra library in every worker.
+    source = len(values)
+    dtype = np.uint32 if peak * source * target < 2**32 else np.uint64  # three times as slow
+    before = np.zeros((source + 1, values.shape[1]), dtype)
+    np.cumsum(values, axis=0, dtype=dtype, out=before[1:])
+    whole, part = np.divmod(np.arange(target + 1) * source, target)
+    edges = before[whole] * dtype(target)
+    if part.any():
+        edges += part.astype(dtype)[:, None] * values[np.minimum(whole, source - 1)].astype(dtype)
+    return np.diff(edges, axis=0)
 
 
 def _to_pil(pixels: Pixels) -> Image.Image:

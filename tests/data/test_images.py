@@ -108,6 +108,24 @@ def test_area_with_a_broken_ratio_weighs_shares():
     np.testing.assert_array_equal(images.area(pixels, 2)[0, :, 0], [50, 170])
 
 
+@pytest.mark.parametrize("sides", [(5, 3), (3, 5), (37, 16), (375, 64), (16, 37)])
+def test_area_is_the_product_with_the_shares(sides):
+    """Against the definition: share of source pixel j in target pixel i, along both axes."""
+    source, target = sides
+    pixels = np.random.RandomState(0).randint(0, 256, (source, source, 3), np.uint8)
+    low, high = (np.arange(target)[:, None] + k for k in (0, 1))
+    start, end = (np.arange(source)[None] + k for k in (0, 1))
+    shares = np.minimum(high * source, end * target) - np.maximum(low * source, start * target)
+    shares = np.maximum(shares, 0) / source
+    means = np.einsum("ij,kl,jlc->ikc", shares, shares, pixels.astype(np.float64), optimize=True)
+    np.testing.assert_array_equal(images.area(pixels, target), np.floor(means + 0.5 + 1e-9))
+
+
+def test_area_of_a_huge_white_image_does_not_overflow():
+    white = np.full((4500, 4500, 1), 255, np.uint8)
+    assert (images.area(white, 4000) == 255).all()
+
+
 def test_area_crops_the_centre():
     """A wide image keeps its middle: offset floor(w / 2) - floor(side / 2)."""
     pixels = np.tile(np.arange(7, dtype=np.uint8)[None, :, None], (4, 1, 3))

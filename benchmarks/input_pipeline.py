@@ -3,10 +3,11 @@
   pip install -e .[dev,benchmark]
   python benchmarks/input_pipeline.py --source=tiny_imagenet_50.zip --split=train
 
-Writes some images of the source as records (PNG and raw) at each resolution, and reads batches of uint8 images and
-labels from the records and from the files as they are, with as many worker processes for either loader, turn by turn.
-Without PyTorch it measures this pipeline alone. The last column is what one host of the paper's set-up needs, batches
-of 2048 at 2.7 steps/s over 8 hosts, in cores.
+Writes some images of the source as records (PNG and raw) at each resolution, and reads shuffled batches of uint8 images
+and labels from the records and from the files as they are, with as many worker processes for either loader, turn by
+turn. PyTorch reads example by example, as its data sets are written, and once more with batched reads, which it uses
+where a data set offers them. Without PyTorch it measures this pipeline alone. One host of the paper's set-up needs
+batches of 2048 at 2.7 steps/s over 8 hosts; the table says how many cores that takes.
 """
 
 import contextlib
@@ -18,8 +19,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from absl import app, flags
+from grain.sources import ArrayRecordDataSource
 
-from mscm.data import folders, pipeline, preparation, records, sources
+from mscm.data import folders, images, pipeline, preparation, records, sources
 from mscm.report.table import format_table
 
 SOURCE = flags.DEFINE_string("source", None, "Folder, zip or tar of images.", required=True)
@@ -34,6 +36,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 3, "Measurements of each; the table show
 PAPER_RATE = 2048 * 2.7 / 8  # images per second and host, arXiv:2403.06807v3: 64 chips of v5e are 8 hosts
 
 Batches = Iterator[object]
+Loaders = dict[str, Callable[[], Batches]]
 
 
 def ours(source: sources.Source) -> Batches:
@@ -41,26 +44,51 @@ def ours(source: sources.Source) -> Batches:
     return pipeline.batches(source, batch_size=BATCH_SIZE.value, seed=0, num_workers=WORKERS.value)
 
 
-class OneByOne:
-    """A map-style data set, as PyTorch wants it, over any source."""
+class Records:
+    """A map-style data set, as PyTorch wants it, over the same record files: one read, one decoding an example."""
 
-    def __init__(self, source: sources.Source):
-        self._source = source
+    def __init__(self, directory: str):
+        self._card = records.read_card(directory, "train")
+        self._labels = np.load(records.labels_path(directory, "train"))
+        self._records = ArrayRecordDataSource([os.path.join(directory, shard) for shard in self._card.shards])
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._card.num_examples
 
     def __getitem__(self, index: int):
-        example = self._source.load(np.array([index]))
-        return example["image"][0], int(example["label"][0])
+        return records.decode(self._records[index], self._card), int(self._labels[index])
 
 
-def theirs(source: sources.Source) -> Batches:
+class BatchedRecords(Records):
+    """The same with the batched reads that PyTorch uses where a data set offers them."""
+
+    def __getitems__(self, indices: list[int]):
+        read = self._records.__getitems__(indices)
+        return [
+            (records.decode(record, self._card), int(self._labels[i])) for record, i in zip(read, indices, strict=True)
+        ]
+
+
+class Files:
+    """A map-style data set over the image files."""
+
+    def __init__(self, files: folders.ImageFiles, resolution: int):
+        self._files, self._resolution = files, resolution
+
+    def __len__(self) -> int:
+        return len(self._files.entries)
+
+    def __getitem__(self, index: int):
+        pixels = images.decode(self._files.read(index), channels=3)
+        return images.area(pixels, self._resolution), self._files.entries[index].label
+
+
+def theirs(dataset: Records | Files) -> Batches:
     """Shuffled batches of a PyTorch DataLoader, epoch after epoch."""
     from torch.utils import data
 
     loader = data.DataLoader(
-        OneByOne(source),
+        dataset,
         BATCH_SIZE.value,
         shuffle=True,
         num_workers=WORKERS.value,
@@ -82,18 +110,23 @@ def images_per_second(batches: Batches) -> float:
     return count / (time.perf_counter() - started)
 
 
-def storages(directory: str, files: folders.ImageFiles, resolution: int) -> dict[str, sources.Source]:
-    """The same images as records and as they are."""
-    found = {}
+def storages(directory: str, files: folders.ImageFiles, resolution: int) -> Iterator[tuple[str, Loaders]]:
+    """Each way to store the images, and the loaders of it by their name."""
     for encoding in records.ENCODINGS:
         path = os.path.join(directory, f"{encoding}_{resolution}")
         settings = preparation.Settings(resolution=resolution, encoding=encoding)
         preparation.prepare(
             files, path, settings, split="train", num_workers=WORKERS.value, report=lambda *numbers: None
         )
-        found[f"records, {encoding}"] = records.RecordSource("benchmark", path, split="train")
-    found["files"] = sources.FileSource("benchmark", files, resolution=resolution)
-    return found
+        yield f"records, {encoding}", {
+            "ours": lambda path=path: ours(records.RecordSource("benchmark", path, split="train")),
+            "PyTorch": lambda path=path: theirs(Records(path)),
+            "PyTorch, batched reads": lambda path=path: theirs(BatchedRecords(path)),
+        }
+    yield "files", {
+        "ours": lambda: ours(sources.FileSource("benchmark", files, resolution=resolution)),
+        "PyTorch": lambda: theirs(Files(files, resolution)),
+    }
 
 
 def has_torch() -> bool:
@@ -110,30 +143,37 @@ def main(_: list[str]) -> None:
     files = folders.open_files(SOURCE.value, split=SPLIT.value)
     chosen = np.random.RandomState(0).permutation(len(files.entries))[: NUM_IMAGES.value]
     files = files.chosen(sorted(int(i) for i in chosen))
-    loaders: dict[str, Callable[[sources.Source], Batches]] = {"ours": ours}
-    if has_torch():
-        loaders["PyTorch"] = theirs
+    names = ("ours", "PyTorch", "PyTorch, batched reads") if has_torch() else ("ours",)
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for resolution in RESOLUTIONS.value:
-            for storage, source in storages(directory, files, resolution).items():
-                rates = {name: [] for name in loaders}
-                for _ in range(ROUNDS.value):
-                    for name, loader in loaders.items():
-                        with contextlib.closing(loader(source)) as batches:
-                            rates[name].append(images_per_second(batches))
-                rate = statistics.median(rates["ours"])
-                row = [resolution, storage, f"{rate:.0f}", f"{rate / WORKERS.value:.0f}"]
-                if "PyTorch" in rates:
-                    ratios = [a / b for a, b in zip(rates["ours"], rates["PyTorch"], strict=True)]
-                    row += [f"{statistics.median(rates['PyTorch']):.0f}", f"{statistics.median(ratios):.2f}"]
-                row.append(f"{PAPER_RATE / (rate / WORKERS.value):.1f}")
-                rows.append(row)
-                print(*row, flush=True)
-    header = ["pixels", "storage", "images/s", "per core"]
-    header += ["PyTorch images/s", "ratio"] if "PyTorch" in loaders else []
+            for storage, loaders in storages(directory, files, resolution):
+                rows.append([resolution, storage, *measured({name: loaders.get(name) for name in names})])
+                print(*rows[-1], flush=True)
+    header = ["pixels", "storage", "images/s", "per core", f"cores for {PAPER_RATE:.0f} images/s"]
+    for name in names[1:]:
+        header += [f"{name}: images/s", "ratio"]
     print(f"\n{len(files.entries)} images, batches of {BATCH_SIZE.value}, {WORKERS.value} workers")
-    print(format_table([*header, f"cores for {PAPER_RATE:.0f} images/s"], rows))
+    print(format_table(header, rows))
+
+
+def measured(loaders: dict[str, Callable[[], Batches] | None]) -> list[str]:
+    """Median rates, turn by turn, and the median of the ratios of each turn."""
+    rates = {name: [] for name, loader in loaders.items() if loader is not None}
+    for _ in range(ROUNDS.value):
+        for name in rates:
+            with contextlib.closing(loaders[name]()) as batches:
+                rates[name].append(images_per_second(batches))
+    rate = statistics.median(rates["ours"])
+    per_core = rate / WORKERS.value
+    cells = [f"{rate:.0f}", f"{per_core:.0f}", f"{PAPER_RATE / per_core:.1f}"]
+    for name in list(loaders)[1:]:
+        if name not in rates:
+            cells += ["", ""]
+            continue
+        ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates[name], strict=True))
+        cells += [f"{statistics.median(rates[name]):.0f}", f"{ratio:.2f}"]
+    return cells
 
 
 if __name__ == "__main__":

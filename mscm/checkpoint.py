@@ -115,12 +115,14 @@ class Checkpoints:
         """Step of a checkpoint (None: the newest) that is of the model of `facts`; reads no array.
 
         Raises:
-          CheckpointError: there is none, its shapes differ, or its parameters mean something else.
+          CheckpointError: there is none, its shapes differ, its parameters mean something else, or, where `facts` says
+            which data, they were trained on other data.
         """
         step = self._existing(step)
         there = self.facts(step)
         self._check_shapes(there["parameters"], facts["parameters"], step)
-        for key in _MEANING:
+        # A score may be against other data; only who goes on training says what the data is.
+        for key in (*_MEANING, "data") if "data" in facts else _MEANING:
             if there.get(key) != facts.get(key):
                 raise CheckpointError(
                     f"{self._directory}/{step}: got a checkpoint of {there.get('name')!r} with {key} = "

@@ -9,7 +9,9 @@ import pytest
 from mscm.checkpoint import CheckpointError, Checkpoints, parameter_shapes, reading
 from mscm.training.step import init_state
 
-FACTS_MORE = {"name": "tiny", "student_steps": 2, "schedule": {"name": "cosine", "shift": 0.5}, "nothing": None}
+FACTS_MORE = {
+    "name": "tiny", "student_steps": 2, "schedule": {"name": "cosine", "shift": 0.5}, "data": "9 cats", "nothing": None
+}
 
 
 def _state(step: int, width: int = 3):
@@ -56,7 +58,8 @@ def test_the_average_and_the_facts_are_read_alone(workdir):
 
 
 @pytest.mark.parametrize(
-    "fact", [{"student_steps": 4}, {"schedule": {"name": "cosine", "shift": 2.0}}, {"prediction": "x"}]
+    "fact",
+    [{"student_steps": 4}, {"schedule": {"name": "cosine", "shift": 2.0}}, {"prediction": "x"}, {"data": "9 dogs"}],
 )
 def test_parameters_that_mean_something_else_are_refused(workdir, fact):
     """The same shapes under another number of steps, schedule or prediction; both values are named."""
@@ -65,6 +68,13 @@ def test_parameters_that_mean_something_else_are_refused(workdir, fact):
         with pytest.raises(CheckpointError, match=f"6: got a checkpoint of 'tiny' with {key} = .*, expected ") as error:
             checkpoints.check(facts)
     assert str(value) in str(error.value)
+
+
+def test_only_who_names_the_data_cares(workdir):
+    facts = _facts(_state(6))
+    del facts["data"]
+    with reading(workdir) as checkpoints:
+        assert checkpoints.check(facts) == 6
 
 
 def test_another_architecture_is_refused_by_the_name_of_the_parameter(workdir):

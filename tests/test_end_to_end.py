@@ -239,6 +239,16 @@ def test_a_checkpoint_of_another_number_of_steps_is_refused(tiny):
         training_loop.check(build(config), str(tiny.root / "another"))
 
 
+def test_training_does_not_continue_on_other_data(tiny):
+    """Half of the digits under the same name are other data: other batches would follow."""
+    config = load_config(str(tiny.root / "student.py"))
+    config.data.split = "half_a"
+    expected = r"with data = 1797 images, fingerprint \w{16}, expected 89\d images, fingerprint"
+    with pytest.raises(ValueError, match=expected):
+        training_loop.check(build(config), str(tiny.workdir))
+    evaluation.read_ema(build(config), str(tiny.workdir))  # scoring against them is no mistake
+
+
 def test_a_run_that_diverges_stops_before_it_saves(tiny, tmp_path):
     """One sentence, and the checkpoints before are kept."""
     workdir = tmp_path / "run"

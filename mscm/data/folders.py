@@ -62,6 +62,11 @@ class ImageFiles:
         entries, places = (tuple(items[i] for i in indices) for items in (self.entries, self._places))
         return dataclasses.replace(self, entries=entries, _places=places)
 
+    def size(self, index: int) -> int:
+        """The number of bytes of a file as it is stored."""
+        place = self._places[index]
+        return os.path.getsize(place.path) if place.size < 0 else place.size
+
     def read(self, index: int) -> bytes:
         """The bytes of a file."""
         place = self._places[index]

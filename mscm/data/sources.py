@@ -149,7 +149,8 @@ class FileSource:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        what = [self._files.path, self._files.entries, self.class_names, self.resolution, self.channels]
+        sizes = [self._files.size(i) for i in range(len(self))]  # not the path: a copy elsewhere is the same data
+        what = [self._files.entries, sizes, self.class_names, self.resolution, self.channels]
         return hashlib.sha256(repr(what).encode()).hexdigest()
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """Sources: what digits are, and that the halves are a stratified partition."""
 
 import inspect
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from mscm.data import sources
+from mscm.report import grid
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,6 +83,22 @@ def test_synthetic_has_the_sizes_that_are_asked_for():
 def test_fingerprints_tell_data_sets_apart():
     prints = [sources.open_source("digits", split=split).fingerprint for split in ("all", "half_a", "half_b", "all")]
     assert len(set(prints)) == 3 and prints[0] == prints[3]
+
+
+def test_a_folder_is_the_same_data_wherever_it_lies(tmp_path):
+    """A copy has the fingerprint of its original; another file in it, or another size of the images, has not."""
+    for i, name in enumerate(("cat", "dog")):
+        (tmp_path / "here" / name).mkdir(parents=True)
+        grid.save_png(tmp_path / "here" / name / "1.png", np.full((9, 9, 3), 50 * i, np.uint8))
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+
+    def fingerprint(place: str, resolution: int = 8) -> str:
+        return sources.open_source("x", split="train", path=tmp_path / place, resolution=resolution).fingerprint
+
+    original = fingerprint("here")
+    assert fingerprint("there") == original and fingerprint("here", resolution=4) != original
+    grid.save_png(tmp_path / "there" / "dog" / "1.png", np.arange(243, dtype=np.uint8).reshape(9, 9, 3))
+    assert fingerprint("there") != original
 
 
 def test_data_brings_in_neither_tensorflow_nor_pytorch():

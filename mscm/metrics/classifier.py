@@ -32,6 +32,8 @@ from jaxtyping import Array, Float, Float32, Integer, UInt8
 ARCHITECTURE = "conv64-v1"  # change it with the network or its training: cached weights of another one are refused
 FEATURE_DIM = 64
 EVAL_BATCH = 256
+MAX_IMAGES = 50_000  # in memory while it trains; of more, so many are drawn
+MAX_EXAMPLES = 150_000  # seen in training, at least one epoch: minutes on two CPU cores at 32 pixels
 
 
 @runtime_checkable
@@ -121,14 +123,20 @@ class Classifier:
 def train_classifier(
     source: LabelledImages, *, seed: int = 0, num_epochs: int = 12, batch_size: int = 64, learning_rate: float = 2e-3
 ) -> Classifier:
-    """Trains `SmallConvNet` on every example of `source`; bit for bit the same on one machine.
+    """Trains `SmallConvNet` on `source`; bit for bit the same on one machine.
 
-    AdamW under a cosine schedule; the whole source is held in memory.
+    AdamW under a cosine schedule; `num_epochs` is reduced to what `MAX_EXAMPLES` allows.
     """
-    data = source.load(np.arange(len(source)))
+    rng = np.random.RandomState(seed)
+    chosen = np.arange(len(source))
+    if len(source) > MAX_IMAGES:
+        chosen = np.sort(rng.permutation(len(source))[:MAX_IMAGES])
+    data = source.load(chosen)
     images, labels = data["image"], data["label"]
+    num_epochs = max(1, min(num_epochs, MAX_EXAMPLES // len(images)))
     batch_size = min(batch_size, len(images))
     steps_per_epoch = len(images) // batch_size
+    logging.info("Training the feature network: %d images, %d epochs", len(images), num_epochs)
     model = SmallConvNet(source.num_classes)
     optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, num_epochs * steps_per_epoch), weight_decay=1e-2)
 
@@ -145,7 +153,6 @@ def train_classifier(
     started = time.monotonic()
     params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *images.shape[1:]), jnp.uint8))["params"]
     opt_state = optimizer.init(params)
-    rng = np.random.RandomState(seed)
     for _ in range(num_epochs):
         shuffled = rng.permutation(len(images))
         for step in range(steps_per_epoch):
@@ -154,7 +161,7 @@ def train_classifier(
     classifier = Classifier(
         jax.tree.map(np.asarray, params),
         _card(source, seed=seed) | {
-            "num_epochs": num_epochs, "batch_size": batch_size, "learning_rate": learning_rate,
+            "num_images": len(images), "num_epochs": num_epochs, "batch_size": batch_size, "learning_rate": learning_rate,
         },
     )
     logging.info(

@@ -161,7 +161,10 @@ def train_classifier(
     classifier = Classifier(
         jax.tree.map(np.asarray, params),
         _card(source, seed=seed) | {
-            "num_images": len(images), "num_epochs": num_epochs, "batch_size": batch_size, "learning_rate": learning_rate,
+            "num_images": len(images),
+            "num_epochs": num_epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
         },
     )
     logging.info(

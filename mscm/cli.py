@@ -21,6 +21,7 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
 
     def wrapped(_: list[str]) -> None:
         from mscm.checkpoint import CheckpointError
+        from mscm.data.images import BrokenImage
 
         logging.set_verbosity(logging.INFO)
         handler = logging.get_absl_handler()
@@ -29,8 +30,11 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
             python_logging.getLogger(name).setLevel(python_logging.WARNING)
         try:
             main()
-        except (ConfigError, CheckpointError, FloatingPointError) as error:
+        except (ConfigError, CheckpointError, FloatingPointError, BrokenImage) as error:
             _fail(str(error))
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again to continue", file=sys.stderr)
+            sys.exit(130)  # as a shell says it
 
     sys.modules["__main__"].__doc__ = doc  # what --help prints above the flags
     app.run(wrapped, flags_parser=_parse)

@@ -5,19 +5,23 @@
     files.entries[0]                        # Entry(name="photos/train/cat/0001.jpg", label=0)
     files.read(0)                           # its bytes
 
-The class of a file is the folder that holds it. `split` keeps the files that have a folder of that name above their
-class, as in photos/train/cat/0001.jpg. A tar may hold one tar per class, as ILSVRC's does; the class is then its name.
+The class of a file is the folder that holds it; all class folders are equally deep. `split` keeps the files that have
+a folder of that name above their class, as in photos/train/cat/0001.jpg. A tar may hold one tar per class, as ILSVRC's
+does; the class is then its name.
 """
 
 import collections
 import dataclasses
 import os
+import posixpath
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+
+from absl import logging
 
 from mscm.data.images import SUFFIXES
 
@@ -80,17 +84,23 @@ def open_files(path: str | os.PathLike, *, split: str | None = None) -> ImageFil
     """Lists a folder, zip or tar.
 
     Raises:
-      ValueError: no such path, not one of the three, compressed so that files cannot be read one by one, no images, no
-        such split, several splits and none chosen, an empty class folder, or two classes of one name.
+      ValueError: no such path, not one of the three, cut, compressed so that files cannot be read one by one, a folder
+        that may not be read, no images, no such split, several splits and none chosen, an empty class folder, class
+        folders of different depth, or two classes of one name.
     """
     path = os.fspath(path)
     found, folders = _list(path)
-    images = {name: place for name, place in found.items() if PurePosixPath(name).suffix.lower() in SUFFIXES}
-    # Of the resource forks that some archivers add, and of other hidden files.
-    images = {name: place for name, place in images.items() if not _is_hidden(name)}
+    # Without the resource forks that some archivers add, and other hidden files.
+    found = {name: place for name, place in found.items() if not _is_hidden(name)}
+    images = {name: place for name, place in found.items() if _is_image(name)}
     if not images:
         raise ValueError(f"{path}: got {len(found)} files and no image, expected files such as CLASS/NAME.jpg")
+    others = sorted(found.keys() - images.keys())
+    if others:
+        logging.info("%s: %d files are no images by their names, such as %s", path, len(others), others[0])
     parents = {str(PurePosixPath(name).parent) for name in images}
+    # Of a file too: an archive need not name its folders.
+    folders = {*folders, *(str(PurePosixPath(name).parent) for name in others)}
     empty = {folder for folder in folders if not _is_hidden(folder) and folder not in parents}
     if split is not None:
         chosen = {parent for parent in parents if split in PurePosixPath(parent).parts[:-1]}
@@ -121,13 +131,24 @@ def _check_classes(path: str, parents: set[str], empty: set[str], split: str | N
         above = sorted({PurePosixPath(place).parent.name for places in twice for place in places})
         raise ValueError(
             f"{path}: got {len(twice)} classes with two folders of their name, such as {' and '.join(twice[0][:2])}, "
-            f"expected one; choose one of {', '.join(above)} with --split, or rename them"
+            f"expected one; choose one of {', '.join(above)} as the split, or rename them"
+        )
+    by_depth = {len(PurePosixPath(parent).parts): parent for parent in sorted(parents)}
+    if len(by_depth) > 1:
+        shallow, deep = by_depth[min(by_depth)], by_depth[max(by_depth)]
+        raise ValueError(
+            f"{path}: got images in folders of different depth, {shallow} and {deep}, expected one folder per class; "
+            "choose a folder above the classes as the split, or move the images"
         )
     # A folder beside class folders that has no image of its own would silently shift the labels of the others.
     above = {str(PurePosixPath(parent).parent) for parent in parents}
     lost = sorted(folder for folder in empty if str(PurePosixPath(folder).parent) in above and folder not in above)
     if lost:
         raise ValueError(f"{path}: got no image in the class folder {lost[0]}, expected at least one; remove it")
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
 def _is_hidden(name: str) -> bool:
@@ -143,18 +164,29 @@ def _list(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
     if zipfile.is_zipfile(path):
         return _list_zip(path)
     try:
-        with tarfile.open(path, "r:") as tar:
+        tar = tarfile.open(path, "r:")
+    except tarfile.ReadError as error:
+        if tarfile.is_tarfile(path):
+            raise ValueError(
+                f"{path}: got a compressed tar, expected a plain one, whose files can be read in any order"
+            ) from error
+        raise ValueError(
+            f"{path}: got a file that is neither zip nor tar, expected a folder, zip or tar of images"
+        ) from error
+    with tar:
+        try:
             return _list_tar(tar, path, 0, "")
-    except tarfile.ReadError:
-        pass
-    if tarfile.is_tarfile(path):
-        raise ValueError(f"{path}: got a compressed tar, expected a plain one, whose files can be read in any order")
-    raise ValueError(f"{path}: got a file that is neither zip nor tar, expected a folder, zip or tar of images")
+        except tarfile.ReadError as error:
+            raise ValueError(f"{path}: got a damaged or cut tar ({error}), expected a whole one") from error
 
 
 def _list_folder(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{path}: got the folder {error.filename}, expected to be allowed to read it") from error
+
     files, folders = {}, set()
-    for directory, _, names in os.walk(path, followlinks=True):
+    # os.walk leaves out what it cannot read, and the labels of other classes would shift.
+    for directory, _, names in os.walk(path, followlinks=True, onerror=refuse):
         folder = Path(directory).relative_to(path).as_posix()
         folders.add(folder)
         for name in names:
@@ -167,8 +199,9 @@ def _list_zip(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
     files, folders = {}, set()
     with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
         for info in archive.infolist():
+            name = PurePosixPath(info.filename).as_posix()  # without a leading ./
             if info.is_dir():
-                folders.add(info.filename.rstrip("/"))
+                folders.add(name)
                 continue
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
                 raise ValueError(
@@ -180,12 +213,12 @@ def _list_zip(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
             lengths = raw.read(4)
             skip = 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
             deflated = info.compress_type == zipfile.ZIP_DEFLATED
-            files[info.filename] = _Place(path, info.header_offset + skip, info.compress_size, deflated)
+            files[name] = _Place(path, info.header_offset + skip, info.compress_size, deflated)
     return files, folders
 
 
 def _list_tar(tar: tarfile.TarFile, path: str, base: int, prefix: str) -> tuple[dict[str, _Place], Iterable[str]]:
-    files, folders = {}, set()
+    files, folders, links = {}, set(), {}
     for member in tar:
         name = PurePosixPath(prefix, member.name).as_posix()
         if member.isdir():
@@ -197,4 +230,17 @@ def _list_tar(tar: tarfile.TarFile, path: str, base: int, prefix: str) -> tuple[
             folders |= {name.removesuffix(".tar"), *more}
         elif member.isfile():
             files[name] = _Place(path, base + member.offset_data, member.size)
+        elif member.islnk():
+            links[name] = PurePosixPath(prefix, member.linkname).as_posix()
+        elif member.issym():
+            links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+    # tarfile takes a damaged header for the end; the true end is a block of zeros.
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"no valid header at byte {base + tar.offset}")
+    for name, goal in links.items():
+        if goal in files:
+            files[name] = files[goal]
+        elif _is_image(name):
+            raise ValueError(f"{path}: got {name}, a link to {goal}, expected that file in the tar; unpack it first")
     return files, folders

@@ -15,14 +15,29 @@ from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Integer, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 Pixels = UInt8[np.ndarray, "h w c"]
 Square = UInt8[np.ndarray, "s s c"]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 _BACKGROUND = 255  # behind transparent pixels, as a page shows them
+
+# What makes an image upright, by its EXIF orientation. Pillow's exif_transpose also writes all other tags anew, which
+# fails for cameras that fill one with another type.
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_MAX_ASPECT = 100  # beyond it `adm`, which resizes before it crops, would make an image of gigabytes
 
 
 class BrokenImage(ValueError):
@@ -41,13 +56,18 @@ def decode(data: bytes, *, channels: int) -> Pixels:
     mode = {1: "L", 3: "RGB"}[channels]
     try:
         with Image.open(io.BytesIO(data)) as image:
-            image = _eight_bit(ImageOps.exif_transpose(image))
+            image = _eight_bit(image)
+            orientation = image.getexif().get(_ORIENTATION)
+            if orientation in _UPRIGHT:
+                image = image.transpose(_UPRIGHT[orientation])
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 page = Image.new("RGBA", image.size, (_BACKGROUND,) * 3 + (255,))
                 image = Image.alpha_composite(page, image)
             pixels = np.asarray(image.convert(mode))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise BrokenImage("not an image") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BrokenImage(str(error).replace("\n", " ") or type(error).__name__) from error
     return pixels.reshape(*pixels.shape[:2], channels)
 
@@ -73,8 +93,9 @@ def encode_png(pixels: Pixels) -> bytes:
 
 def area(pixels: Pixels, side: int) -> Square:
     """Central square crop, then the average over each target pixel's area, rounded half up; exact."""
-    pixels = _central_square(pixels)
-    source, _, channels = pixels.shape
+    height, width, channels = pixels.shape
+    source = min(height, width)
+    pixels = _crop(pixels, source, height // 2 - source // 2, width // 2 - source // 2)
     rows = _area_sums(pixels.reshape(source, -1), side, peak=255).reshape(side, source, channels)
     columns = np.ascontiguousarray(rows.swapaxes(0, 1)).reshape(source, -1)
     sums = _area_sums(columns, side, peak=255 * source).reshape(side, side, channels).swapaxes(0, 1)
@@ -84,28 +105,28 @@ def area(pixels: Pixels, side: int) -> Square:
 def adm(pixels: Pixels, side: int) -> Square:
     """Box-halved, bicubic to the short side, central crop: guided diffusion, arXiv:2105.05233."""
     image = _to_pil(pixels)
+    if max(image.size) > _MAX_ASPECT * min(image.size):
+        raise BrokenImage(f"got {image.width} x {image.height} pixels, expected sides within a factor {_MAX_ASPECT}")
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = side / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     pixels = _from_pil(image)
-    top, left = ((length - side) // 2 for length in pixels.shape[:2])
-    return pixels[top : top + side, left : left + side]
+    return _crop(pixels, side, *((length - side) // 2 for length in pixels.shape[:2]))
 
 
 def lanczos(pixels: Pixels, side: int) -> Square:
     """Central square crop, one Lanczos resize: the data set tool of EDM, arXiv:2206.00364."""
-    image = _to_pil(_central_square(pixels))
+    source = min(pixels.shape[:2])
+    image = _to_pil(_crop(pixels, source, *((length - source) // 2 for length in pixels.shape[:2])))
     return _from_pil(image.resize((side, side), Image.Resampling.LANCZOS))
 
 
 TRANSFORMS: dict[str, Callable[[Pixels, int], Square]] = {"area": area, "adm": adm, "lanczos": lanczos}
 
 
-def _central_square(pixels: Pixels) -> Square:
-    height, width = pixels.shape[:2]
-    side = min(height, width)
-    top, left = height // 2 - side // 2, width // 2 - side // 2
+def _crop(pixels: Pixels, side: int, top: int, left: int) -> Square:
+    # Each paper's code rounds the place of the central crop in its own way.
     return pixels[top : top + side, left : left + side]
 
 

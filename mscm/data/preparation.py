@@ -1,19 +1,23 @@
 """Images on disk -> records at the training resolution, on all cores; can be interrupted and continued.
 
 One task makes one shard. A finished shard has a note beside it, `SHARD.done.json`, with what the card needs of it; a
-run that finds a note of the same settings skips the shard. The card is written last, and then the notes go.
+run that finds a note of the same settings and files skips the shard. The card is written last, and then the notes go.
 """
 
 import base64
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
+import re
+import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,9 @@ from mscm.data.tfds_source import TfdsFiles
 
 # (images done, images in all, seconds of this run, images done in this run)
 ReportFn = Callable[[int, int, float, int], None]
+
+# Images in a shard: so many shards that all cores have work, each large enough to be worth a file.
+_NUM_SHARDS, _MIN_SHARD, _MAX_SHARD = 64, 256, 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Settings:
     transform: str = "area"
     encoding: str = "png"
     channels: int = 3
-    images_per_shard: int = 8192
+    images_per_shard: int | None = None  # None: a 64th of them, from 256 to 8192
     skip_broken: bool = False
 
     def __post_init__(self):
@@ -50,10 +57,9 @@ class Settings:
         ):
             if got not in choices:
                 raise ValueError(f"{what}: got {got!r}, expected one of {', '.join(map(str, choices))}")
-        if self.resolution < 1 or self.images_per_shard < 1:
-            raise ValueError(
-                f"got resolution {self.resolution} and {self.images_per_shard} images per shard, expected at least 1"
-            )
+        for what, number in (("resolution", self.resolution), ("images_per_shard", self.images_per_shard)):
+            if number is not None and number < 1:
+                raise ValueError(f"{what}: got {number}, expected at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +69,8 @@ class _Shard:
     path: str
     start: int  # of the entries
     stop: int
-    key: str  # of the settings and the entries; a note of another key is not ours
+    settings: str  # hash of what decides all records
+    files: str  # hash of the names, labels and sizes of its files
 
 
 def prepare(
@@ -79,16 +86,32 @@ def prepare(
     """Writes the split `split` of `output`, or what is missing of it.
 
     Raises:
-      ValueError: the split is there already, an unfinished one has other settings, or an image is broken.
+      ValueError: the split is there already, an unfinished one has other settings, another process writes to `output`,
+        an image is broken, or the disk is full.
     """
     output = Path(output)
+    if not re.fullmatch(r"[\w.-]+", split):
+        raise ValueError(f"got split {split!r}, expected a name of letters, digits, dots, - and _")
     if records.card_path(output, split).exists():
         raise ValueError(f"{records.card_path(output, split)} exists already; remove it, or choose another --output")
     output.mkdir(parents=True, exist_ok=True)
+    with _alone(output):
+        return _prepare(files, output, settings, split, num_workers, report, report_every_seconds)
+
+
+def _prepare(
+    files: ImageFiles | TfdsFiles,
+    output: Path,
+    settings: Settings,
+    split: str,
+    num_workers: int,
+    report: ReportFn,
+    report_every_seconds: float,
+) -> records.Card:
     shards = _shards(files, output, settings, split)
-    for leftover in output.glob(f"{split}-*-of-*.array_record.*.tmp"):
+    for leftover in _of_split(output, split, r"\.\d+\.tmp"):
         leftover.unlink()
-    notes = {shard: note for shard in shards if (note := _read_note(shard)) is not None}
+    notes = {shard: note for shard in shards if (note := _read_note(shard, settings)) is not None}
     waiting = [shard for shard in shards if shard not in notes]
     total, before = len(files.entries), sum(shard.stop - shard.start for shard in notes)
     started = reported = time.monotonic()
@@ -116,33 +139,70 @@ def prepare(
             raise
     card = _card(files, settings, split, [notes[shard] for shard in shards], shards, output)
     for shard in shards:
-        _note_path(shard).unlink()
+        records.note_path(shard.path).unlink()
     return card
 
 
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Holds a directory while it is written to; the lock goes with the process, however that ends."""
+    directory = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"{output}: another mscm.prepare writes to it; wait for its end") from error
+    finally:
+        os.close(directory)
+
+
+def _of_split(output: Path, split: str, ending: str) -> list[Path]:
+    """Files of the shards of a split: `train` has no part in those of `train-small`."""
+    pattern = re.compile(rf"{re.escape(split)}-\d{{5}}-of-\d{{5}}\.array_record{ending}")
+    return sorted(path for path in output.iterdir() if pattern.fullmatch(path.name))
+
+
 def _shards(files: ImageFiles | TfdsFiles, output: Path, settings: Settings, split: str) -> list[_Shard]:
-    size, total = settings.images_per_shard, len(files.entries)
+    total = len(files.entries)
+    size = settings.images_per_shard or min(_MAX_SHARD, max(_MIN_SHARD, -(-total // _NUM_SHARDS)))
     count = -(-total // size)
-    key = hashlib.sha256(
-        json.dumps([dataclasses.asdict(settings), files.class_names, files.entries], sort_keys=True).encode()
-    ).hexdigest()
-    paths = [output / f"{split}-{i:05d}-of-{count:05d}.array_record" for i in range(count)]
-    for path in output.glob(f"{split}-*-of-*.array_record.done.json"):
-        if json.loads(path.read_text())["key"] != key:
+    # Not skip_broken: a whole shard is the same with and without it.
+    decides = dataclasses.asdict(settings) | {"images_per_shard": size, "skip_broken": None}
+    key, shards = _hash(decides), []
+    for i in range(count):
+        part = range(i * size, min(total, (i + 1) * size))
+        path = output / f"{split}-{i:05d}-of-{count:05d}.array_record"
+        of_files = _hash([[*files.entries[j], files.size(j)] for j in part])
+        shards.append(_Shard(str(path), part.start, part.stop, key, of_files))
+    ours = {records.note_path(shard.path) for shard in shards}
+    for note in _of_split(output, split, r"\.done\.json"):
+        if note not in ours or _read(note).get("settings", key) != key:
             raise ValueError(
-                f"{path}: got an unfinished run of other settings or other images, expected the same to continue; "
-                "remove it, or choose another --output"
+                f"{output}: got an unfinished run of other settings for split {split!r}, expected the same to "
+                f"continue; remove {split}-*, or choose another --output"
             )
-    return [_Shard(str(path), i * size, min(total, (i + 1) * size), key) for i, path in enumerate(paths)]
+    return shards
 
 
-def _note_path(shard: _Shard) -> Path:
-    return Path(f"{shard.path}.done.json")
+def _hash(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _read_note(shard: _Shard) -> dict | None:
-    done = _note_path(shard).exists() and Path(shard.path).exists()
-    return json.loads(_note_path(shard).read_text()) if done else None
+def _read(note: Path) -> dict:
+    """A note; nothing where it was cut."""
+    try:
+        return json.loads(note.read_text())
+    except ValueError:
+        return {}
+
+
+def _read_note(shard: _Shard, settings: Settings) -> dict | None:
+    """What an earlier run found in a shard, if it is the shard that this run would write."""
+    note = records.note_path(shard.path)
+    if not note.exists() or not Path(shard.path).exists():
+        return None
+    found = _read(note)
+    return found if found.get("files") == shard.files and (settings.skip_broken or not found["broken"]) else None
 
 
 # Shared by the workers of a pool: how many images they have done, and whether they should end.
@@ -152,51 +212,69 @@ _counter, _stop = None, None
 def _share(counter, stop) -> None:
     global _counter, _stop
     _counter, _stop = counter, stop
+    # A worker of a killed process would write on, and then wait for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _write_shard(files: ImageFiles | TfdsFiles, settings: Settings, shard: _Shard) -> dict:
     """Writes a shard and its note. Runs in a worker process."""
-    transform = images.TRANSFORMS[settings.transform]
     temporary = f"{shard.path}.{os.getpid()}.tmp"
     # Records one by one for random access. PNG does not compress further; raw pixels do.
     options = "group_size:1,uncompressed" if settings.encoding == "png" else "group_size:1"
     writer = ArrayRecordWriter(temporary, options)
-    digests, labels, broken, num_enlarged = [], [], [], 0
     try:
-        for index, entry in enumerate(files.entries):
-            if _stop.is_set():
-                raise InterruptedError("another worker failed")
-            try:
-                pixels = images.decode(files.read(index), channels=settings.channels)
-            except (images.BrokenImage, OSError, zlib.error) as error:
-                if not settings.skip_broken:
-                    raise ValueError(
-                        f"{files.path}: got a broken image, {entry.name} ({error}); remove it or give --skip_broken"
-                    ) from error
-                broken.append(entry.name)
-                continue
-            num_enlarged += min(pixels.shape[:2]) < settings.resolution
-            pixels = np.ascontiguousarray(transform(pixels, settings.resolution))
-            writer.write(records.encode(pixels, settings.encoding))
-            digests.append(hashlib.sha256(pixels.tobytes()).digest())
-            labels.append(entry.label)
-            with _counter.get_lock():
-                _counter.value += 1
-    except BaseException:
+        found = _write_images(writer, files, settings)
         writer.close()
-        os.unlink(temporary)
-        raise
-    writer.close()
-    os.replace(temporary, shard.path)
-    note = {
-        "key": shard.key,
+        os.replace(temporary, shard.path)
+    except RuntimeError as error:  # ArrayRecord's, whatever the reason
+        raise ValueError(
+            f"{shard.path}: could not write ({error}); is the disk full? Run it again to continue"
+        ) from error
+    finally:
+        with contextlib.suppress(RuntimeError):
+            writer.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    note = {"settings": shard.settings, "files": shard.files, **found}
+    _write_text(records.note_path(shard.path), json.dumps(note))
+    return note
+
+
+def _write_images(writer: ArrayRecordWriter, files: ImageFiles | TfdsFiles, settings: Settings) -> dict:
+    """Writes the records; returns what the card needs of them."""
+    digests, labels, broken, num_enlarged = [], [], [], 0
+    for index, entry in enumerate(files.entries):
+        if _stop.is_set():
+            raise InterruptedError("another worker failed")
+        try:
+            pixels = images.decode(files.read(index), channels=settings.channels)
+            square = np.ascontiguousarray(images.TRANSFORMS[settings.transform](pixels, settings.resolution))
+        except OSError as error:  # not an image's fault
+            raise ValueError(f"{files.path}: could not read {entry.name} ({error})") from error
+        except (images.BrokenImage, zlib.error) as error:
+            if not settings.skip_broken:
+                raise ValueError(
+                    f"{files.path}: got a broken image, {entry.name} ({error}); remove it or give --skip_broken"
+                ) from error
+            broken.append(entry.name)
+        else:
+            num_enlarged += min(pixels.shape[:2]) < settings.resolution
+            writer.write(records.encode(square, settings.encoding))
+            digests.append(hashlib.sha256(square.tobytes()).digest())
+            labels.append(entry.label)
+        with _counter.get_lock():
+            _counter.value += 1
+    return {
         "digests": base64.b64encode(b"".join(digests)).decode(),
         "labels": labels,
         "broken": broken,
         "num_enlarged": num_enlarged,
     }
-    _write_text(_note_path(shard), json.dumps(note))
-    return note
 
 
 def _card(
@@ -221,6 +299,7 @@ def _card(
         shards=tuple(os.path.basename(shard.path) for shard in shards),
         shard_sizes=tuple(len(note["labels"]) for note in notes),
         checksum=records.checksum(digests, labels),
+        labels_sha256=records.labels_sha256(labels),
         num_enlarged=sum(note["num_enlarged"] for note in notes),
         broken=tuple(name for note in notes for name in note["broken"]),
     )

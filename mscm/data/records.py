@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 from grain.sources import ArrayRecordDataSource
 from jaxtyping import Int32, Integer, UInt8
 
@@ -40,6 +41,7 @@ class Card:
     shards: tuple[str, ...]  # file names
     shard_sizes: tuple[int, ...]  # images in each
     checksum: str  # sha256 of the pixels and labels, whatever the encoding and the number of shards
+    labels_sha256: str
     num_enlarged: int  # images that were smaller than the resolution
     broken: tuple[str, ...]  # files that were skipped
     format: str = FORMAT
@@ -59,6 +61,17 @@ def labels_path(directory: str | os.PathLike, split: str) -> Path:
     return Path(directory) / f"{split}-labels.npy"
 
 
+def are_at(path: str | os.PathLike) -> bool:
+    """Whether a path is a directory of records, finished or not, rather than of images."""
+    directory = Path(path)
+    return any(directory.glob("*.array_record")) or any(directory.glob("*-labels.npy"))
+
+
+def note_path(shard: str | os.PathLike) -> Path:
+    """Where `mscm.prepare` says that it has finished a shard, until the card is written."""
+    return Path(f"{os.fspath(shard)}.done.json")
+
+
 def read_card(directory: str | os.PathLike, split: str) -> Card:
     """The card of a split.
 
@@ -67,12 +80,21 @@ def read_card(directory: str | os.PathLike, split: str) -> Card:
     """
     path = card_path(directory, split)
     if not path.is_file():
-        there = sorted(p.stem for p in Path(directory).glob("*.json")) if path.parent.is_dir() else []
-        expected = f"one of {', '.join(there)}" if there else "a directory made by python -m mscm.prepare"
+        names = (p.name for p in Path(directory).glob("*-labels.npy"))
+        there = sorted(name.removesuffix("-labels.npy") for name in names)
+        if any(Path(directory).glob(note_path(f"{split}-*").name)):
+            expected = "a finished one: run the same python -m mscm.prepare again"
+        else:
+            expected = f"one of {', '.join(there)}" if there else "a directory made by python -m mscm.prepare"
         raise ValueError(f"{directory}: got no {path.name} for split {split!r}, expected {expected}")
-    values = json.loads(path.read_text())
-    if values.get("format") != FORMAT:
-        raise ValueError(f"{path}: got format {values.get('format')!r}, expected {FORMAT!r}; prepare the data again")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: got a file that is no JSON ({error}), expected a card; prepare it again") from error
+    got = values.get("format") if isinstance(values, dict) else None
+    fields = {field.name for field in dataclasses.fields(Card)}
+    if got != FORMAT or values.keys() != fields:
+        raise ValueError(f"{path}: got format {got!r}, expected {FORMAT!r} with all its keys; prepare the data again")
     return Card(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
@@ -95,14 +117,19 @@ def checksum(digests: Sequence[bytes], labels: Int32[np.ndarray, "n"]) -> str:
     return total.hexdigest()
 
 
+def labels_sha256(labels: Int32[np.ndarray, "n"]) -> str:
+    """sha256 of the labels alone, which is checked whenever they are read."""
+    return hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest()
+
+
 class RecordSource:
     """A `Source` over a prepared split; can be sent to other processes."""
 
     def __init__(self, name: str, directory: str | os.PathLike, *, split: str):
-        """Checks the files against the card.
+        """Checks labels and numbers of images against the card; `verify` checks the pixels.
 
         Raises:
-          ValueError: from `read_card`, or a file is missing or has another number of images than the card says.
+          ValueError: from `read_card`, or a file is missing, or holds something else than the card says.
         """
         self.name, self.split = name, split
         self.card = read_card(directory, split)
@@ -110,13 +137,19 @@ class RecordSource:
         for path in (*paths, labels_path(directory, split)):
             if not path.is_file():
                 raise ValueError(f"{card_path(directory, split)}: got no file {path.name} beside it; prepare it again")
-        self.labels = np.load(labels_path(directory, split))
-        self._records = ArrayRecordDataSource([os.fspath(path) for path in paths])
-        if not len(self._records) == len(self.labels) == self.card.num_examples:
+        self.labels = np.load(labels_path(directory, split), allow_pickle=False)
+        sizes = tuple(ArrayRecordReader(os.fspath(path)).num_records() for path in paths)
+        if sizes != self.card.shard_sizes:
+            i = next(i for i, size in enumerate(sizes) if size != self.card.shard_sizes[i])
             raise ValueError(
-                f"{card_path(directory, split)}: got {len(self._records)} images and {len(self.labels)} labels, "
-                f"expected {self.card.num_examples} of each; prepare it again"
+                f"{paths[i]}: got {sizes[i]} images, expected {self.card.shard_sizes[i]} as {split}.json says; "
+                "prepare it again"
             )
+        if self.labels.dtype != np.int32 or labels_sha256(self.labels) != self.card.labels_sha256:
+            raise ValueError(
+                f"{labels_path(directory, split)}: got other labels than those of {split}.json; prepare it again"
+            )
+        self._records = ArrayRecordDataSource([os.fspath(path) for path in paths])
 
     num_classes = property(lambda self: len(self.card.class_names))
     class_names = property(lambda self: self.card.class_names)
@@ -132,4 +165,20 @@ class RecordSource:
         records = self._records.__getitems__([int(i) for i in indices])
         pixels: UInt8[np.ndarray, "b h w c"] = np.stack([decode(record, self.card) for record in records])
         return {"image": pixels, "label": self.labels[indices]}
+
+    def verify(self) -> None:
+        """Reads every image and compares with the card's checksum.
+
+        Raises:
+          ValueError: they are not the images that were written.
+        """
+        digests = []
+        for indices in np.array_split(np.arange(len(self)), -(-len(self) // 1024)):
+            digests += [hashlib.sha256(pixels.tobytes()).digest() for pixels in self.load(indices)["image"]]
+        got = checksum(digests, self.labels)
+        if got != self.card.checksum:
+            raise ValueError(
+                f"{self.card.source}, split {self.split!r}: got checksum {got[:12]}..., expected "
+                f"{self.card.checksum[:12]}... as its card says; prepare it again"
+            )
 

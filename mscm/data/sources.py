@@ -18,14 +18,20 @@ import difflib
 import functools
 import hashlib
 import os
+import zlib
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int32, Integer, UInt8
 
 from mscm.data import folders, images, records, tfds_source
+
+_FINGERPRINT_FILES = 256
+
+# Folders of these names above the classes say that their images are a part of a data set.
+_SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
 
 
 @runtime_checkable
@@ -149,8 +155,11 @@ class FileSource:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        sizes = [self._files.size(i) for i in range(len(self))]  # not the path: a copy elsewhere is the same data
-        what = [self._files.entries, sizes, self.class_names, self.resolution, self.channels]
+        # Not the path: a copy elsewhere is the same data. Not all bytes: that would be reading the whole data set.
+        sizes = [self._files.size(i) for i in range(len(self))]
+        some = np.unique(np.linspace(0, len(self) - 1, _FINGERPRINT_FILES).astype(int))
+        digests = [hashlib.sha256(self._files.read(int(i))).hexdigest() for i in some]
+        what = [self._files.entries, sizes, digests, self.class_names, self.resolution, self.channels]
         return hashlib.sha256(repr(what).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -167,9 +176,12 @@ class FileSource:
     def _load(self, index: int) -> images.Square:
         try:
             return images.area(images.decode(self._files.read(index), channels=self.channels), self.resolution)
-        except images.BrokenImage as error:
+        except (images.BrokenImage, OSError, zlib.error) as error:
             name = self._files.entries[index].name
-            raise images.BrokenImage(f"{self._files.path}: {name}: {error}; remove it or use mscm.prepare") from error
+            raise images.BrokenImage(
+                f"{self._files.path}: got a broken image, {name} ({error}); repair it, or prepare the data with "
+                "python -m mscm.prepare --skip_broken"
+            ) from error
 
 
 def _synthetic(*, split: str, resolution: int | None, channels: int | None, num_classes: int | None) -> ArraySource:
@@ -199,7 +211,7 @@ def open_source(
       ValueError: no such data set, split or path; the message says what there is.
     """
     if path is not None:
-        if any(Path(path).glob("*.json")):
+        if records.are_at(path):
             return records.RecordSource(name, path, split=split)
         if resolution is None:
             raise ValueError(f"{path}: got a folder or archive of images, expected a resolution to resize them to")
@@ -212,13 +224,17 @@ def open_source(
 
 
 def _files_of(path: str | os.PathLike, split: str) -> folders.ImageFiles:
-    """Files without splits are the split train."""
+    """Files without splits, that is with all class folders in one folder of no telling name, are the split train."""
     try:
         return folders.open_files(path, split=split)
     except folders.NoSuchSplit:
         if split != "train":
             raise
-        return folders.open_files(path)
+        files = folders.open_files(path)
+        above = {PurePosixPath(entry.name).parent.parent for entry in files.entries}
+        if len(above) > 1 or above.pop().name.lower() in _SPLIT_NAMES:
+            raise
+        return files
 
 
 def _check_choice(what: str, got: str, choices: Iterable[str]) -> None:

@@ -14,6 +14,8 @@ from jaxtyping import Int32, Integer
 from mscm.data import images
 from mscm.data.folders import Entry
 
+_BLOCK = 1024  # examples in memory while labels are read
+
 PREFIX = "tfds:"  # of a data set's name where a path could stand
 
 
@@ -35,7 +37,7 @@ class TfdsSource:
 
     @functools.cached_property
     def labels(self) -> Int32[np.ndarray, "n"]:
-        return np.array([record[self._label] for record in self._read(range(len(self)))], np.int32)
+        return _labels(self._records, self._label, len(self.class_names), self.name, self.split)
 
     @property
     def fingerprint(self) -> str:
@@ -72,6 +74,10 @@ class TfdsFiles:
         """The images from `start` to before `stop`."""
         return dataclasses.replace(self, entries=self.entries[start:stop], _first=self._first + start)
 
+    def size(self, index: int) -> int:
+        """0: not known without reading it; the entry's name carries the version of the data set."""
+        return 0
+
     def read(self, index: int) -> bytes:
         """The bytes of an image file."""
         return self._records[self._first + index][self._image]
@@ -94,10 +100,11 @@ def open_tfds_files(path: str, *, split: str | None) -> TfdsFiles:
     builder = _builder(name, split)
     image, label = builder.info.supervised_keys
     records = builder.as_data_source(split, decoders={image: _skip_decoding()})
-    labels = [int(record[label]) for record in records.__getitems__(range(len(records)))]
     # The order of the class names is the data set's own: its labels are kept.
-    entries = tuple(Entry(f"{name}/{split}/{i:08d}", k) for i, k in enumerate(labels))
     class_names = tuple(builder.info.features[label].names)
+    labels = _labels(records, label, len(class_names), name, split)
+    full_name = builder.info.full_name
+    entries = tuple(Entry(f"{full_name}/{split}/{i:08d}", int(k)) for i, k in enumerate(labels))
     return TfdsFiles(path, split, class_names, entries, image, str(builder.data_path))
 
 
@@ -119,6 +126,19 @@ def open_tfds(name: str, *, split: str) -> TfdsSource:
     return TfdsSource(name, split, builder, tuple(keys))
 
 
+def _labels(records, key: str, num_classes: int, name: str, split: str | None) -> Int32[np.ndarray, "n"]:
+    """All labels of a data set, read in blocks: an example has its image too."""
+    blocks = np.array_split(np.arange(len(records)), -(-len(records) // _BLOCK))
+    labels = [record[key] for block in blocks for record in records.__getitems__(block.tolist())]
+    labels = np.array(labels, np.int32)
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(
+            f"got labels from {labels.min()} to {labels.max()} in split {split!r} of {name!r}, expected 0 to "
+            f"{num_classes - 1}: the labels of this split are hidden"
+        )
+    return labels
+
+
 def _builder(name: str, split: str | None):
     """The builder of a prepared data set with images and class labels that has the split."""
     import tensorflow_datasets as tfds  # here: half a second that only its users pay
@@ -137,8 +157,9 @@ def _builder(name: str, split: str | None):
         )
     if split not in builder.info.splits:
         raise ValueError(f"got split {split!r} of {name!r}, expected one of {', '.join(builder.info.splits)}")
-    keys = builder.info.supervised_keys
-    if keys is None or not hasattr(builder.info.features[keys[1]], "names"):
+    keys, features = builder.info.supervised_keys, builder.info.features
+    has_both = keys is not None and len(keys) == 2 and len(features[keys[0]].shape) == 3
+    if not has_both or not hasattr(features[keys[1]], "names"):
         raise ValueError(f"got data set {name!r} without an image and a class label, expected both")
     return builder
 

@@ -103,6 +103,8 @@ def test_a_folder_without_splits(tmp_path):
         (TREE, "trian", "got split 'trian', expected a folder above the class folders, one of photos, test, train"),
         ({"a/1.png": 1}, "train", "there is none, so give no split"),
         ({"1.png": 1, "a/1.png": 1}, None, "images that are in no folder, expected one folder per class"),
+        ({"x/cover.png": 1, "x/a/1.png": 1}, None, "in folders of different depth, x and x/a, expected one folder per"),
+        ({"a/1.png": 1, "b/c/1.png": 1}, None, "in folders of different depth, a and b/c"),
         ({"a/1.txt": None}, None, "got 1 files and no image"),
         ({"a/1.png": 1, "b/1.txt": None}, None, "got no image in the class folder b"),
     ],
@@ -122,6 +124,73 @@ def test_what_cannot_be_read_is_refused(tmp_path):
         folders.open_files(_tar(tmp_path / "x.tar.gz", TREE, "w:gz"))
     with pytest.raises(ValueError, match="compressed in a rare way"):
         folders.open_files(_zip(tmp_path / "x.zip", TREE, zipfile.ZIP_LZMA), split="train")
+
+
+@pytest.mark.parametrize("kind", [_folder, _zip, _tar])
+def test_a_class_without_a_readable_image_is_refused(tmp_path, kind):
+    """Its label would be another's; an archive need not name its folders."""
+    with pytest.raises(ValueError, match="got no image in the class folder bird"):
+        folders.open_files(kind(tmp_path / "x", {"cat/1.png": 1, "bird/1.heic": None, "dog/1.png": 2}))
+
+
+def test_a_cut_tar_is_refused(tmp_path):
+    """Cut within data, at the start of a header and in it, or damaged in a header."""
+    whole = _tar(tmp_path / "x.tar", {f"{name}/{i}.png": i for name in "abc" for i in range(10)}).read_bytes()
+    starts = [i for i in range(512, len(whole), 512) if whole[i : i + 2] in (b"b/", b"c/")]
+    damaged = bytearray(whole)
+    damaged[starts[3] + 150] ^= 1
+    for data in (whole[: starts[2]], whole[: starts[2] + 10], whole[: starts[2] - 300], bytes(damaged)):
+        (tmp_path / "cut.tar").write_bytes(data)
+        with pytest.raises(ValueError, match="got a damaged or cut tar"):
+            folders.open_files(tmp_path / "cut.tar")
+
+
+def test_a_cut_class_tar_is_refused(tmp_path):
+    _tar_of_tars(tmp_path / "x.tar")
+    inner = (tmp_path / "x.inner").read_bytes()
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        info = tarfile.TarInfo("cat.tar")
+        info.size = 1024
+        archive.addfile(info, io.BytesIO(inner[:1024]))
+    with pytest.raises(ValueError, match="got a damaged or cut tar"):
+        folders.open_files(tmp_path / "x.tar")
+
+
+def test_links_in_a_tar_are_their_files(tmp_path):
+    """Hard links, as GNU tar stores a second name, and symbolic ones."""
+    with tarfile.open(_tar(tmp_path / "x.tar", {"a/1.png": 5, "b/1.png": 6}), "a") as archive:
+        for name, kind, goal in (("a/2.png", tarfile.LNKTYPE, "a/1.png"), ("b/2.png", tarfile.SYMTYPE, "../a/1.png")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, goal
+            archive.addfile(info)
+    files = folders.open_files(tmp_path / "x.tar")
+    assert [entry.label for entry in files.entries] == [0, 0, 1, 1] and _values(files) == [5, 5, 6, 5]
+    with tarfile.open(tmp_path / "x.tar", "a") as archive:
+        info = tarfile.TarInfo("b/3.png")
+        info.type, info.linkname = tarfile.SYMTYPE, "/elsewhere.png"
+        archive.addfile(info)
+    with pytest.raises(ValueError, match="got b/3.png, a link to /elsewhere.png, expected that file in the tar"):
+        folders.open_files(tmp_path / "x.tar")
+
+
+def test_names_with_a_leading_dot_slash(tmp_path):
+    for path in (_zip(tmp_path / "x.zip", {"./a/1.png": 3}), _tar(tmp_path / "x.tar", {"./a/1.png": 3})):
+        assert folders.open_files(path).entries == (("a/1.png", 0),)
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    """os.walk would leave it out, and with it a class."""
+    _folder(tmp_path / "x", {"a/1.png": 1, "b/1.png": 2})
+    scandir = os.scandir
+
+    def refusing(path):
+        if os.fspath(path).endswith("a"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(ValueError, match="x/a, expected to be allowed to read it"):
+        folders.open_files(tmp_path / "x")
 
 
 def test_links_are_followed(tmp_path):

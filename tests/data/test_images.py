@@ -133,6 +133,38 @@ def test_area_crops_the_centre():
     np.testing.assert_array_equal(images.lanczos(pixels, 4)[0, :, 0], [1, 2, 3, 4])
 
 
+def test_lanczos_crops_where_edm_does():
+    """Offset floor((w - side) / 2), which differs from the other one where one length is odd."""
+    pixels = np.tile(np.arange(6, dtype=np.uint8)[None, :, None], (3, 1, 3))
+    np.testing.assert_array_equal(images.area(pixels, 3)[0, :, 0], [2, 3, 4])
+    np.testing.assert_array_equal(images.lanczos(pixels, 3)[0, :, 0], [1, 2, 3])
+
+
+def test_adm_refuses_a_thread():
+    with pytest.raises(images.BrokenImage, match="got 900 x 1 pixels, expected sides within a factor 100"):
+        images.adm(np.zeros((1, 900, 3), np.uint8), 8)
+
+
+def test_an_odd_exif_tag_is_no_obstacle(photo):
+    """A resolution given as text, as some cameras do: Pillow reads it and could not write it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = _file(Image.fromarray(photo), "JPEG", quality=95, exif=exif.tobytes())
+    plain = images.decode(data, channels=3)
+    # The same file with one more entry: XResolution, type 2 (ASCII), 3 letters in the entry itself.
+    header = exif.tobytes()
+    entry = (0x011A).to_bytes(2, "little") + (2).to_bytes(2, "little") + (3).to_bytes(4, "little") + b"72\0\0"
+    start = header.index(b"II*\0") + 8 if b"II*\0" in header else None
+    if start is None:
+        entry = (0x011A).to_bytes(2, "big") + (2).to_bytes(2, "big") + (3).to_bytes(4, "big") + b"72\0\0"
+        start = header.index(b"MM\0*") + 8
+    order = "little" if b"II*\0" in header else "big"
+    odd = header[:start] + (2).to_bytes(2, order) + header[start + 2 : start + 14] + entry + bytes(4)
+    odd_file = _file(Image.fromarray(photo), "JPEG", quality=95, exif=odd)
+    np.testing.assert_array_equal(images.decode(odd_file, channels=3), plain)
+    assert plain.shape == (64, 48, 3)
+
+
 def test_adm_is_its_recipe():
     """A large image is halved before the bicubic step; at a power of two the halving is all there is."""
     pixels = np.random.RandomState(0).randint(0, 256, (64, 80, 3), np.uint8)

@@ -1,8 +1,10 @@
 """Prepared records: the transformed images in order, one checksum whatever the layout, and continued after kill -9."""
 
+import fcntl
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,12 +117,22 @@ def test_a_broken_image_is_named_or_skipped(photos, tmp_path):
         (source / path.parent.name).mkdir(parents=True, exist_ok=True)
         (source / path.parent.name / path.name).write_bytes(path.read_bytes())
     (source / "dog" / "07.png").write_bytes((photos / "dog" / "07.png").read_bytes()[:60])
+    out, layout = tmp_path / "out", {"images_per_shard": 4}
     with pytest.raises(ValueError, match="got a broken image, dog/07.png .*; remove it or give --skip_broken"):
-        _prepare(source, tmp_path / "out")
-    assert not (tmp_path / "out" / "train.json").exists() and not list((tmp_path / "out").glob("*.tmp"))
-    card, _ = _prepare(source, tmp_path / "out2", skip_broken=True)
+        _prepare(source, out, **layout)
+    assert not (out / "train.json").exists() and not list(out.glob("*.tmp"))
+    with pytest.raises(ValueError, match="got no train.json .*, expected a finished one: run the same"):
+        sources.open_source("x", split="train", path=out)
+    # Either advice continues: the whole shards before the broken image are kept.
+    shutil.copytree(out, tmp_path / "out2")
+    first = (out / "train-00000-of-00004.array_record").stat().st_mtime_ns
+    card, _ = _prepare(source, out, skip_broken=True, **layout)
     assert (card.broken, card.num_examples, card.class_counts) == (("dog/07.png",), 13, (5, 8))
-    assert len(sources.open_source("x", split="train", path=tmp_path / "out2")) == 13
+    assert len(sources.open_source("x", split="train", path=out)) == 13
+    assert (out / "train-00000-of-00004.array_record").stat().st_mtime_ns == first
+    (source / "dog" / "07.png").unlink()
+    other, _ = _prepare(source, tmp_path / "out2", **layout)
+    assert (other.broken, other.checksum) == ((), card.checksum)
     for path in (source / "cat").iterdir():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="got no whole image in class 'cat'"):
@@ -133,7 +145,8 @@ def test_a_broken_image_is_named_or_skipped(photos, tmp_path):
         ({"transform": "box"}, "transform: got 'box', expected one of area, adm, lanczos"),
         ({"encoding": "jpeg"}, "encoding: got 'jpeg', expected one of png, raw"),
         ({"channels": 4}, "channels: got 4, expected one of 1, 3"),
-        ({"resolution": 0}, "got resolution 0"),
+        ({"resolution": 0}, "resolution: got 0, expected at least 1"),
+        ({"images_per_shard": 0}, "images_per_shard: got 0, expected at least 1"),
     ],
 )
 def test_impossible_settings_are_refused(settings, sentence):
@@ -153,15 +166,82 @@ def test_records_that_lost_something_are_refused(photos, tmp_path):
         sources.open_source("x", split="val", path=tmp_path)
     labels = np.load(tmp_path / "train-labels.npy")
     np.save(tmp_path / "train-labels.npy", labels[:-1])
-    with pytest.raises(ValueError, match="got 14 images and 13 labels, expected 14 of each"):
+    with pytest.raises(ValueError, match="train-labels.npy: got other labels than those of train.json"):
         sources.open_source("x", split="train", path=tmp_path)
+    np.save(tmp_path / "train-labels.npy", labels[::-1])
+    with pytest.raises(ValueError, match="train-labels.npy: got other labels than those of train.json"):
+        sources.open_source("x", split="train", path=tmp_path)
+    np.save(tmp_path / "train-labels.npy", labels)
+    shards = [tmp_path / f"train-0000{i}-of-00002.array_record" for i in range(2)]
+    kept = shards[1].read_bytes()
+    shutil.copy(shards[0], shards[1])
+    with pytest.raises(ValueError, match="00001-of-00002.array_record: got 10 images, expected 4 as train.json says"):
+        sources.open_source("x", split="train", path=tmp_path)
+    shards[1].write_bytes(kept)
+    sources.open_source("x", split="train", path=tmp_path).verify()
     (tmp_path / "train-00001-of-00002.array_record").unlink()
     with pytest.raises(ValueError, match="got no file train-00001-of-00002.array_record"):
         sources.open_source("x", split="train", path=tmp_path)
     card = json.loads((tmp_path / "train.json").read_text()) | {"format": "other"}
-    (tmp_path / "train.json").write_text(json.dumps(card))
-    with pytest.raises(ValueError, match="got format 'other', expected 'mscm records 1'"):
-        sources.open_source("x", split="train", path=tmp_path)
+    for text, sentence in (
+        (json.dumps(card), "got format 'other', expected 'mscm records 1'"),
+        ("[1]", "got format None, expected 'mscm records 1'"),
+        ("{", "got a file that is no JSON"),
+    ):
+        (tmp_path / "train.json").write_text(text)
+        with pytest.raises(ValueError, match=sentence):
+            sources.open_source("x", split="train", path=tmp_path)
+
+
+def test_verify_reads_the_pixels(photos, tmp_path):
+    """Other images under the same labels and counts are found by the checksum alone."""
+    for name in ("a", "b"):
+        _prepare(photos, tmp_path / name, transform={"a": "area", "b": "lanczos"}[name])
+    shutil.copy(*(tmp_path / name / "train-00000-of-00001.array_record" for name in ("b", "a")))
+    source = sources.open_source("x", split="train", path=tmp_path / "a")
+    with pytest.raises(ValueError, match="got checksum .*, expected .* as its card says"):
+        source.verify()
+
+
+def test_a_json_file_beside_images_is_no_card(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "x")
+    (tmp_path / "x" / "dataset.json").write_text("{}")
+    assert len(sources.open_source("x", split="train", path=tmp_path / "x", resolution=8)) == 14
+
+
+def test_other_images_of_the_same_names_are_not_mixed_in(photos, tmp_path):
+    """What an unfinished run has made of other files is made again."""
+    for i, path in enumerate(sorted(photos.rglob("*.png"))):
+        copy = tmp_path / "x" / path.relative_to(photos)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes() if i < 13 else b"")
+    with pytest.raises(ValueError, match="got a broken image"):
+        _prepare(tmp_path / "x", tmp_path / "out", images_per_shard=4)
+    assert len(list((tmp_path / "out").glob("*.done.json"))) == 3
+    changed = np.full((12, 9, 3), 7, np.uint8)
+    (tmp_path / "x" / "cat" / "00.png").write_bytes(images.encode_png(changed))
+    shutil.copy(photos / "dog" / "13.png", tmp_path / "x" / "dog" / "13.png")
+    _prepare(tmp_path / "x", tmp_path / "out", images_per_shard=4)
+    source = sources.open_source("x", split="train", path=tmp_path / "out")
+    assert (source.load(np.array([0]))["image"] == 7).all()
+    source.verify()
+
+
+def test_two_at_once_are_refused(photos, tmp_path):
+    holder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another mscm.prepare writes to it; wait for its end"):
+        _prepare(photos, tmp_path)
+    os.close(holder)
+    _prepare(photos, tmp_path)
+
+
+def test_splits_whose_names_begin_alike(photos, tmp_path):
+    """An unfinished `train-small` does not block `train`."""
+    (tmp_path / "train-small-00000-of-00001.array_record.done.json").write_text("{}")
+    _prepare(photos, tmp_path)
+    with pytest.raises(ValueError, match="got split 'a/b', expected a name of letters"):
+        _prepare(photos, tmp_path, split="a/b")
 
 
 def _command(*flags):
@@ -205,7 +285,9 @@ def test_killed_it_continues(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ((), "--source must have a value"),
+        ((), "--output must have a value"),
+        (("--output=x",), "--source: got none, expected a value"),
+        (("--output=x", "--verify"), "got no train.json for split 'train', expected a directory made by"),
         (("--source=absent", "--output=x", "--resolution=8"), "got 'absent', expected an existing folder"),
         (("--source=absent", "--output=x", "--resolution=8", "--transform=box"), "transform: got 'box'"),
     ],

@@ -1,6 +1,7 @@
 """Sources: what digits are, and that the halves are a stratified partition."""
 
 import inspect
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mscm.data import sources
+from mscm.data import images, sources
 from mscm.report import grid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,10 +102,40 @@ def test_a_folder_is_the_same_data_wherever_it_lies(tmp_path):
     assert fingerprint("there") != original
 
 
-def test_data_brings_in_neither_tensorflow_nor_pytorch():
+@pytest.mark.parametrize("folder", ["val", "Test", "training"])
+def test_another_split_is_not_taken_for_the_training_images(tmp_path, folder):
+    """Without splits all is `train`; a folder that names another split is no such thing."""
+    for name in ("cat", "dog"):
+        grid.save_png(tmp_path / "x" / folder / name / "1.png", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=f"got split 'train', expected a folder above the class .*, one of .*{folder}"):
+        sources.open_source("x", split="train", path=tmp_path / "x", resolution=8)
+    assert len(sources.open_source("x", split=folder, path=tmp_path / "x", resolution=8)) == 2
+    (tmp_path / "x" / folder).rename(tmp_path / "x" / "photos")
+    assert len(sources.open_source("x", split="train", path=tmp_path / "x", resolution=8)) == 2
+
+
+def test_a_broken_file_is_named(tmp_path):
+    """In a sentence that cli.run prints, whatever breaks it."""
+    for name in ("cat", "dog"):
+        grid.save_png(tmp_path / name / "1.png", np.zeros((8, 8, 3), np.uint8))
+    source = sources.open_source("x", split="train", path=tmp_path, resolution=8)
+    sentence = "got a broken image, cat/1.png .*; repair it, or prepare the data"
+    (tmp_path / "cat" / "1.png").write_bytes(b"text")
+    with pytest.raises(images.BrokenImage, match=sentence):
+        source.load(np.array([0]))
+    (tmp_path / "cat" / "1.png").unlink()
+    with pytest.raises(images.BrokenImage, match=sentence):
+        source.load(np.array([0]))
+
+
+def test_data_brings_in_neither_tensorflow_nor_pytorch(tmp_path):
     """Training on a pod must not pay for them."""
     modules = "mscm.data.sources, mscm.data.pipeline, mscm.data.preparation, mscm.data.transforms"
     heavy = "tensorflow", "torch", "tensorflow_datasets"
+    for name in heavy[:2]:  # not installed here: a stub is what an import would find
+        (tmp_path / f"{name}.py").touch()
     script = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-c", script]
+    out = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

@@ -37,12 +37,12 @@ def _base(variant: str) -> ConfigDict:
     if variant == "small":
         # 4x4 patches and no convolution stages: these would take most of a CPU's time.
         config.model.stages = {}
-        config.model.middle.update(dict(width=128, num_blocks=4, dropout=0.0))
-        config.model.update(dict(emb_dim=128, head_dim=32, patch_size=4, dtype="float32", scan_blocks=False))
+        config.model.middle.update(dict(width=96, num_blocks=4, dropout=0.0))
+        config.model.update(dict(emb_dim=96, head_dim=32, patch_size=4, dtype="float32", scan_blocks=False))
         config.data.num_workers = 0
         config.optimizer.update(dict(learning_rate=2e-3, warmup_steps=100, decay="cosine"))
         config.ema.decay = 0.999
-        config.train.update(dict(num_steps=2000, batch_size=64, save_every_steps=500))
+        config.train.update(dict(num_steps=2000, batch_size=32, save_every_steps=500))
         config.eval.update(dict(num_images=1000, batch_size=250, teacher_steps=(4, 32)))
     return config
 

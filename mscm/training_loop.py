@@ -146,12 +146,13 @@ class Progress:
         self._step, self._time, self._waited = step, time.monotonic(), 0.0
 
     def waiting_for(self, items: Iterator[Batch]) -> Iterator[Batch]:
-        """The same items; the time that each takes to come is time without work for the device, or an upper bound."""
+        """The same items, counting the time in which the device has nothing to do: it has finished when they come."""
         iterator = iter(items)
         while True:
             started = time.monotonic()
             item = next(iterator, None)
-            self._waited += time.monotonic() - started
+            if not self._pending or jax.tree.leaves(self._pending[-1])[0].is_ready():
+                self._waited += time.monotonic() - started
             if item is None:
                 return
             yield item

@@ -3,8 +3,7 @@
 The examples of all epochs form one endless sequence `order` (a new permutation each epoch); step i owns
 `order[i * batch_size : (i + 1) * batch_size]` and process p of P the p-th contiguous part of it. So the position is the
 step number (nothing else is saved to resume), and the parts of all processes, one after the other, are the same global
-batch row by row whatever P is. Indices are batched first and loaded at once, which is several times faster than loading
-record by record.
+batch row by row whatever P is. Indices are batched first, and a batch is loaded in one request.
 """
 
 import dataclasses

@@ -58,7 +58,7 @@ class LabelledImages(Protocol):
 
 
 class SmallConvNet(nn.Module):
-    """Scaling to [-1, 1], convolutions, the first at half the size above 16 pixels, halving down to at most 4 x 4, then 64 features and the logits."""
+    """Scaling to [-1, 1], convolutions, halving down to at most 4 x 4, then 64 features and the logits."""
 
     num_classes: int
 

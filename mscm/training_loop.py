@@ -57,14 +57,14 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
     if os.path.isdir(os.path.join(workdir, "checkpoints")):
         with reading(workdir) as checkpoints:
             if checkpoints.steps():
-                checkpoints.check(facts(experiment, source))
+                checkpoints.check(checkpoint_facts(experiment, source))
     if experiment.teacher is not None and experiment.teacher.workdir is not None:
         with reading(experiment.teacher.workdir) as checkpoints:
             checkpoints.check(experiment.teacher.experiment.facts())
     return source
 
 
-def facts(experiment: Experiment, source: sources.Source) -> dict[str, Any]:
+def checkpoint_facts(experiment: Experiment, source: sources.Source) -> dict[str, Any]:
     """What a checkpoint says of its model and of the data that it was trained on."""
     return experiment.facts() | {"data": f"{len(source)} images, fingerprint {source.fingerprint[:16]}"}
 
@@ -79,6 +79,7 @@ def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_
             return
         state = initial_state(experiment, checkpoints, teacher_params)
         step = int(state.step)
+        facts = checkpoint_facts(experiment, source)  # once: it traces the whole network for its shapes
         run_steps = experiment.train_steps()
         root = jax.random.key(experiment.seed + 1)  # not the key of the initialisation
         frozen = teacher_params if experiment.distil else {}
@@ -92,7 +93,7 @@ def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_
             if step % spec.log_every_steps == 0 or saves:
                 progress.report(step)  # before the checkpoint: what has diverged is not kept
             if saves:
-                checkpoints.save(state, facts(experiment, source))
+                checkpoints.save(state, facts)
             if done:
                 break
 

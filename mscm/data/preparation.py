@@ -148,10 +148,11 @@ def _alone(output: Path) -> Iterator[None]:
     """Holds a directory while it is written to; the lock goes with the process, however that ends."""
     directory = os.open(output, os.O_RDONLY)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{output}: another mscm.prepare writes to it; wait for its end") from error
         yield
-    except BlockingIOError as error:
-        raise ValueError(f"{output}: another mscm.prepare writes to it; wait for its end") from error
     finally:
         os.close(directory)
 

@@ -33,7 +33,7 @@ ARCHITECTURE = "conv64-v2"  # change it with the network or its training: cached
 FEATURE_DIM = 64
 EVAL_BATCH = 256
 MAX_IMAGES = 50_000  # in memory while it trains; of more, so many are drawn
-MAX_EXAMPLES = 150_000  # seen in training, at least one epoch: minutes on two CPU cores at 32 pixels
+MAX_EXAMPLES = 150_000  # seen in training, at least one epoch: a minute on two CPU cores at 32 pixels
 
 
 @runtime_checkable
@@ -64,7 +64,7 @@ class SmallConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: UInt8[Array, "b h w c"]) -> tuple[Float[Array, "b d"], Float[Array, "b k"]]:
-        stride = 2 if images.shape[1] > 16 else 1  # minutes, not a quarter of an hour, on two CPU cores
+        stride = 2 if images.shape[1] > 16 else 1  # a quarter of the work where pixels are many
         hidden = nn.gelu(nn.Conv(32, (3, 3), strides=stride)(images.astype(jnp.float32) / 127.5 - 1.0))
         while hidden.shape[1] > 4:
             hidden = nn.gelu(nn.Conv(64, (3, 3), strides=(2, 2))(hidden))

@@ -153,12 +153,9 @@ def test_an_odd_exif_tag_is_no_obstacle(photo):
     plain = images.decode(data, channels=3)
     # The same file with one more entry: XResolution, type 2 (ASCII), 3 letters in the entry itself.
     header = exif.tobytes()
-    entry = (0x011A).to_bytes(2, "little") + (2).to_bytes(2, "little") + (3).to_bytes(4, "little") + b"72\0\0"
-    start = header.index(b"II*\0") + 8 if b"II*\0" in header else None
-    if start is None:
-        entry = (0x011A).to_bytes(2, "big") + (2).to_bytes(2, "big") + (3).to_bytes(4, "big") + b"72\0\0"
-        start = header.index(b"MM\0*") + 8
-    order = "little" if b"II*\0" in header else "big"
+    order, mark = ("little", b"II*\0") if b"II*\0" in header else ("big", b"MM\0*")
+    start = header.index(mark) + 8
+    entry = (0x011A).to_bytes(2, order) + (2).to_bytes(2, order) + (3).to_bytes(4, order) + b"72\0\0"
     odd = header[:start] + (2).to_bytes(2, order) + header[start + 2 : start + 14] + entry + bytes(4)
     odd_file = _file(Image.fromarray(photo), "JPEG", quality=95, exif=odd)
     np.testing.assert_array_equal(images.decode(odd_file, channels=3), plain)

@@ -4,13 +4,17 @@
   python benchmarks/input_pipeline.py --source=tiny_imagenet_50.zip --split=train
 
 Writes some images of the source as records (PNG and raw) at each resolution, and reads shuffled batches of uint8 images
-and labels from the records and from the files as they are, with as many worker processes for either loader, turn by
-turn. PyTorch reads example by example, as its data sets are written, and once more with batched reads, which it uses
-where a data set offers them. Without PyTorch it measures this pipeline alone. One host of the paper's set-up needs
-batches of 2048 at 2.7 steps/s over 8 hosts; the table says how many cores that takes.
+and labels from the records and from the files as they are, turn by turn. This pipeline reads records with threads and
+files with worker processes, PyTorch both with worker processes; either has --workers of them. PyTorch reads example by
+example and decodes PNG with Pillow, as its data sets are written; once more it asks for all records of a batch at once
+and decodes them with our function, to tell what the rest of a loader costs. Without PyTorch it measures this pipeline
+alone. One host of the paper's set-up needs batches of 2048 at 2.7 steps/s over 8 hosts; the table says how many cores
+that takes.
 """
 
 import contextlib
+import io
+import multiprocessing.util
 import os
 import statistics
 import tempfile
@@ -20,6 +24,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from absl import app, flags
 from grain.sources import ArrayRecordDataSource
+from PIL import Image
 
 from mscm.data import folders, images, pipeline, preparation, records, sources
 from mscm.report.table import format_table
@@ -29,7 +34,7 @@ SPLIT = flags.DEFINE_string("split", None, "Folder above the class folders.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 8192, "Images to read, again and again.", lower_bound=1)
 RESOLUTIONS = flags.DEFINE_multi_integer("resolution", [32, 64, 128], "Sides in pixels.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images of a batch.", lower_bound=1)
-WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Worker processes of either loader.", lower_bound=1)
+WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Threads or processes of either loader.", lower_bound=1)
 SECONDS = flags.DEFINE_float("seconds", 5.0, "Length of one measurement.")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Measurements of each; the table shows the median.", lower_bound=1)
 
@@ -39,9 +44,9 @@ Batches = Iterator[object]
 Loaders = dict[str, Callable[[], Batches]]
 
 
-def ours(source: sources.Source) -> Batches:
+def ours(source: sources.Source, **loaders) -> Batches:
     """The pipeline that training uses."""
-    return pipeline.batches(source, batch_size=BATCH_SIZE.value, seed=0, num_workers=WORKERS.value)
+    return pipeline.batches(source, batch_size=BATCH_SIZE.value, seed=0, **loaders)
 
 
 class Records:
@@ -56,17 +61,21 @@ class Records:
         return self._card.num_examples
 
     def __getitem__(self, index: int):
-        return records.decode(self._records[index], self._card), int(self._labels[index])
+        record = self._records[index]
+        if self._card.encoding == "png":
+            pixels = np.array(Image.open(io.BytesIO(record)))
+        else:
+            side = self._card.resolution
+            pixels = np.frombuffer(bytearray(record), np.uint8).reshape(side, side, -1)
+        return pixels, int(self._labels[index])
 
 
 class BatchedRecords(Records):
-    """The same with the batched reads that PyTorch uses where a data set offers them."""
+    """The same with the batched reads that PyTorch uses where a data set offers them, and our decoding."""
 
     def __getitems__(self, indices: list[int]):
-        read = self._records.__getitems__(indices)
-        return [
-            (records.decode(record, self._card), int(self._labels[i])) for record, i in zip(read, indices, strict=True)
-        ]
+        pixels = records.decode([self._records[i] for i in indices], self._card)
+        return list(zip(pixels, self._labels[indices].tolist(), strict=True))
 
 
 class Files:
@@ -94,9 +103,15 @@ def theirs(dataset: Records | Files) -> Batches:
         num_workers=WORKERS.value,
         persistent_workers=True,
         multiprocessing_context="spawn",
+        worker_init_fn=_end_without_cleaning,
     )
     while True:
         yield from loader
+
+
+def _end_without_cleaning(worker: int) -> None:
+    # ArrayRecord's threads abort a worker that ends as Python does.
+    multiprocessing.util.Finalize(None, os._exit, args=(0,), exitpriority=-100)
 
 
 def images_per_second(batches: Batches) -> float:
@@ -119,12 +134,16 @@ def storages(directory: str, files: folders.ImageFiles, resolution: int) -> Iter
             files, path, settings, split="train", num_workers=WORKERS.value, report=lambda *numbers: None
         )
         yield f"records, {encoding}", {
-            "ours": lambda path=path: ours(records.RecordSource("benchmark", path, split="train")),
+            "ours": lambda path=path: ours(
+                records.RecordSource("benchmark", path, split="train"), num_threads=WORKERS.value
+            ),
             "PyTorch": lambda path=path: theirs(Records(path)),
-            "PyTorch, batched reads": lambda path=path: theirs(BatchedRecords(path)),
+            "PyTorch, our decoding": lambda path=path: theirs(BatchedRecords(path)),
         }
     yield "files", {
-        "ours": lambda: ours(sources.FileSource("benchmark", files, resolution=resolution)),
+        "ours": lambda: ours(
+            sources.FileSource("benchmark", files, resolution=resolution), num_workers=WORKERS.value
+        ),
         "PyTorch": lambda: theirs(Files(files, resolution)),
     }
 
@@ -143,7 +162,7 @@ def main(_: list[str]) -> None:
     files = folders.open_files(SOURCE.value, split=SPLIT.value)
     chosen = np.random.RandomState(0).permutation(len(files.entries))[: NUM_IMAGES.value]
     files = files.chosen(sorted(int(i) for i in chosen))
-    names = ("ours", "PyTorch", "PyTorch, batched reads") if has_torch() else ("ours",)
+    names = ("ours", "PyTorch", "PyTorch, our decoding") if has_torch() else ("ours",)
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for resolution in RESOLUTIONS.value:
@@ -153,7 +172,7 @@ def main(_: list[str]) -> None:
     header = ["pixels", "storage", "images/s", "per core", f"cores for {PAPER_RATE:.0f} images/s"]
     for name in names[1:]:
         header += [f"{name}: images/s", "ratio"]
-    print(f"\n{len(files.entries)} images, batches of {BATCH_SIZE.value}, {WORKERS.value} workers")
+    print(f"\n{len(files.entries)} images, batches of {BATCH_SIZE.value}, {WORKERS.value} threads or processes")
     print(format_table(header, rows))
 
 

@@ -14,6 +14,7 @@ def _base(variant: str) -> ConfigDict:
     if variant not in ("", "small"):
         raise ValueError(f"unknown variant of the CIFAR-10 configs: got {variant!r}, expected one of '', 'small'")
     config = base.with_shared(
+        # Worker processes: TFDS hands out PNG files, which take Python's time to decode.
         data=dict(name="cifar10", resolution=32, channels=3, num_classes=10, flip=True, num_workers=4),
         model=dict(
             stages=dict(

@@ -7,7 +7,7 @@ from configs import base
 
 def _base() -> ConfigDict:
     return base.with_shared(
-        data=dict(name="digits", split="all", resolution=8, channels=1, num_classes=10, flip=False, num_workers=0),
+        data=dict(name="digits", split="all", resolution=8, channels=1, num_classes=10, flip=False),
         model=dict(
             stages=dict(),  # 8x8 pixels in 2x2 patches are 16 tokens: there is nothing to pool
             middle=dict(width=96, num_blocks=2, dropout=0.0),

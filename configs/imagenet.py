@@ -59,7 +59,6 @@ def _base(*, resolution: int, variant: str) -> ConfigDict:
             channels=3,
             num_classes=1000,
             flip=True,
-            num_workers=16,
         ),
         model=_model(resolution=resolution, variant=variant),
         schedule=dict(name="interpolated", resolution=resolution, noise_low=32, noise_high=resolution),

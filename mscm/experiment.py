@@ -57,7 +57,8 @@ class DataSpec:
     channels: int
     num_classes: int
     flip: bool
-    num_workers: int  # processes that load; 0 is one thread of the training process
+    num_workers: int  # processes that load; 0: threads of the training process do
+    num_threads: int  # of each process that loads
 
     def open(self) -> sources.Source:
         """The source, checked against what the config says of it."""
@@ -284,6 +285,7 @@ def _data(section: Section) -> DataSpec:
         **{key: section.number(key, minimum=1) for key in ("resolution", "channels", "num_classes")},
         flip=bool(section.take("flip")),
         num_workers=section.number("num_workers", minimum=0),
+        num_threads=section.number("num_threads", minimum=1),
     )
 
 

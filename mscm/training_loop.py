@@ -121,6 +121,7 @@ def batches(experiment: Experiment, source: sources.Source, start_step: int) -> 
         start_step=start_step,
         steps_per_item=spec.steps_per_dispatch,
         num_workers=experiment.data.num_workers,
+        num_threads=experiment.data.num_threads,
     )
     try:
         for item in items:

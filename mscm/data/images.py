@@ -84,13 +84,6 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
-def encode_png(pixels: Pixels) -> bytes:
-    """PNG file of a grey or RGB image."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def area(pixels: Pixels, side: int) -> Square:
     """Central square crop, then the average over each target pixel's area, rounded half up; exact."""
     height, width, channels = pixels.shape

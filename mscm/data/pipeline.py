@@ -1,9 +1,12 @@
 """The batches of a training run: a pure function of (seed, step), read ahead by Grain.
 
-The examples of all epochs form one endless sequence `order` (a new permutation each epoch); step i owns
-`order[i * batch_size : (i + 1) * batch_size]` and process p of P the p-th contiguous part of it. So the position is the
-step number (nothing else is saved to resume), and the parts of all processes, one after the other, are the same global
-batch row by row whatever P is. Indices are batched first, and a batch is loaded in one request.
+The examples of all epochs form one endless sequence (a new permutation each epoch); step i owns the positions
+`i * batch_size` to before `(i + 1) * batch_size` of it and process p of P the p-th contiguous part of those. So the
+position is the step number (nothing else is saved to resume), and the parts of all processes, one after the other, are
+the same global batch row by row whatever P is. Indices are batched first, and a batch is loaded in one request.
+
+Records and arrays are read by code that lets other threads run, so threads of the training process are enough for them
+and pass batches on without a copy. Image files are decoded in Python's time: worker processes are for those.
 """
 
 import dataclasses
@@ -17,7 +20,7 @@ from absl import flags
 
 from mscm.data.sources import Source
 
-_AHEAD = 2  # items that a thread or a worker process prepares in advance
+_AHEAD = 2  # items that each thread prepares in advance
 
 
 def batches(
@@ -30,6 +33,7 @@ def batches(
     process_count: int = 1,
     steps_per_item: int = 1,
     num_workers: int = 0,
+    num_threads: int = 1,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Endless iterator over this process's part of the global batches of steps `start_step`, `start_step + 1`, ...
 
@@ -39,18 +43,19 @@ def batches(
 
     Args:
       batch_size: of the global batch, over all processes.
-      seed: of the order of the examples.
+      seed: of the order of the examples, 0 to 2**32 - 1.
       start_step: first step to deliver; any step, a multiple of `steps_per_item` or not.
-      num_workers: processes that load; 0 is one thread of this process. The batches are the same.
+      num_workers: processes that load; 0 is this process. The batches are the same.
+      num_threads: threads of each process that load. The batches are the same.
 
     Raises:
       ValueError: for an empty source, or sizes that are not positive or do not divide.
     """
-    _check(source, batch_size, start_step, process_index, process_count, steps_per_item, num_workers)
+    _check(source, batch_size, start_step, process_index, process_count, steps_per_item, num_workers, num_threads)
     loader = _Loader(source, batch_size, seed, start_step, process_index, process_count, steps_per_item)
     items: Any = grain.MapDataset.range(sys.maxsize // (batch_size * steps_per_item) - start_step).map(loader)
     # Grain's defaults (16 threads, 500 elements) are meant for single records; an element here is whole batches.
-    items = items.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD))
+    items = items.to_iter_dataset(grain.ReadOptions(num_threads, prefetch_buffer_size=_AHEAD * num_threads))
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads flags, also where no command has parsed any
             flags.FLAGS.mark_as_parsed()
@@ -80,18 +85,28 @@ class _Loader:
     def _load_step(self, step: int) -> dict[str, np.ndarray]:
         local_size = self.batch_size // self.process_count
         first = step * self.batch_size + self.process_index * local_size
-        return self.source.load(np.array([self._order[i] for i in range(first, first + local_size)], np.int64))
+        epochs, within = np.divmod(np.arange(first, first + local_size), len(self.source))
+        parts = [
+            _permutation(len(self.source), self.seed, epoch)[within[epochs == epoch]]
+            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
+        ]
+        return self.source.load(np.concatenate(parts))
 
-    @functools.cached_property
-    def _order(self) -> Any:
-        return grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
+
+@functools.lru_cache(maxsize=4)  # threads may be at an epoch's two sides; 8 bytes an example each
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    # RandomState, not default_rng: NumPy froze its stream, and a run must find its place under another version.
+    return np.random.RandomState([seed, epoch]).permutation(size)
 
 
-def _check(source, batch_size, start_step, process_index, process_count, steps_per_item, num_workers) -> None:
+def _check(
+    source, batch_size, start_step, process_index, process_count, steps_per_item, num_workers, num_threads
+) -> None:
     if not len(source):
         raise ValueError(f"source {source.name!r} split {source.split!r} has 0 examples, expected at least 1.")
     for name, value in (
         ("batch_size", batch_size), ("process_count", process_count), ("steps_per_item", steps_per_item),
+        ("num_threads", num_threads),
     ):
         if value < 1:
             raise ValueError(f"batches: got {name} = {value}, expected at least 1.")

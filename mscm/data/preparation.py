@@ -168,7 +168,7 @@ def _shards(files: ImageFiles | TfdsFiles, output: Path, settings: Settings, spl
     size = settings.images_per_shard or min(_MAX_SHARD, max(_MIN_SHARD, -(-total // _NUM_SHARDS)))
     count = -(-total // size)
     # Not skip_broken: a whole shard is the same with and without it.
-    decides = dataclasses.asdict(settings) | {"images_per_shard": size, "skip_broken": None}
+    decides = dataclasses.asdict(settings) | {"images_per_shard": size, "skip_broken": None, "format": records.FORMAT}
     key, shards = _hash(decides), []
     for i in range(count):
         part = range(i * size, min(total, (i + 1) * size))
@@ -225,9 +225,8 @@ def _end_with_parent() -> None:
 def _write_shard(files: ImageFiles | TfdsFiles, settings: Settings, shard: _Shard) -> dict:
     """Writes a shard and its note. Runs in a worker process."""
     temporary = f"{shard.path}.{os.getpid()}.tmp"
-    # Records one by one for random access. PNG does not compress further; raw pixels do.
-    options = "group_size:1,uncompressed" if settings.encoding == "png" else "group_size:1"
-    writer = ArrayRecordWriter(temporary, options)
+    # Records one by one for random access. PNG does not compress further; raw pixels are for who wants speed.
+    writer = ArrayRecordWriter(temporary, "group_size:1,uncompressed")
     try:
         found = _write_images(writer, files, settings)
         writer.close()

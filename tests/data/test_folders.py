@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from mscm.data import folders, images
+from mscm.data import folders, images, png
 
 TREE = {
     "photos/train/cat/1.png": 1,
@@ -24,7 +24,7 @@ TREE = {
 
 
 def _bytes(value):
-    return b"text" if value is None else images.encode_png(np.full((4, 4, 3), value, np.uint8))
+    return b"text" if value is None else png.encode(np.full((4, 4, 3), value, np.uint8))
 
 
 def _folder(root, tree):

@@ -9,6 +9,7 @@ import pytest
 from mscm.data import pipeline, sources
 
 NUM = 23  # no multiple of any batch size here, so that batches span epochs
+ORDER = [19, 6, 11, 2, 8, 3]  # positions 18 to 23 under seed 7: the end of an epoch, the first of the next
 
 
 def make_source():
@@ -60,11 +61,24 @@ def test_processes_share_one_global_sequence(process_count, start):
     assert_same(together, take(9, start_step=start))
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_worker_processes_change_nothing(num_workers):
+@pytest.mark.parametrize("num_workers, num_threads", [(0, 3), (1, 1), (2, 2)])
+def test_workers_and_threads_change_nothing(num_workers, num_threads):
     """The same batches in the same order, from any step, stacked and of one process of two."""
     arguments = {"start_step": 3, "process_index": 1, "process_count": 2, "steps_per_item": 2}
-    assert_same(take(7, num_workers=num_workers, **arguments), take(7, **arguments))
+    assert_same(take(7, num_workers=num_workers, num_threads=num_threads, **arguments), take(7, **arguments))
+
+
+def test_the_order_stays():
+    """A run that continues under another version of a library meets the examples that are left: these numbers stay."""
+    np.testing.assert_array_equal(take(1, batch_size=6, seed=7, start_step=3)[0]["label"], ORDER)
+
+
+def test_orders_of_neighbouring_seeds_share_no_epoch():
+    first, second = (
+        np.concatenate([batch["label"] for batch in take(3, batch_size=NUM, seed=seed)]).reshape(3, NUM)
+        for seed in (0, 1)
+    )
+    assert not {tuple(epoch) for epoch in first} & {tuple(epoch) for epoch in second}
 
 
 @pytest.mark.parametrize("start", [0, 3, 4])
@@ -98,6 +112,7 @@ def test_far_step_costs_nothing():
         ({"batch_size": 6, "process_count": 4}, "multiple of the 4 processes; choose 4"),
         ({"steps_per_item": 0}, "steps_per_item = 0"),
         ({"num_workers": -1}, "num_workers = -1"),
+        ({"num_threads": 0}, "num_threads = 0"),
     ],
 )
 def test_bad_sizes_are_sentences(arguments, message):

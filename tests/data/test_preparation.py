@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mscm.data import folders, images, preparation, records, sources
+from mscm.data import folders, images, png, preparation, records, sources
 from mscm.data.preparation import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ def photos(tmp_path_factory):
     for i in range(14):
         path = root / ("cat" if i < 5 else "dog") / f"{i:02d}.png"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(images.encode_png(rng.randint(0, 256, (*SIZES[i % 3], 3), np.uint8)))
+        path.write_bytes(png.encode(rng.randint(0, 256, (*SIZES[i % 3], 3), np.uint8)))
     return root
 
 
@@ -184,8 +184,8 @@ def test_records_that_lost_something_are_refused(photos, tmp_path):
         sources.open_source("x", split="train", path=tmp_path)
     card = json.loads((tmp_path / "train.json").read_text()) | {"format": "other"}
     for text, sentence in (
-        (json.dumps(card), "got format 'other', expected 'mscm records 1'"),
-        ("[1]", "got format None, expected 'mscm records 1'"),
+        (json.dumps(card), "got format 'other', expected 'mscm records 2'"),
+        ("[1]", "got format None, expected 'mscm records 2'"),
         ("{", "got a file that is no JSON"),
     ):
         (tmp_path / "train.json").write_text(text)
@@ -219,7 +219,7 @@ def test_other_images_of_the_same_names_are_not_mixed_in(photos, tmp_path):
         _prepare(tmp_path / "x", tmp_path / "out", images_per_shard=4)
     assert len(list((tmp_path / "out").glob("*.done.json"))) == 3
     changed = np.full((12, 9, 3), 7, np.uint8)
-    (tmp_path / "x" / "cat" / "00.png").write_bytes(images.encode_png(changed))
+    (tmp_path / "x" / "cat" / "00.png").write_bytes(png.encode(changed))
     shutil.copy(photos / "dog" / "13.png", tmp_path / "x" / "dog" / "13.png")
     _prepare(tmp_path / "x", tmp_path / "out", images_per_shard=4)
     source = sources.open_source("x", split="train", path=tmp_path / "out")
@@ -254,7 +254,7 @@ def test_killed_it_continues(tmp_path):
     for i in range(160):
         path = tmp_path / "photos" / f"class_{i % 4}" / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(images.encode_png(rng.randint(0, 256, (256, 256, 3), np.uint8)))
+        path.write_bytes(png.encode(rng.randint(0, 256, (256, 256, 3), np.uint8)))
     output = tmp_path / "out"
     flags = (f'--source={tmp_path / "photos"}', "--resolution=16", "--images_per_shard=10", "--workers=1")
     process = subprocess.Popen(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from mscm.data import images, preparation, sources, tfds_source
+from mscm.data import images, png, preparation, sources, tfds_source
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (11, 8, 8, 3), np.uint8)
 
@@ -28,7 +28,7 @@ class _Base(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, indices):
         for i in indices:
-            yield i, {"image": io.BytesIO(images.encode_png(PIXELS[i])), "label": i % 2}
+            yield i, {"image": io.BytesIO(png.encode(PIXELS[i])), "label": i % 2}
 
 
 class MscmPets(_Base):

@@ -59,6 +59,10 @@ def batches(
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads flags, also where no command has parsed any
             flags.FLAGS.mark_as_parsed()
+        # Through pipes. Shared memory is no faster for images that have to be decoded, a container has 64 MB of it, and
+        # Grain leaves some behind when it is closed.
+        options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        items = grain.experimental.WithOptionsIterDataset(items, options)
         items = items.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_AHEAD))
     return iter(items)
 

@@ -2,6 +2,10 @@
 
 import contextlib
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +70,24 @@ def test_workers_and_threads_change_nothing(num_workers, num_threads):
     """The same batches in the same order, from any step, stacked and of one process of two."""
     arguments = {"start_step": 3, "process_index": 1, "process_count": 2, "steps_per_item": 2}
     assert_same(take(7, num_workers=num_workers, num_threads=num_threads, **arguments), take(7, **arguments))
+
+
+def test_workers_leave_nothing_behind(tmp_path):
+    """Closed in the middle: no message at the end, of shared memory or of a worker."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from mscm.data import pipeline, sources\n"
+        "def main():\n"
+        "    source = sources.open_source('synthetic', split='train', resolution=32, channels=3, num_classes=2)\n"
+        "    items = pipeline.batches(source, batch_size=64, seed=0, num_workers=2)\n"
+        "    print(next(items)['image'].shape)\n"
+        "    items.close()\n"
+        "if __name__ == '__main__':\n"
+        "    main()\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("(64, 32, 32, 3)\n", "")
 
 
 def test_the_order_stays():

@@ -137,6 +137,9 @@ def test_a_broken_image_is_named_or_skipped(photos, tmp_path):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="got no whole image in class 'cat'"):
         _prepare(source, tmp_path / "out3", skip_broken=True)
+    # Its shards are finished and lack images: a run that may skip none makes them again.
+    with pytest.raises(ValueError, match="got a broken image, cat/00.png"):
+        _prepare(source, tmp_path / "out3")
 
 
 @pytest.mark.parametrize(

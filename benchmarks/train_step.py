@@ -35,9 +35,11 @@ class Runner:
             "image": rng.integers(0, 256, shape, dtype=np.uint8),
             "label": rng.integers(0, data.num_classes, shape[:2], dtype=np.int32),
         }
-        params = jax.jit(experiment.init_params)(jax.random.key(0))
-        self._frozen = jax.tree.map(np.asarray, params) if experiment.distil else {}
-        self._state = experiment.init_state(params)
+        make_state = jax.jit(
+            lambda key: experiment.init_state(experiment.init_params(key)), out_shardings=experiment.state_shardings()
+        )
+        self._state = make_state(jax.random.key(0))
+        self._frozen = make_state(jax.random.key(0)).params if experiment.distil else {}
         self._run = experiment.train_steps()
         self.seconds_per_step(steps_per_dispatch)  # compiles
 

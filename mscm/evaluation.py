@@ -25,6 +25,7 @@ from mscm.experiment import EvalSpec, Experiment
 from mscm.metrics import classifier as classifiers
 from mscm.metrics import frechet, moments
 from mscm.report import grid, table
+from mscm.training import partition
 from mscm.types import Images, Labels, Params
 
 _GRID_IMAGES, _GRID_COLUMNS = 50, 10
@@ -93,7 +94,7 @@ def make_sample_fn(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
         denoiser = experiment.denoiser(params, labels)
         return SAMPLERS[spec.name](denoiser, experiment.schedule, z_1, num_steps=spec.num_steps)
 
-    return jax.jit(sample)
+    return jax.jit(sample, out_shardings=partition.replicated(experiment.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -116,14 +117,16 @@ def generate(
     `labels`: one for each image; None: balanced.
     """
     data, sample = experiment.data, make_sample_fn(experiment, spec)
+    rows = partition.batch_sharding(experiment.mesh)
+    batch_size = partition.rounded_up(batch_size, experiment.mesh)
     key = jax.random.key(seed)
     shape = (data.resolution, data.resolution, data.channels)
     for first in range(0, num_images, batch_size):
         # The last batch is filled up and cut: one compiled shape, and no image is dropped.
         indices = np.arange(first, first + batch_size)
         wanted = indices % data.num_classes if labels is None else labels[indices % num_images]
-        z_1 = _noise(key, jnp.asarray(indices), shape)
-        images = transforms.to_uint8(sample(params, z_1, jnp.asarray(wanted, jnp.int32)))
+        z_1, wanted = jax.device_put((_noise(key, jnp.asarray(indices), shape), wanted.astype(np.int32)), rows)
+        images = transforms.to_uint8(sample(params, z_1, wanted))
         yield np.asarray(images)[: num_images - first]
 
 
@@ -207,7 +210,8 @@ def read_ema(experiment: Experiment, workdir: str, step: int | None = None) -> P
     """Averaged parameters of a checkpoint (None: the newest)."""
     with reading(workdir) as checkpoints:
         step = checkpoints.check(experiment.facts(), step)
-        return checkpoints.restore_ema(experiment.abstract_params(), step)
+        ema = partition.placed(experiment.abstract_params(), experiment.state_shardings().ema)
+        return checkpoints.restore_ema(ema, step)
 
 
 def real_row(scorer: Scorer) -> dict:

@@ -27,6 +27,7 @@ from mscm.objectives import distance as distances
 from mscm.objectives.diffusion import diffusion_loss
 from mscm.objectives.multistep_consistency import consistency_loss
 from mscm.training import optimizer as optimizers
+from mscm.training import partition
 from mscm.training.step import Averages, Batch, LossFn, TrainState, init_state, make_train_steps
 from mscm.types import Array, Denoiser, Distance, Int, Key, Labels, Metrics, Params, PerExample, Schedule, Teacher
 
@@ -133,11 +134,26 @@ class Experiment:
     student_steps: int | None  # None: a diffusion model
     distil: bool  # whether training calls the teacher
     teacher: TeacherSpec | None
+    mesh_sizes: partition.MeshSizes
     guidance: float = 0.0  # of a teacher: classifier-free guidance in all that it answers
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The devices that are there, as the config arranges them.
+
+        Raises:
+          ConfigError: the sizes, or the batch, do not fit the devices.
+        """
+        try:
+            mesh = partition.make_mesh(self.mesh_sizes)
+            partition.check_batch_size(self.train.batch_size, mesh)
+        except ValueError as error:
+            raise ConfigError(f"config {self.name!r}: {error}") from error
+        return mesh
 
     def init_params(self, key: Key) -> Params:
         """Parameters at random; compile it with jit."""
-        return _init(self.model, self.data, key)
+        return nn.meta.unbox(_init(self.model, self.data, key))
 
     def abstract_params(self) -> Params:
         """Shapes and types of the parameters, without computing them."""
@@ -147,12 +163,23 @@ class Experiment:
         """Training state before the first step."""
         return init_state(params, self.optimizer)
 
+    def boxed_state(self) -> TrainState:
+        """Shapes and types of the training state, boxed with the logical names of the axes."""
+        boxed = jax.eval_shape(functools.partial(_init, self.model, self.data), jax.random.key(0))
+        return jax.eval_shape(self.init_state, boxed)
+
+    def state_shardings(self) -> TrainState:
+        """Where every part of the training state lies on the mesh; the average lies as the parameters do."""
+        return partition.shardings(self.boxed_state(), self.mesh)
+
     def abstract_state(self) -> TrainState:
         """Shapes and types of the training state."""
         return jax.eval_shape(self.init_state, self.abstract_params())
 
     def train_steps(self) -> Callable[[TrainState, Params, Batch, Key], tuple[TrainState, Averages]]:
         """The jitted step; batches carry a leading axis of `train.steps_per_dispatch`."""
+        state, whole = self.state_shardings(), partition.replicated(self.mesh)
+        frozen = state.params if self.distil else {}
         return make_train_steps(
             self.loss_fn,
             self.optimizer,
@@ -160,6 +187,8 @@ class Experiment:
             ema_decay=self.ema_decay,
             ema_warmup=self.ema_warmup,
             num_segments=self.student_steps,
+            in_shardings=(state, frozen, partition.batch_sharding(self.mesh, leading=1), whole),
+            out_shardings=(state, whole),
         )
 
     def answer(self, params: Params, labels: Labels) -> Teacher:
@@ -230,6 +259,7 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
     bind_rate = optimizer_section.bind(functools.partial(optimizers.make_learning_rate, num_steps=train.num_steps))
     learning_rate = bind_rate()
     ema = root.section("ema")
+    mesh = root.section("mesh")
     teacher = _teacher(root.optional_section("teacher"), config)
     objective = root.section("objective")
     kind = objective.choose("name", OBJECTIVES)
@@ -260,6 +290,7 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
         student_steps=student_steps,
         distil=distil,
         teacher=teacher,
+        mesh_sizes=partition.MeshSizes(**_fields(mesh, partition.MeshSizes)),
     )
     jax.eval_shape(schedule, jnp.zeros((1,)))
     ours = parameter_shapes(experiment.abstract_params())  # shapes that do not fit are errors of the config
@@ -318,9 +349,10 @@ def _model(section: Section, data: DataSpec) -> uvit.UViT:
 
 
 def _init(model: nn.Module, data: DataSpec, key: Key) -> Params:
+    """Parameters boxed with the logical names of their axes."""
     images = jnp.zeros((1, data.resolution, data.resolution, data.channels))
     variables = model.init(key, images, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32), train=False)
-    return nn.meta.unbox(variables)["params"]
+    return variables["params"]
 
 
 def _network(model: nn.Module, params: Params, *, dropout_key: Key | None = None) -> denoisers.Network:
@@ -338,6 +370,7 @@ def _teacher(section: Section | None, config: ConfigDict) -> TeacherSpec | None:
         return None
     of_teacher = load_config(section.take("config"))
     of_teacher.data = config.data  # so that --config.data.path is said once
+    of_teacher.mesh = config.mesh
     experiment = build(of_teacher)
     guidance = section.number("guidance", minimum=0.0)
     if guidance:

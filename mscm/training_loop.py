@@ -20,6 +20,7 @@ from mscm.data import pipeline, sources
 from mscm.experiment import Experiment
 from mscm.report import grid
 from mscm.report.writer import Writer
+from mscm.training import partition
 from mscm.training.step import Averages, Batch, TrainState
 from mscm.types import Params
 
@@ -48,6 +49,7 @@ def run(experiment: Experiment, workdir: str) -> None:
 def check(experiment: Experiment, workdir: str) -> sources.Source:
     """All that can be wrong is found here, before anything is compiled: data, work directory, teacher."""
     source = experiment.data.open()
+    logging.info("Mesh: %s", dict(experiment.mesh.shape))  # refuses what does not fit the devices
     if os.path.exists(workdir) and not os.path.isdir(workdir):
         raise ConfigError(f"--workdir: got {workdir!r}, which is a file, expected a directory to write to")
     try:
@@ -84,7 +86,7 @@ def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_
         root = jax.random.key(experiment.seed + 1)  # not the key of the initialisation
         frozen = teacher_params if experiment.distil else {}
         progress = Progress(experiment, step, writer)
-        for batch in progress.waiting_for(on_device(batches(experiment, source, step))):
+        for batch in progress.waiting_for(on_device(experiment, batches(experiment, source, step))):
             state, averages = run_steps(state, frozen, batch, root)
             step += spec.steps_per_dispatch
             progress.add(averages)
@@ -100,25 +102,27 @@ def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_
 
 def initial_state(experiment: Experiment, checkpoints: Checkpoints, teacher_params: Params) -> TrainState:
     """The newest checkpoint; else the teacher's weights (students); else random ones."""
+    shardings = experiment.state_shardings()
     if checkpoints.latest() is not None:
         logging.info("%s: continuing from step %d", experiment.name, checkpoints.latest())
-        return checkpoints.restore(experiment.abstract_state())
+        return checkpoints.restore(partition.placed(experiment.abstract_state(), shardings))
     if experiment.teacher is not None:
-        params = jax.tree.map(jax.numpy.copy, teacher_params)
-    else:
-        params = jax.jit(experiment.init_params)(jax.random.key(experiment.seed))
-        logging.info("%s: %d parameters", experiment.name, parameter_overview.count_parameters(params))
-    return experiment.init_state(params)
+        return jax.jit(experiment.init_state, out_shardings=shardings)(teacher_params)
+    count = parameter_overview.count_parameters(experiment.abstract_params())
+    logging.info("%s: %d parameters", experiment.name, count)
+    make_state = jax.jit(lambda key: experiment.init_state(experiment.init_params(key)), out_shardings=shardings)
+    return make_state(jax.random.key(experiment.seed))
 
 
 def batches(experiment: Experiment, source: sources.Source, start_step: int) -> Iterator[Batch]:
-    """Batches with a leading axis of the steps of a dispatch."""
+    """This process's rows of the batches, with a leading axis of the steps of a dispatch."""
     spec = experiment.train
     items = pipeline.batches(
         source,
         batch_size=spec.batch_size,
         seed=experiment.seed,
         start_step=start_step,
+        rows=partition.local_rows(spec.batch_size, experiment.mesh),
         steps_per_item=spec.steps_per_dispatch,
         num_workers=experiment.data.num_workers,
         num_threads=experiment.data.num_threads,
@@ -131,11 +135,13 @@ def batches(experiment: Experiment, source: sources.Source, start_step: int) -> 
         items.close()
 
 
-def on_device(items: Iterator[Batch], *, ahead: int = 2) -> Iterator[Batch]:
-    """The same items, copied to the device while the steps before them run."""
+def on_device(experiment: Experiment, items: Iterator[Batch], *, ahead: int = 2) -> Iterator[Batch]:
+    """The whole batches, copied to the devices while the steps before them run."""
+    batch_size, mesh = experiment.train.batch_size, experiment.mesh
+    rows = partition.local_rows(batch_size, mesh)
     queue = collections.deque()
     for item in items:
-        queue.append(jax.device_put(item))
+        queue.append(partition.global_batch(item, rows, batch_size, mesh))
         if len(queue) > ahead:
             yield queue.popleft()
 

@@ -1,9 +1,9 @@
 """The batches of a training run: a pure function of (seed, step), read ahead by Grain.
 
 The examples of all epochs form one endless sequence (a new permutation each epoch); step i owns the positions
-`i * batch_size` to before `(i + 1) * batch_size` of it and process p of P the p-th contiguous part of those. So the
-position is the step number (nothing else is saved to resume), and the parts of all processes, one after the other, are
-the same global batch row by row whatever P is. Indices are batched first, and a batch is loaded in one request.
+`i * batch_size` to before `(i + 1) * batch_size` of it, of which a process loads the rows that its devices hold. So the
+position is the step number (nothing else is saved to resume), and the global batch is the same row by row whatever the
+number of processes. Indices are batched first, and a batch is loaded in one request.
 
 Records and arrays are read by code that lets other threads run, so threads of the training process are enough for them
 and pass batches on without a copy. Image files are decoded in Python's time: worker processes are for those.
@@ -17,6 +17,7 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import Integer
 
 from mscm.data.sources import Source
 
@@ -29,21 +30,21 @@ def batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Integer[np.ndarray, "rows"] | None = None,
     steps_per_item: int = 1,
     num_workers: int = 0,
     num_threads: int = 1,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """Endless iterator over this process's part of the global batches of steps `start_step`, `start_step + 1`, ...
+    """Endless iterator over some rows of the global batches of steps `start_step`, `start_step + 1`, ...
 
-    Each item is `{'image': uint8 'b h w c', 'label': int32 'b'}` with b = batch_size / process_count; for
+    Each item is `{'image': uint8 'rows h w c', 'label': int32 'rows'}`; for
     `steps_per_item` = k > 1 it is the batches of k consecutive steps, stacked along a new leading axis of size k.
     Every example appears once per epoch; a batch may span two epochs. Call `close()` when done.
 
     Args:
       batch_size: of the global batch, over all processes.
       seed: of the order of the examples, 0 to 2**32 - 1.
+      rows: which of the rows 0 to batch_size - 1 of every batch to load, in this order; None: all.
       start_step: first step to deliver; any step, a multiple of `steps_per_item` or not.
       num_workers: processes that load; 0 is this process. The batches are the same.
       num_threads: threads of each process that load. The batches are the same.
@@ -51,8 +52,9 @@ def batches(
     Raises:
       ValueError: for an empty source, or sizes that are not positive or do not divide.
     """
-    _check(source, batch_size, start_step, process_index, process_count, steps_per_item, num_workers, num_threads)
-    loader = _Loader(source, batch_size, seed, start_step, process_index, process_count, steps_per_item)
+    rows = np.arange(batch_size) if rows is None else rows
+    _check(source, batch_size, start_step, rows, steps_per_item, num_workers, num_threads)
+    loader = _Loader(source, batch_size, seed, start_step, rows, steps_per_item)
     items: Any = grain.MapDataset.range(sys.maxsize // (batch_size * steps_per_item) - start_step).map(loader)
     # Grain's defaults (16 threads, 500 elements) are meant for single records; an element here is whole batches.
     items = items.to_iter_dataset(grain.ReadOptions(num_threads, prefetch_buffer_size=_AHEAD * num_threads))
@@ -75,8 +77,7 @@ class _Loader:
     batch_size: int
     seed: int
     start_step: int
-    process_index: int
-    process_count: int
+    rows: Integer[np.ndarray, "rows"]
     steps_per_item: int
 
     def __call__(self, item: int) -> dict[str, np.ndarray]:
@@ -87,14 +88,12 @@ class _Loader:
         return {name: np.stack([step[name] for step in steps]) for name in steps[0]}
 
     def _load_step(self, step: int) -> dict[str, np.ndarray]:
-        local_size = self.batch_size // self.process_count
-        first = step * self.batch_size + self.process_index * local_size
-        epochs, within = np.divmod(np.arange(first, first + local_size), len(self.source))
-        parts = [
-            _permutation(len(self.source), self.seed, epoch)[within[epochs == epoch]]
-            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
-        ]
-        return self.source.load(np.concatenate(parts))
+        epochs, within = np.divmod(step * self.batch_size + self.rows, len(self.source))
+        indices = np.empty_like(within)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            indices[here] = _permutation(len(self.source), self.seed, epoch)[within[here]]
+        return self.source.load(indices)
 
 
 @functools.lru_cache(maxsize=4)  # threads may be at an epoch's two sides; 8 bytes an example each
@@ -103,14 +102,11 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.RandomState([seed, epoch]).permutation(size)
 
 
-def _check(
-    source, batch_size, start_step, process_index, process_count, steps_per_item, num_workers, num_threads
-) -> None:
+def _check(source, batch_size, start_step, rows, steps_per_item, num_workers, num_threads) -> None:
     if not len(source):
         raise ValueError(f"source {source.name!r} split {source.split!r} has 0 examples, expected at least 1.")
     for name, value in (
-        ("batch_size", batch_size), ("process_count", process_count), ("steps_per_item", steps_per_item),
-        ("num_threads", num_threads),
+        ("batch_size", batch_size), ("steps_per_item", steps_per_item), ("num_threads", num_threads),
     ):
         if value < 1:
             raise ValueError(f"batches: got {name} = {value}, expected at least 1.")
@@ -118,13 +114,5 @@ def _check(
         raise ValueError(f"batches: got num_workers = {num_workers}, expected 0 or more.")
     if start_step < 0:
         raise ValueError(f"batches: got start_step = {start_step}, expected 0 or more; it counts finished steps.")
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"batches: got process_index = {process_index}, expected 0 to {process_count - 1} for "
-            f"process_count = {process_count}."
-        )
-    if batch_size % process_count:
-        raise ValueError(
-            f"batches: got batch_size = {batch_size}, expected a multiple of the {process_count} processes; "
-            f"choose {batch_size // process_count * process_count or process_count}."
-        )
+    if not len(rows) or rows.min() < 0 or rows.max() >= batch_size:
+        raise ValueError(f"batches: got rows {rows}, expected some from 0 to {batch_size - 1}.")

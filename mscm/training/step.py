@@ -46,8 +46,9 @@ def make_train_steps(
     ema_decay: float,
     ema_warmup: bool,
     num_segments: int | None,
+    **jit_options: Any,
 ) -> Callable[[TrainState, Params, Batch, Key], tuple[TrainState, Averages]]:
-    """Several optimiser steps as one jitted function with donated state.
+    """Several optimiser steps as one jitted function with donated state; `jit_options` are its shardings.
 
     The batches carry a leading axis, one entry per step; the metrics are sums and counts over all of them.
     """
@@ -75,7 +76,7 @@ def make_train_steps(
         state, averages = jax.lax.scan(lambda state, batch: one_step(state, frozen, batch, root), state, batches)
         return state, jax.tree.map(lambda sums: jnp.sum(sums, axis=0), averages)
 
-    return jax.jit(steps, donate_argnums=0)
+    return jax.jit(steps, donate_argnums=0, **jit_options)
 
 
 def summarize(loss: PerExample, metrics: Metrics, *, num_segments: int | None) -> Averages:

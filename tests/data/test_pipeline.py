@@ -58,17 +58,24 @@ def test_restart_at_any_step(start):
 @pytest.mark.parametrize("process_count", [2, 4])
 @pytest.mark.parametrize("start", [0, 3])
 def test_processes_share_one_global_sequence(process_count, start):
-    parts = [take(9, start_step=start, process_index=p, process_count=process_count) for p in range(process_count)]
+    parts = [take(9, start_step=start, rows=rows) for rows in np.split(np.arange(4), process_count)]
     together = [
         {name: np.concatenate([part[i][name] for part in parts]) for name in ("image", "label")} for i in range(9)
     ]
     assert_same(together, take(9, start_step=start))
 
 
+def test_rows_come_in_the_order_asked_for():
+    """Devices of a process may hold any rows of the global batch."""
+    whole = take(5)
+    expected = [{name: array[[3, 0]] for name, array in batch.items()} for batch in whole]
+    assert_same(take(5, rows=np.array([3, 0])), expected)
+
+
 @pytest.mark.parametrize("num_workers, num_threads", [(0, 3), (1, 1), (2, 2)])
 def test_workers_and_threads_change_nothing(num_workers, num_threads):
-    """The same batches in the same order, from any step, stacked and of one process of two."""
-    arguments = {"start_step": 3, "process_index": 1, "process_count": 2, "steps_per_item": 2}
+    """The same batches in the same order, from any step, stacked and of half of the rows."""
+    arguments = {"start_step": 3, "rows": np.array([2, 3]), "steps_per_item": 2}
     assert_same(take(7, num_workers=num_workers, num_threads=num_threads, **arguments), take(7, **arguments))
 
 
@@ -105,8 +112,8 @@ def test_orders_of_neighbouring_seeds_share_no_epoch():
 
 @pytest.mark.parametrize("start", [0, 3, 4])
 def test_stacked_steps_are_consecutive_steps(start):
-    single = take(8, start_step=start, process_index=1, process_count=2)
-    stacked = take(2, start_step=start, process_index=1, process_count=2, steps_per_item=4)
+    single = take(8, start_step=start, rows=np.array([2, 3]))
+    stacked = take(2, start_step=start, rows=np.array([2, 3]), steps_per_item=4)
     assert stacked[0]["image"].shape == (4, 2, 2, 2, 1)
     assert_same([{name: item[name][i] for name in item} for item in stacked for i in range(4)], single)
 
@@ -130,8 +137,8 @@ def test_far_step_costs_nothing():
     [
         ({"batch_size": 0}, "batch_size = 0"),
         ({"start_step": -1}, "start_step = -1"),
-        ({"process_index": 2, "process_count": 2}, "process_index = 2, expected 0 to 1"),
-        ({"batch_size": 6, "process_count": 4}, "multiple of the 4 processes; choose 4"),
+        ({"rows": np.array([0, 4])}, r"got rows \[0 4\], expected some from 0 to 3"),
+        ({"rows": np.array([], np.int64)}, "expected some from 0 to 3"),
         ({"steps_per_item": 0}, "steps_per_item = 0"),
         ({"num_workers": -1}, "num_workers = -1"),
         ({"num_threads": 0}, "num_threads = 0"),

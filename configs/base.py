@@ -18,7 +18,7 @@ def with_shared(**sections) -> ConfigDict:
             prediction="v",
             # simple diffusion's Adam, arXiv:2301.11093.
             optimizer=dict(b1=0.9, b2=0.99, eps=1e-12, weight_decay=0.0, clip_norm=1.0),
-            train=dict(keep_checkpoints=3),
+            train=dict(keep_checkpoints=3, num_microbatches=1),
             mesh=dict(data=-1, fsdp=1, tensor=1),
             eval=dict(seed=0, teacher_steps=(1, 2, 4, 8, 64, 256)),
         )

@@ -4,6 +4,7 @@ import json
 import logging as python_logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
     flags.mark_flags_as_required(list(required))
 
     def wrapped(_: list[str]) -> None:
+        from mscm import distributed
         from mscm.checkpoint import CheckpointError
         from mscm.data.images import BrokenImage
 
@@ -31,7 +33,12 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
         try:
             main()
         except (ConfigError, CheckpointError, FloatingPointError, BrokenImage) as error:
+            distributed.end_all(str(error))
             _fail(str(error))
+        except Exception as error:
+            traceback.print_exc()
+            distributed.end_all(f"{type(error).__name__}: {error}")
+            sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted; run the same command again to continue", file=sys.stderr)
             sys.exit(130)  # as a shell says it

@@ -21,10 +21,12 @@ def main() -> None:
     """Scores what is new, prints all."""
     from absl import logging  # here and not above: --help must not wait for jax
 
-    from mscm import evaluation
+    from mscm import distributed, evaluation
     from mscm.checkpoint import reading
     from mscm.experiment import build
 
+    if run_flags.DISTRIBUTED.value:
+        distributed.start(run_flags.DISTRIBUTED.value)
     experiment, workdir = build(run_flags.CONFIG.value), run_flags.WORKDIR.value
     source = experiment.data.open()
     with reading(workdir) as checkpoints:
@@ -48,7 +50,8 @@ def main() -> None:
         rows = [scorer.score(experiment, params, spec).row() for spec in specs]
         seconds = round(time.monotonic() - started, 3)
         scored[step] = {"step": step, "identity": identity, "seconds": seconds, "scores": rows}
-        cli.append_json_line(scores_file, scored[step])
+        if distributed.is_main():
+            cli.append_json_line(scores_file, scored[step])
         logging.info("Step %d scored in %s", step, cli.duration(seconds))
 
     rows = list(scored[newest]["scores"])
@@ -56,7 +59,8 @@ def main() -> None:
         teacher_specs = evaluation.diffusion_samplers(experiment)
         rows += [scorer.score(teacher.experiment, teacher_params, spec).row() for spec in teacher_specs]
     rows.append(evaluation.real_row(scorer))
-    print(f"\nstep {newest}\n{evaluation.result_table(rows)}\n\nall checkpoints: {scores_file}\n", flush=True)
+    if distributed.is_main():
+        print(f"\nstep {newest}\n{evaluation.result_table(rows)}\n\nall checkpoints: {scores_file}\n", flush=True)
 
 
 if __name__ == "__main__":

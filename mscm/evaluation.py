@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from mscm import distributed
 from mscm.checkpoint import reading
 from mscm.config import ConfigError
 from mscm.data import sources, transforms
@@ -26,12 +26,12 @@ from mscm.metrics import classifier as classifiers
 from mscm.metrics import frechet, moments
 from mscm.report import grid, table
 from mscm.training import partition
-from mscm.types import Images, Labels, Params
+from mscm.types import Images, Int, Key, Labels, Params
 
 _GRID_IMAGES, _GRID_COLUMNS = 50, 10
 
-# (params, z_1, labels) -> images
-SampleFn = Callable[[Params, Images, Labels], Images]
+# (params, key, indices of the images, labels) -> images, whole on every device
+SampleFn = Callable[[Params, Key, Int[np.ndarray, "b"], Labels], Images]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +89,18 @@ def check_sampler(experiment: Experiment, spec: SamplerSpec, *, force: bool = Fa
 @functools.lru_cache(maxsize=64)
 def make_sample_fn(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
     """Jitted sampler; kept, so that a model is compiled once however many checkpoints are scored."""
+    data = experiment.data
+    shape = (data.resolution, data.resolution, data.channels)
 
-    def sample(params: Params, z_1: Images, labels: Labels) -> Images:
+    def sample(params: Params, key: Key, indices: jax.Array, labels: Labels) -> Images:
+        z_1 = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
         denoiser = experiment.denoiser(params, labels)
         return SAMPLERS[spec.name](denoiser, experiment.schedule, z_1, num_steps=spec.num_steps)
 
-    return jax.jit(sample, out_shardings=partition.replicated(experiment.mesh))
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _noise(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> Images:
-    return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
+    rows = partition.batch_sharding(experiment.mesh)
+    return jax.jit(
+        sample, in_shardings=(None, None, rows, rows), out_shardings=partition.replicated(experiment.mesh)
+    )
 
 
 def generate(
@@ -117,16 +118,13 @@ def generate(
     `labels`: one for each image; None: balanced.
     """
     data, sample = experiment.data, make_sample_fn(experiment, spec)
-    rows = partition.batch_sharding(experiment.mesh)
     batch_size = partition.rounded_up(batch_size, experiment.mesh)
     key = jax.random.key(seed)
-    shape = (data.resolution, data.resolution, data.channels)
     for first in range(0, num_images, batch_size):
         # The last batch is filled up and cut: one compiled shape, and no image is dropped.
         indices = np.arange(first, first + batch_size)
         wanted = indices % data.num_classes if labels is None else labels[indices % num_images]
-        z_1, wanted = jax.device_put((_noise(key, jnp.asarray(indices), shape), wanted.astype(np.int32)), rows)
-        images = transforms.to_uint8(sample(params, z_1, wanted))
+        images = transforms.to_uint8(sample(params, key, indices, wanted.astype(np.int32)))
         yield np.asarray(images)[: num_images - first]
 
 
@@ -159,7 +157,8 @@ class Scorer:
 
     def __init__(self, source: sources.Source, cache_dir: str, spec: EvalSpec):
         self._source, self._spec = source, spec
-        self.classifier = classifiers.load_or_train(source, cache_dir)
+        with distributed.main_first():
+            self.classifier = classifiers.load_or_train(source, cache_dir)
         self._reference = self._source_moments(np.arange(len(source)))
 
     def _source_moments(self, indices: np.ndarray) -> moments.Moments:

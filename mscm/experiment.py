@@ -89,6 +89,7 @@ class TrainSpec:
 
     num_steps: int
     batch_size: int
+    num_microbatches: int  # a batch is taken in so many parts, one after the other
     steps_per_dispatch: int
     log_every_steps: int
     save_every_steps: int
@@ -146,7 +147,7 @@ class Experiment:
         """
         try:
             mesh = partition.make_mesh(self.mesh_sizes)
-            partition.check_batch_size(self.train.batch_size, mesh)
+            partition.check_batch_size(self.train.batch_size, self.train.num_microbatches, mesh)
         except ValueError as error:
             raise ConfigError(f"config {self.name!r}: {error}") from error
         return mesh
@@ -187,6 +188,7 @@ class Experiment:
             ema_decay=self.ema_decay,
             ema_warmup=self.ema_warmup,
             num_segments=self.student_steps,
+            num_microbatches=self.train.num_microbatches,
             in_shardings=(state, frozen, partition.batch_sharding(self.mesh, leading=1), whole),
             out_shardings=(state, whole),
         )

@@ -16,9 +16,11 @@ flags.adopt_module_key_flags(run_flags)  # so that --help lists them
 
 def main() -> None:
     """Builds, checks, trains, scores."""
-    from mscm import training_loop  # here and not above: --help must not wait for jax
+    from mscm import distributed, training_loop  # here and not above: --help must not wait for jax
     from mscm.experiment import build
 
+    if run_flags.DISTRIBUTED.value:
+        distributed.start(run_flags.DISTRIBUTED.value)
     training_loop.run(build(run_flags.CONFIG.value), run_flags.WORKDIR.value)
 
 

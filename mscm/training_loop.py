@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
-from mscm import cli, evaluation
+from mscm import cli, distributed, evaluation
 from mscm.checkpoint import Checkpoints, reading
 from mscm.config import ConfigError
 from mscm.data import pipeline, sources
@@ -63,6 +63,7 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
     if experiment.teacher is not None and experiment.teacher.workdir is not None:
         with reading(experiment.teacher.workdir) as checkpoints:
             checkpoints.check(experiment.teacher.experiment.facts())
+    distributed.barrier()  # nobody has written yet: all have seen the same
     return source
 
 
@@ -74,8 +75,10 @@ def checkpoint_facts(experiment: Experiment, source: sources.Source) -> dict[str
 def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_params: Params) -> None:
     """Trains from the newest checkpoint of `workdir`, or from the teacher's weights, to the last step."""
     spec = experiment.train
-    cli.write_text(os.path.join(workdir, "config.json"), json.dumps(experiment.config, indent=2) + "\n")
-    with Checkpoints(workdir, keep=spec.keep_checkpoints) as checkpoints, Writer(workdir) as writer:
+    is_main = distributed.is_main()
+    if is_main:
+        cli.write_text(os.path.join(workdir, "config.json"), json.dumps(experiment.config, indent=2) + "\n")
+    with Checkpoints(workdir, keep=spec.keep_checkpoints) as checkpoints, Writer(workdir, active=is_main) as writer:
         if (checkpoints.latest() or 0) >= spec.num_steps:
             logging.info("%s: all %d steps are done", experiment.name, spec.num_steps)
             return
@@ -214,6 +217,8 @@ def finish(experiment: Experiment, workdir: str, source: sources.Source, teacher
     scorer = evaluation.Scorer(source, os.path.join(workdir, "eval"), experiment.eval)
     scores = [[scorer.score(model, weights, spec) for spec in specs] for model, weights, specs in models]
     rows = [score.row() for score in itertools.chain(*scores)] + [evaluation.real_row(scorer)]
+    if not distributed.is_main():
+        return
     report = os.path.join(workdir, "report")
     cli.write_text(os.path.join(report, "scores.json"), json.dumps(rows, indent=2) + "\n")
     grid_path = os.path.join(report, "samples.png")

@@ -15,8 +15,11 @@ class Writer:
     Written in the background: a reader sees them within `_FLUSH_SECONDS`, and all of them after the exit.
     """
 
-    def __init__(self, logdir: str | os.PathLike):
-        self._writer = tensorboardX.SummaryWriter(os.fspath(logdir), flush_secs=_FLUSH_SECONDS)
+    def __init__(self, logdir: str | os.PathLike, *, active: bool = True):
+        """`active` False writes nothing: one of several processes does."""
+        self._writer = tensorboardX.SummaryWriter(
+            os.fspath(logdir), flush_secs=_FLUSH_SECONDS, write_to_disk=active
+        )
 
     def __enter__(self) -> "Writer":
         return self

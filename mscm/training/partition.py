@@ -142,12 +142,12 @@ def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises ValueError where the rows of a batch do not divide among the devices."""
-    if batch_size != rounded_up(batch_size, mesh):
+def check_batch_size(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
+    """Raises ValueError where the rows of a batch do not divide among its parts, and those among the devices."""
+    if batch_size % num_microbatches or batch_size // num_microbatches % rounded_up(1, mesh):
         raise ValueError(
-            f"train.batch_size: got {batch_size}, expected a multiple of data x fsdp = {mesh.shape['data']} x "
-            f"{mesh.shape['fsdp']} devices; change it or config.mesh"
+            f"train.batch_size: got {batch_size}, expected a multiple of train.num_microbatches = {num_microbatches} "
+            f"times data x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} devices; change one of them"
         )
 
 

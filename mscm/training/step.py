@@ -4,6 +4,7 @@ A step is pure: (state, frozen parameters, batch, root key) -> (state, metrics).
 so it depends on the step's number and not on how the run got there.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -46,21 +47,28 @@ def make_train_steps(
     ema_decay: float,
     ema_warmup: bool,
     num_segments: int | None,
+    num_microbatches: int = 1,
     **jit_options: Any,
 ) -> Callable[[TrainState, Params, Batch, Key], tuple[TrainState, Averages]]:
     """Several optimiser steps as one jitted function with donated state; `jit_options` are its shardings.
 
-    The batches carry a leading axis, one entry per step; the metrics are sums and counts over all of them.
+    The batches carry a leading axis, one entry per step; the metrics are sums and counts over all of them. Each batch
+    is taken in `num_microbatches` parts one after the other, whose gradients are averaged: activations of one part are
+    in memory at a time.
     """
 
     def one_step(state: TrainState, frozen: Params, batch: Batch, root: Key) -> tuple[TrainState, Averages]:
         key = jax.random.fold_in(root, state.step)
 
-        def mean_loss(params: Params) -> tuple[Array, tuple[PerExample, Metrics]]:
+        def mean_loss(params: Params, batch: Batch, key: Key) -> tuple[Array, tuple[PerExample, Metrics]]:
             loss, metrics = loss_fn(params, frozen, batch, key, state.step)
             return jnp.mean(loss), (loss, metrics)
 
-        gradient, (loss, metrics) = jax.grad(mean_loss, has_aux=True)(state.params)
+        gradient_of = jax.grad(mean_loss, has_aux=True)
+        if num_microbatches == 1:
+            gradient, (loss, metrics) = gradient_of(state.params, batch, key)
+        else:
+            gradient, (loss, metrics) = accumulate(functools.partial(gradient_of, state.params), batch, key)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = ema_lib.decay_at(state.step, decay=ema_decay, warmup=ema_warmup)
@@ -68,6 +76,22 @@ def make_train_steps(
         averages["gradient_norm"] = _average(optax.tree.norm(gradient))
         averages["learning_rate"] = _average(learning_rate(state.step))
         return TrainState(state.step + 1, params, ema_lib.update(state.ema, params, decay), opt_state), averages
+
+    def accumulate(gradient_of: Callable[[Batch, Key], Any], batch: Batch, key: Key) -> Any:
+        # Part j takes every k-th row from the j-th, so that it lies on the devices as the whole batch does.
+        parts = jax.tree.map(lambda a: a.reshape(-1, num_microbatches, *a.shape[1:]).swapaxes(0, 1), batch)
+
+        def add(total: Params, part: tuple[Batch, Array]) -> tuple[Params, tuple[PerExample, Metrics]]:
+            rows, j = part
+            gradient, values = gradient_of(rows, jax.random.fold_in(key, j))
+            return jax.tree.map(jnp.add, total, gradient), values
+
+        abstract, _ = jax.eval_shape(gradient_of, jax.tree.map(lambda a: a[0], parts), key)
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
+        total, values = jax.lax.scan(add, zero, (parts, jnp.arange(num_microbatches)))
+        # One value an example, or one for the whole part.
+        values = jax.tree.map(lambda a: a.reshape(-1) if a.ndim == 2 else jnp.mean(a), values)
+        return jax.tree.map(lambda g: g / num_microbatches, total), values
 
     def steps(state: TrainState, frozen: Params, batches: Batch, root: Key) -> tuple[TrainState, Averages]:
         if jax.tree.leaves(batches)[0].shape[0] == 1:

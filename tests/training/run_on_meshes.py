@@ -1,7 +1,9 @@
-"""Five steps of a small distillation on each mesh that the command line names; run by test_partition on eight devices.
+"""Trains a small distillation on a mesh, or goes on with one; run by test_partition in processes of several devices.
 
-Prints, as JSON by mesh: the losses, bytes of the parameters in all and on one device, and writes the parameters to an
-`.npz` file for each mesh.
+  run_on_meshes.py DIRECTORY NAME:MESH:STEPS... [HOST:PORT,PROCESSES,INDEX]
+
+Each job trains DIRECTORY/NAME on MESH, such as 2x2x2, to STEPS steps in all. Process 0 prints, as JSON, a line for each
+job: the losses of its steps, bytes of the parameters in all and on one device; and writes the parameters to NAME.npz.
 """
 
 import json
@@ -9,10 +11,11 @@ import sys
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from configs import digits
+from mscm import distributed, training_loop
 from mscm import experiment as experiments
-from mscm import training_loop
 from mscm.checkpoint import Checkpoints
 
 
@@ -25,33 +28,47 @@ def small(config):
     return config
 
 
-def main(directory: str, meshes: list[str]) -> None:
+def train(directory: str, name: str, mesh: str, num_steps: int) -> None:
+    """One job."""
+    config = small(digits.student(student_steps=2, distil=True))
+    data, fsdp, tensor = map(int, mesh.split("x"))
+    config.mesh = dict(data=data, fsdp=fsdp, tensor=tensor)
+    experiment = experiments.build(config)
+    source = experiment.data.open()
+    teacher = experiment.teacher.experiment
+    with Checkpoints(f"{directory}/{name}", keep=1) as checkpoints:
+        with Checkpoints(f"{directory}/none", keep=1) as none:
+            frozen = training_loop.initial_state(teacher, none, {}).params
+        # The last layer of a new network is 0, and with it most gradients.
+        fill = jax.jit(lambda p: jax.tree.map(lambda a: a + 0.01, p), out_shardings=teacher.state_shardings().params)
+        frozen = fill(frozen)
+        state = training_loop.initial_state(experiment, checkpoints, frozen)
+        steps, losses = experiment.train_steps(), []
+        first = int(state.step)
+        batches = training_loop.on_device(experiment, training_loop.batches(experiment, source, first))
+        for _ in range(first, num_steps):
+            state, averages = steps(state, frozen, next(batches), jax.random.key(1))
+            losses.append(float(averages["loss"].compute()))
+        batches.close()
+        checkpoints.save(state, experiment.facts())
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    whole = {jax.tree_util.keystr(path): multihost_utils.process_allgather(leaf, tiled=True) for path, leaf in leaves}
+    if distributed.is_main():
+        np.savez(f"{directory}/{name}.npz", **whole)
+        local = sum(leaf.addressable_shards[0].data.nbytes for _, leaf in leaves)
+        total = sum(leaf.nbytes for _, leaf in leaves)
+        print(json.dumps({"name": name, "losses": losses, "bytes": total, "local": local}), flush=True)
+
+
+def main(directory: str, jobs: list[str]) -> None:
+    """All jobs, in the process that the last argument may name."""
+    if "," in jobs[-1]:
+        distributed.start(jobs.pop())
     load = experiments.load_config
     experiments.load_config = lambda path: small(load(path))
-    results = {}
-    for name in meshes:
-        config = small(digits.student(student_steps=2, distil=True))
-        data, fsdp, tensor = map(int, name.split("x"))
-        config.mesh = dict(data=data, fsdp=fsdp, tensor=tensor)
-        experiment = experiments.build(config)
-        source = experiment.data.open()
-        teacher = experiment.teacher.experiment
-        with Checkpoints(f"{directory}/{name}", keep=1) as checkpoints:
-            frozen = training_loop.initial_state(teacher, checkpoints, {}).params
-            # The last layer of a new network is 0, and with it most gradients.
-            frozen = jax.jit(lambda p: jax.tree.map(lambda a: a + 0.01, p), out_shardings=teacher.state_shardings().params)(frozen)
-            state = training_loop.initial_state(experiment, checkpoints, frozen)
-            steps, losses = experiment.train_steps(), []
-            batches = training_loop.on_device(experiment, training_loop.batches(experiment, source, 0))
-            for _ in range(5):
-                state, averages = steps(state, frozen, next(batches), jax.random.key(1))
-                losses.append(float(averages["loss"].compute()))
-            checkpoints.save(state, experiment.facts())
-        leaves = jax.tree_util.tree_leaves_with_path(state.params)
-        local = sum(leaf.addressable_shards[0].data.nbytes for _, leaf in leaves)
-        results[name] = {"losses": losses, "bytes": sum(leaf.nbytes for _, leaf in leaves), "local": local}
-        np.savez(f"{directory}/{name}.npz", **{jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
-    print(json.dumps(results))
+    for job in jobs:
+        name, mesh, num_steps = job.split(":")
+        train(directory, name, mesh, int(num_steps))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -78,35 +79,63 @@ def test_impossible_sizes_are_refused(sizes):
         partition.MeshSizes(*sizes)
 
 
-MESHES = ("1x1x1", "8x1x1", "1x8x1", "2x2x2")
+SINGLE = ["one:1x1x1:5", "data:8x1x1:5", "fsdp:1x8x1:5", "cube:2x2x2:5", "one_then_two:1x8x1:3"]
+TWO = ["two:2x4x1:5", "one_then_two:1x8x1:5", "two_then_one:1x8x1:3"]
+
+
+def _run(directory, jobs, *, num_processes=1):
+    """The jobs on eight devices, in processes of their own: the suite has one device."""
+    env = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // num_processes}",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, str(ROOT / "tests" / "training" / "run_on_meshes.py"), str(directory), *jobs]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    where = [[f"{address},{num_processes},{i}"] if num_processes > 1 else [] for i in range(num_processes)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, *last], cwd=ROOT, env=env, **pipes) for last in where]
+    try:
+        outputs = [process.communicate(timeout=900) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    lines = [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
+    assert not any(line.startswith("{") for output, _ in outputs[1:] for line in output.splitlines())
+    return {line["name"]: line for line in lines}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Five steps on each mesh of eight devices, in a process of their own: the suite has one device."""
+    """Five steps on each mesh, by one process and by two, and by one that goes on where the other stopped."""
     directory = tmp_path_factory.mktemp("meshes")
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests" / "training" / "run_on_meshes.py"), str(directory), *MESHES]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return directory, json.loads(result.stdout.splitlines()[-1])
+    results = _run(directory, SINGLE)
+    results |= _run(directory, TWO, num_processes=2)
+    results |= _run(directory, ["two_then_one:1x8x1:5"])
+    return directory, results
 
 
-@pytest.mark.parametrize("mesh", MESHES[1:])
-def test_a_mesh_changes_no_number(runs, mesh):
+@pytest.mark.slow  # compiles the step for five meshes, three times in new processes
+@pytest.mark.parametrize("name", ["data", "fsdp", "cube", "two", "one_then_two", "two_then_one"])
+def test_neither_mesh_nor_processes_change_a_number(runs, name):
     """Losses, and parameters after five steps, of eight devices and of one: 1e-5 relative."""
     directory, results = runs
-    np.testing.assert_allclose(results[mesh]["losses"], results["1x1x1"]["losses"], rtol=1e-5)
-    got, expected = np.load(directory / f"{mesh}.npz"), np.load(directory / "1x1x1.npz")
+    losses = results[name]["losses"]
+    np.testing.assert_allclose(losses, results["one"]["losses"][-len(losses) :], rtol=1e-5)
+    got, expected = np.load(directory / f"{name}.npz"), np.load(directory / "one.npz")
     assert set(got.files) == set(expected.files)
-    for name in expected.files:
-        scale = np.abs(expected[name]).max()
-        np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=1e-5 * scale, err_msg=name)
+    for key in expected.files:
+        scale = np.abs(expected[key]).max()
+        np.testing.assert_allclose(got[key], expected[key], rtol=0, atol=1e-5 * scale, err_msg=key)
 
 
+@pytest.mark.slow  # as above
 def test_fsdp_cuts_the_parameters(runs):
     """An eighth on each device, but for the vectors."""
     _, results = runs
-    assert results["8x1x1"]["local"] == results["8x1x1"]["bytes"]
-    vectors = results["1x8x1"]["local"] - results["1x8x1"]["bytes"] / 8
-    assert 0 <= vectors < 0.03 * results["1x8x1"]["bytes"]
+    assert results["data"]["local"] == results["data"]["bytes"]
+    vectors = results["fsdp"]["local"] - results["fsdp"]["bytes"] / 8
+    assert 0 <= vectors < 0.03 * results["fsdp"]["bytes"]

@@ -21,11 +21,11 @@ def _loss_fn(params, frozen, batch, key, step):
     return loss, {"logsnr": batch["x"][:, 0], "noise": jnp.mean(noise), "step": step.astype(jnp.float32)}
 
 
-def _steps(loss_fn=_loss_fn):
+def _steps(loss_fn=_loss_fn, **options):
     optimizer = optax.adam(1e-2)
     rate = optax.linear_schedule(0.0, 1.0, 10)
     return optimizer, make_train_steps(
-        loss_fn, optimizer, rate, ema_decay=0.9, ema_warmup=True, num_segments=None
+        loss_fn, optimizer, rate, ema_decay=0.9, ema_warmup=True, num_segments=None, **options
     )
 
 
@@ -61,6 +61,29 @@ def test_randomness_depends_on_the_number_of_the_step_only():
         _, averages = steps(state, frozen, batch, ROOT_KEY)
         np.testing.assert_allclose(averages["noise"].compute(), expected, rtol=1e-5)
         assert averages["step"].compute() == 7
+
+
+def test_microbatches_are_one_batch():
+    """Parts of a batch, each under a key of its own: where the loss draws nothing, the whole batch's step and sums."""
+
+    def loss_fn(params, frozen, batch, key, step):
+        loss = jnp.mean(jnp.square(params["w"][None] * batch["x"] - 1.0), axis=1)
+        return loss, {"logsnr": batch["x"][:, 0], "draw": jax.random.uniform(key), "step": step.astype(jnp.float32)}
+
+    batches = {"x": jax.random.normal(jax.random.key(0), (2, 6, 4))}
+    results = []
+    for num_microbatches in (1, 3):
+        optimizer, steps = _steps(loss_fn, num_microbatches=num_microbatches)
+        results.append(steps(_state(optimizer), {}, batches, ROOT_KEY))
+    (whole, averages), (parts, sums) = results
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), parts, whole)
+    assert sums.keys() == averages.keys()
+    draws = [averages.pop("draw"), sums.pop("draw")]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), sums, averages)
+    keys = [jax.random.fold_in(ROOT_KEY, i) for i in range(2)]
+    expected = np.mean([[jax.random.uniform(jax.random.fold_in(key, j)) for j in range(3)] for key in keys])
+    np.testing.assert_allclose(draws[1].compute(), expected, rtol=1e-6)
+    np.testing.assert_allclose(draws[0].compute(), np.mean([jax.random.uniform(key) for key in keys]), rtol=1e-6)
 
 
 def test_the_average_follows_with_the_decay_of_its_step():

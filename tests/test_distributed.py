@@ -1,0 +1,102 @@
+"""Several processes on one machine: one run, one writer, one error."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mscm import distributed
+from mscm.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CONFIG = """
+from configs import digits
+
+
+def get_config():
+    config = digits.teacher()
+    config.model.middle.update(dict(width=32, num_blocks=1))
+    config.model.update(dict(head_dim=16, emb_dim=16))
+    config.optimizer.warmup_steps = 2
+    config.train.update(dict(num_steps=4, batch_size=8, steps_per_dispatch=2, log_every_steps=2, save_every_steps=2))
+    config.eval.update(dict(num_images=30, batch_size=15, teacher_steps=(1, 2)))
+    return config
+"""
+
+
+def run_both(command, *flags_of_each):
+    """`python -m mscm.COMMAND` in two processes, each with its own flags; their exit codes, outputs and errors."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"mscm.{command}", *flags, f"--distributed={address},2,{i}"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, flags in enumerate(flags_of_each)
+    ]
+    try:
+        outputs = [process.communicate(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    return f"--config={path}"
+
+
+def test_two_processes_are_one_run(config, tmp_path):
+    """They train and score together, process 0 alone writes and prints, and one process reads what two have written."""
+    flags = [config, f"--workdir={tmp_path / 'run'}"]
+    (code, output, errors), (other_code, other_output, other_errors) = run_both("main", flags, flags)
+    assert (code, other_code) == (0, 0), errors + other_errors
+    assert "fd_classifier" in output and "fd_classifier" not in other_output
+    assert "step 4/4" in errors and "step 4/4" not in other_errors
+    rows = json.loads((tmp_path / "run" / "report" / "scores.json").read_text())
+    assert [row["nfe"] for row in rows] == [1, 2, 0]
+    for command in (["eval"], ["sample", f"--output={tmp_path / 'grid.png'}"]):
+        alone = [sys.executable, "-m", f"mscm.{command[0]}", *flags, *command[1:]]
+        result = subprocess.run(alone, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "grid.png").exists()
+    lines = (tmp_path / "run" / "eval" / "scores.jsonl").read_text().splitlines()
+    scores = {row["nfe"]: row["fd_classifier"] for row in json.loads(lines[-1])["scores"]}
+    assert scores == pytest.approx({row["nfe"]: row["fd_classifier"] for row in rows[:2]}, rel=1e-3)
+
+
+def test_an_error_of_one_ends_all(config, tmp_path):
+    """With its sentence and its number, in every process."""
+    (tmp_path / "file").write_text("")
+    results = run_both("main", [config, f"--workdir={tmp_path / 'run'}"], [config, f"--workdir={tmp_path / 'file'}"])
+    for code, _, errors in results:
+        assert code == 2, errors
+        assert "error: process 1 of 2: --workdir: got" in errors
+        assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("where", ["", "host", "host:1", "host:1,2", "host:1,2,2", "host:1,0,0", "host,2,0", "h:1,a,b"])
+def test_a_wrong_address_is_a_sentence(where):
+    with pytest.raises(ConfigError, match=f"--distributed: got {where!r}, expected auto, or HOST:PORT,PROCESSES,INDEX"):
+        distributed.start(where)
+
+
+def test_a_platform_that_says_nothing_is_a_sentence(config, tmp_path):
+    command = [sys.executable, "-m", "mscm.main", config, f"--workdir={tmp_path}", "--distributed=auto"]
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert "error: --distributed: got 'auto', and the platform does not say who is there" in result.stderr
+    assert "Traceback" not in result.stderr

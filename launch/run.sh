@@ -7,7 +7,7 @@
 #
 # The first argument is an extra of setup.cfg. A run continues from the last checkpoint of its work directory, so the
 # same command is right for a start and for a restart; as a start-up script of the machine it also survives a reboot.
-# VENV, MAX_RETRIES and MIN_SECONDS may be set in the environment.
+# VENV, PYTHON, MAX_RETRIES and MIN_SECONDS may be set in the environment.
 set -euo pipefail
 
 if (( $# < 2 )); then
@@ -26,9 +26,20 @@ venv="${VENV:-$PWD/.venv}"
 max_retries="${MAX_RETRIES:-20}"
 min_seconds="${MIN_SECONDS:-60}"
 
-[[ -x "$venv/bin/python" ]] || "${PYTHON:-python3}" -m venv "$venv"
+python="${PYTHON:-python3}"
 export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
-python -m pip install --quiet --no-input -e ".[$extra]"
+{
+  # Several jobs may start in one checkout on a shared disk.
+  flock 9 || echo "$0: no locks on this disk; jobs that install at the same time may fail" >&2
+  if [[ ! -x "$venv/bin/python" ]]; then
+    if ! "$python" -c "import sys; sys.exit(sys.version_info < (3, 11))"; then
+      echo "$0: got $("$python" --version), expected Python 3.11 or newer; set PYTHON to one" >&2
+      exit 2
+    fi
+    "$python" -m venv "$venv"
+  fi
+  python -m pip install --quiet --no-input -e ".[$extra]"
+} 9>"$venv.lock"
 
 for (( attempt = 0; ; attempt++ )); do
   started=$SECONDS

@@ -42,7 +42,7 @@ mkdir -p "$logs"
 # srun has not taken it from sbatch since SLURM 22.05, and a task with one core waits for its data.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
-# Two minutes before the time limit. SLURM itself requeues after a preemption or a failed node.
+# Two minutes before the time limit. After a preemption or the failure of a node SLURM requeues by itself.
 # shellcheck disable=SC2329  # called by the trap
 requeue() {
   echo "launch/slurm.sh: the time is nearly up; requeueing job $SLURM_JOB_ID" >&2
@@ -55,4 +55,12 @@ launch/run.sh "$extra" srun --kill-on-bad-exit=1 --gpu-bind=none --open-mode=app
 while kill -0 "$!" 2>/dev/null; do  # the signal ends the wait, not the run
   wait "$!" || true
 done
-wait "$!"
+status=0
+wait "$!" || status=$?
+# Within the grace time of a preemption only the tasks are told to end. A job that ends with them has failed; one that
+# is still there when the time is over is requeued.
+if (( status != 0 )) && scontrol show job "$SLURM_JOB_ID" | grep --quiet "PreemptTime=[0-9]"; then
+  echo "launch/slurm.sh: preempted; waiting to be requeued" >&2
+  sleep 600
+fi
+exit "$status"

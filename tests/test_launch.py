@@ -91,6 +91,10 @@ exit "$status"
 """
 
 SCONTROL = """#!/usr/bin/env bash
+if [[ "$1" == show ]]; then
+  [[ -e "$FAKE/preempted" ]] && echo "PreemptTime=2024-11-21T23:36:33" || echo "PreemptTime=None"
+  exit
+fi
 echo "scontrol $*" >>"$FAKE/calls"
 kill "$(<"$FAKE/srun.pid")"
 """
@@ -327,7 +331,7 @@ def test_a_worker_with_an_old_python_gets_a_new_one_and_255_is_left_to_ssh(fake)
 # SLURM.
 
 
-def slurm(fake, exits):
+def slurm(fake, exits, **more):
     write(fake / "venv/bin/python", PYTHON)
     (fake / "exits").write_text("".join(f"{status}\n" for status in exits))
     shutil.copy(ROOT / "launch/slurm.sh", fake / "slurm_script")  # as sbatch does
@@ -337,6 +341,7 @@ def slurm(fake, exits):
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
+        **more,
     )
 
 
@@ -370,6 +375,17 @@ def test_slurm_requeues_the_job_when_its_time_is_nearly_up(fake, refused):
     assert (fake / "calls").read_text().splitlines()[1:] == ["scontrol requeue 7"]
     assert "the time is nearly up; requeueing job 7" in stderr
     assert (job.returncode == 0) == refused  # a job that SLURM ends is not done; one that it leaves alone runs on
+
+
+def test_slurm_waits_to_be_requeued_within_the_grace_time_of_a_preemption(fake):
+    """Tasks are told to end and the batch script is not; if it ended with them, SLURM would call the job failed."""
+    (fake / "preempted").touch()
+    job = slurm(fake, [143], start_new_session=True)
+    while "waiting to be requeued" not in (line := job.stderr.readline()):
+        assert line
+    assert job.poll() is None
+    os.killpg(job.pid, signal.SIGKILL)  # as SLURM does when the time is over
+    job.communicate(timeout=60)
 
 
 # Kubernetes.

@@ -86,11 +86,8 @@ spec:
                       google.com/tpu: $chips_per_host
                   volumeMounts:
                     - {name: data, mountPath: /data}
-                    - {name: memory, mountPath: /dev/shm}
               volumes:
                 - name: data
                   persistentVolumeClaim:
                     claimName: $CLAIM
-                - name: memory  # the container's own 64 MiB is too little for batches from worker processes
-                  emptyDir: {medium: Memory}
 END

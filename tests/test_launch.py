@@ -414,7 +414,7 @@ def test_the_jobset_has_a_host_for_every_four_chips(fake):
     assert container["command"] == [*TRAIN, 'a "quoted" \\ word']
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert mounts == {"data": "/data", "memory": "/dev/shm"}
+    assert mounts == {"data": "/data"}
     assert spec["volumes"][0]["persistentVolumeClaim"]["claimName"] == "disk"
 
 

@@ -92,15 +92,16 @@ def make_sample_fn(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
     data = experiment.data
     shape = (data.resolution, data.resolution, data.channels)
 
+    rows, whole = partition.batch_sharding(experiment.mesh), partition.replicated(experiment.mesh)
+
     def sample(params: Params, key: Key, indices: jax.Array, labels: Labels) -> Images:
+        # Every process has all indices, and every device computes the images of its part.
+        indices, labels = jax.lax.with_sharding_constraint((indices, labels), rows)
         z_1 = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
         denoiser = experiment.denoiser(params, labels)
         return SAMPLERS[spec.name](denoiser, experiment.schedule, z_1, num_steps=spec.num_steps)
 
-    rows = partition.batch_sharding(experiment.mesh)
-    return jax.jit(
-        sample, in_shardings=(None, None, rows, rows), out_shardings=partition.replicated(experiment.mesh)
-    )
+    return jax.jit(sample, in_shardings=(None, whole, whole, whole), out_shardings=whole)
 
 
 def generate(

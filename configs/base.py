@@ -13,7 +13,14 @@ def with_shared(**sections) -> ConfigDict:
         dict(
             seed=0,
             data=dict(split="train", path=placeholder(str), num_workers=0, num_threads=2),
-            model=dict(name="uvit", mlp_ratio=4, patch_size=1, logsnr_input="linear", remat=placeholder(str)),
+            model=dict(
+                name="uvit",
+                mlp_ratio=4,
+                patch_size=1,
+                logsnr_input="linear",
+                remat=placeholder(str),
+                attention="auto",  # or xla, splash (TPU), cudnn (GPU)
+            ),
             schedule=dict(logsnr_min=-15.0, logsnr_max=15.0),
             prediction="v",
             # simple diffusion's Adam, arXiv:2301.11093.

@@ -101,6 +101,7 @@ def make_sample_fn(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
         denoiser = experiment.denoiser(params, labels)
         return SAMPLERS[spec.name](denoiser, experiment.schedule, z_1, num_steps=spec.num_steps)
 
+    sample = partition.on_mesh(sample, experiment.mesh)
     return jax.jit(sample, in_shardings=(None, whole, whole, whole), out_shardings=whole)
 
 

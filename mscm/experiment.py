@@ -21,7 +21,7 @@ from mscm.config import ConfigError, Section, load_config
 from mscm.data import sources, transforms
 from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import schedule as schedules
-from mscm.models import uvit
+from mscm.models import attention, uvit
 from mscm.objectives import curriculum
 from mscm.objectives import distance as distances
 from mscm.objectives.diffusion import diffusion_loss
@@ -143,11 +143,12 @@ class Experiment:
         """The devices that are there, as the config arranges them.
 
         Raises:
-          ConfigError: the sizes, or the batch, do not fit the devices.
+          ConfigError: the sizes, the batch or the attention do not fit the devices.
         """
         try:
             mesh = partition.make_mesh(self.mesh_sizes)
             partition.check_batch_size(self.train.batch_size, self.train.num_microbatches, mesh)
+            attention.check_device(self.model.attention, mesh.devices.flat[0])
         except ValueError as error:
             raise ConfigError(f"config {self.name!r}: {error}") from error
         return mesh
@@ -182,7 +183,7 @@ class Experiment:
         state, whole = self.state_shardings(), partition.replicated(self.mesh)
         frozen = state.params if self.distil else {}
         return make_train_steps(
-            self.loss_fn,
+            partition.on_mesh(self.loss_fn, self.mesh),
             self.optimizer,
             self.learning_rate,
             ema_decay=self.ema_decay,
@@ -346,6 +347,7 @@ def _model(section: Section, data: DataSpec) -> uvit.UViT:
         remat_policy=section.take("remat"),
         logsnr_input=section.take("logsnr_input"),
         scan_blocks=bool(section.take("scan_blocks")),
+        attention=section.choose("attention", attention.IMPLEMENTATIONS),
         **{key: section.number(key, minimum=1) for key in ("emb_dim", "head_dim", "mlp_ratio", "patch_size")},
     )
 
@@ -373,6 +375,7 @@ def _teacher(section: Section | None, config: ConfigDict) -> TeacherSpec | None:
     of_teacher = load_config(section.take("config"))
     of_teacher.data = config.data  # so that --config.data.path is said once
     of_teacher.mesh = config.mesh
+    of_teacher.model.attention = config.model.attention  # it runs on the same devices
     experiment = build(of_teacher)
     guidance = section.number("guidance", minimum=0.0)
     if guidance:

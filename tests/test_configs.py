@@ -368,6 +368,8 @@ def test_a_missing_key_is_named(path):
         ("model__head_dim", 0, "config.model.head_dim: got 0, expected a number of at least 1"),
         ("model__patch_size", 0, "config.model.patch_size: got 0, expected a number of at least 1"),
         ("model__logsnr_input", "inv_cos", "config.model.logsnr_input: got inv_cos, expected the teacher's linear"),
+        ("model__attention", "splahs", "config.model.attention: got 'splahs' .did you mean 'splash'"),
+        ("model__attention", "splash", "got attention 'splash' for 16 tokens of float32 with head_dim=32, expected"),
         ("optimizer__b2", 1.5, "optimizer.b2: got 1.5, expected a number from 0 and below 1.0"),
         ("optimizer__learning_rate", 0.0, "optimizer.learning_rate: got 0.0, expected a number above 0"),
         ("optimizer__clip_norm", 0.0, "optimizer.clip_norm: got 0.0, expected a number above 0, or None"),
@@ -401,6 +403,19 @@ def test_a_student_of_another_architecture_is_refused():
     """A student starts from the teacher's weights, so it has the teacher's shapes."""
     with pytest.raises(ConfigError, match="config.model: got shape .* expected the teacher's"):
         build(_changed("configs/digits_cd2.py", model__middle__width=64))
+
+
+def test_an_attention_that_the_devices_cannot_run_is_refused_before_anything_is_computed():
+    """The name, the device that is there, and what to do."""
+    experiment = build(_changed("configs/imagenet64_teacher.py", model__attention="splash", mesh__fsdp=1))
+    with pytest.raises(ConfigError, match="'imagenet64_teacher': got attention 'splash' on 'cpu', expected a TPU"):
+        experiment.train_steps()
+
+
+def test_a_teacher_has_the_attention_of_its_student():
+    """It runs on the same devices."""
+    experiment = build(_changed("configs/digits_cd2.py", model__attention="xla"))
+    assert experiment.teacher.experiment.model.attention == "xla"
 
 
 def test_a_teacher_has_the_data_of_its_student():

@@ -15,16 +15,15 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mscm.models.attention import attend
 from mscm.types import Images, Labels, Times
 
 Embedding = Float[Array, "b e"]
 Resized = Float[Array, "b h_new w_new c_new"]
 Tokens = Float[Array, "b n c"]
-Heads = Float[Array, "b n heads d"]
 
 
 def logsnr_linear(logsnr: Times) -> Times:
@@ -83,11 +82,6 @@ def upsample(x: Images) -> Resized:
     """Nearest-neighbour enlargement by 2."""
     b, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-
-
-def attend(q: Heads, k: Heads, v: Heads) -> Heads:
-    """softmax(q k^T / sqrt(head_dim)) v over all tokens of one example."""
-    return jax.nn.dot_product_attention(q, k, v)
 
 
 def _kernel_init(axes: tuple[str | None, ...], zero: bool) -> nn.initializers.Initializer:
@@ -180,6 +174,7 @@ class TransformerBlock(nn.Module):
     dropout: float
     train: bool
     dtype: Any
+    attention: str = "auto"  # one of attention.IMPLEMENTATIONS
 
     @nn.compact
     def __call__(self, x: Tokens, emb: Embedding) -> Tokens:
@@ -204,5 +199,7 @@ class TransformerBlock(nn.Module):
         q, k, v = jnp.split(qkv.reshape(b, n, -1, 3 * self.head_dim), 3, axis=-1)
         q = layer_norm("kv", dtype=self.dtype, name="norm_q")(q)
         k = layer_norm("kv", dtype=self.dtype, use_bias=False, name="norm_k")(k)
-        h = attend(q, k, v).reshape(b, n, self.width)
+        # Nothing reads what is computed at initialisation, whose one example may be on no mesh or on a whole one.
+        implementation = "xla" if self.is_initializing() else self.attention
+        h = attend(q, k, v, implementation=implementation).reshape(b, n, self.width)
         return dense(self.width, ("heads", "embed"), dtype=self.dtype, name="attention_out", zero=True)(h)

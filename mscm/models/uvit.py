@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mscm.models import layers
+from mscm.models import attention, layers
 from mscm.models.layers import Embedding, Resized
 from mscm.types import Images, Labels, Times
 
@@ -95,6 +95,7 @@ class TransformerStage(nn.Module):
     remat_policy: str | None
     train: bool
     dtype: Any
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, x: Images, emb: Embedding) -> Images:
@@ -103,7 +104,7 @@ class TransformerStage(nn.Module):
         x = x + self.param("position", init, (h, w, c)).astype(x.dtype)[None]
         x = x.reshape(b, h * w, c)
         make_block = _remat(layers.TransformerBlock, self.remat_policy, scanned=self.scan)
-        fields = (c, self.head_dim, self.mlp_ratio, self.stage.dropout, self.train, self.dtype)
+        fields = (c, self.head_dim, self.mlp_ratio, self.stage.dropout, self.train, self.dtype, self.attention)
         if self.scan:
             x, _ = nn.scan(
                 lambda block, x, _: (block(x, emb), None),
@@ -139,6 +140,7 @@ class UViT(nn.Module):
     dtype: Any = jnp.float32  # of the computation; the embedding and the output layer stay in float32
     scan_blocks: bool = True  # False runs small networks faster on a CPU
     remat_policy: str | None = None  # one of REMAT_POLICIES; None keeps all activations
+    attention: str = "auto"  # one of attention.IMPLEMENTATIONS
 
     @nn.compact
     def __call__(self, z: Images, logsnr: Times, labels: Labels | None = None, *, train: bool) -> Output:
@@ -184,7 +186,7 @@ class UViT(nn.Module):
         if stage.kind == "residual":
             return ResidualStage(stage, self.remat_policy, train, self.dtype, name=name)
         return TransformerStage(stage, self.head_dim, self.mlp_ratio, self.scan_blocks, self.remat_policy, train,
-                                self.dtype, name=name)
+                                self.dtype, self.attention, name=name)
 
     def _check(self, z: Images, labels: Labels | None) -> None:
         num_stages, patch_size, head_dim = len(self.stages), self.patch_size, self.head_dim
@@ -200,6 +202,10 @@ class UViT(nn.Module):
             raise ValueError(f"got images of {z.shape[1]} x {z.shape[2]} pixels, expected multiples of {divisor} = "
                              f"patch_size {patch_size} * 2 ** {num_stages} stages: use fewer stages, a smaller patch "
                              "or another resolution")
+        for i, stage in enumerate((*self.stages, self.middle)):
+            if stage.kind == "transformer":
+                num_tokens = math.prod(side // (patch_size * 2**i) for side in z.shape[1:3])
+                attention.check(self.attention, num_tokens=num_tokens, head_dim=head_dim, dtype=self.dtype)
         if self.emb_dim < 4 or self.emb_dim % 2:
             raise ValueError(f"got emb_dim={self.emb_dim}, expected an even number from 4: half of the time features "
                              "are sines, half cosines")

@@ -12,13 +12,14 @@ cost a message. `layers`, the axis of scanned blocks, is never cut: the scan tak
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 AXES = ("data", "fsdp", "tensor")
@@ -33,6 +34,9 @@ RULES = {
     "mlp": "tensor",
     "heads": "tensor",
 }
+
+# The same for activations, where a layer asks; a tuple, as Flax takes it.
+ACTIVATION_RULES = (("batch", BATCH_AXES), ("heads", RULES["heads"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +144,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     """Rows cut along `data` and `fsdp`, after `leading` axes that are not cut."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable[..., Any]:
+    """`function`, to be traced where JAX and Flax know the mesh and how a layer's activations lie on it.
+
+    For kernels, which each device runs on its own part: the compiler cuts everything else as it likes.
+    """
+
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(ACTIVATION_RULES):
+            return function(*args)
+
+    return traced
 
 
 def check_batch_size(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:

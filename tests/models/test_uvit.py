@@ -298,13 +298,6 @@ def test_pooling_and_upsampling():
     np.testing.assert_allclose(pooled[1, 2, 3], Z[1, 4:6, 6:8].mean(axis=(0, 1)), rtol=1e-5, atol=1e-6)
 
 
-def test_attention_is_the_softmax_average():
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 4))
-    logits = np.einsum("bqhd,bkhd->bhqk", q, k) / 2.0  # 2 = sqrt(head_dim)
-    weights = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
-    np.testing.assert_allclose(layers.attend(q, k, v), np.einsum("bhqk,bkhd->bqhd", weights, v), rtol=1e-5, atol=1e-6)
-
-
 def test_time_inputs():
     logsnr = jnp.array([-10.0, 0.0, 10.0])
     np.testing.assert_allclose(layers.logsnr_linear(logsnr), [0.0, 0.5, 1.0])
@@ -326,6 +319,7 @@ def test_time_inputs():
         ({"emb_dim": 15}, "got emb_dim=15, expected an even number"),
         ({"logsnr_input": "linaer"}, "got logsnr_input 'linaer', expected one of linear, inv_cos"),
         ({"remat_policy": "all"}, "got remat_policy 'all', expected None or one of full, dots"),
+        ({"attention": "splash"}, "got attention 'splash' for 16 tokens of float32 with head_dim=8, expected"),
         ({"num_classes": None}, "got labels, expected None because num_classes=None"),
     ],
 )

@@ -1,0 +1,151 @@
+"""Attention over all tokens of an image: one function, and the programs that can compute it.
+
+    out = softmax(q k^T / sqrt(head_dim)) v,    q, k, v of shape `b n heads head_dim`
+
+Products are in the type of the inputs with float32 sums, the softmax is in float32.
+
+- `xla` runs everywhere. On an accelerator it writes the n x n logits of every head to memory, several times over.
+- `splash` is JAX's Pallas kernel for TPUs, `cudnn` NVIDIA's for its GPUs: both keep the logits of a block on the chip.
+- `auto` is the kernel of the devices if it can take the shapes, else `xla`.
+
+The compiler cannot cut a kernel among devices, so each device runs it on its own examples and heads. How these lie on
+the mesh, and which devices it has, is what the mesh and the axis rules around the trace say (`training/partition.py`
+sets both). Nothing else may decide `auto`: a program for a TPU pod can be traced and compiled on a machine without one.
+Without a mesh nothing is known of the devices, and `auto` is `xla`.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+Heads = Float[Array, "b n heads d"]
+
+IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
+
+_LANES = 128  # of a TPU's vector unit: the kernel's blocks are multiples
+_LARGEST_BLOCK = 512
+
+
+def attend(q: Heads, k: Heads, v: Heads, *, implementation: str = "auto") -> Heads:
+    """softmax(q k^T / sqrt(head_dim)) v over all tokens of one example, in the type of the inputs.
+
+    Raises:
+      ValueError: no such implementation, or one that cannot take these shapes or this type.
+    """
+    shape = dict(num_tokens=q.shape[1], head_dim=q.shape[3], dtype=q.dtype)
+    check(implementation, **shape)
+    if implementation == "auto":
+        kernel = _kernel_of_the_mesh()
+        implementation = "xla" if kernel is None or _expected(kernel, **shape) else kernel
+    if implementation == "xla":
+        return jax.nn.dot_product_attention(q, k, v)
+    return _on_every_device(_splash if implementation == "splash" else _cudnn, q, k, v)
+
+
+def check(implementation: str, *, num_tokens: int, head_dim: int, dtype: Any) -> None:
+    """Raises ValueError where an implementation does not exist or cannot take the shapes or the type."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"got attention {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+    expected = _expected(implementation, num_tokens=num_tokens, head_dim=head_dim, dtype=dtype)
+    if expected:
+        raise ValueError(
+            f"got attention {implementation!r} for {num_tokens} tokens of {jnp.dtype(dtype).name} with "
+            f"head_dim={head_dim}, expected {expected}: change the network, or use 'auto', which is 'xla' where its "
+            "kernel does not fit"
+        )
+
+
+def check_device(implementation: str, device: jax.Device) -> None:
+    """Raises ValueError where an implementation cannot run on devices of this kind."""
+    if implementation == "splash" and device.platform != "tpu":
+        expected = "a TPU"
+    elif implementation == "cudnn" and not _has_cudnn(device.device_kind):
+        expected = "an NVIDIA GPU of this machine, of compute capability 8.0 or more"
+    else:
+        return
+    raise ValueError(f"got attention {implementation!r} on {device.device_kind!r}, expected {expected}: use 'auto'")
+
+
+def _expected(implementation: str, *, num_tokens: int, head_dim: int, dtype: Any) -> str | None:
+    """What a kernel needs and does not get; None where it can take the shapes and the type."""
+    if implementation == "splash" and (num_tokens % _LANES or head_dim % _LANES):
+        return f"tokens and head_dim to be multiples of {_LANES}"
+    if implementation == "cudnn" and (jnp.dtype(dtype).itemsize != 2 or head_dim % 8 or head_dim > 128):
+        return "numbers of 16 bits and head_dim to be a multiple of 8 up to 128"
+    return None
+
+
+def _kernel_of_the_mesh() -> str | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    # By its kind: only a jax younger than the oldest that we run on knows an abstract device's platform.
+    kind = mesh.abstract_device.device_kind
+    if kind.startswith("TPU"):
+        return "splash"
+    return "cudnn" if _has_cudnn(kind) else None
+
+
+@functools.cache
+def _has_cudnn(device_kind: str) -> bool:
+    """Whether this machine has GPUs of the kind and they can run cuDNN's attention; T4 and V100 cannot.
+
+    The GPU must be here: JAX asks it for its limits when it traces the call.
+    """
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return False
+    return any(d.device_kind == device_kind and float(d.compute_capability) >= 8.0 for d in devices)
+
+
+def _on_every_device(kernel: Callable[[Heads, Heads, Heads], Heads], q: Heads, k: Heads, v: Heads) -> Heads:
+    """The kernel for the examples and heads of each device of the mesh; what does not divide, each computes whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(q, k, v)
+
+    def cut(size: int, axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return None if size % math.prod(mesh.shape[name] for name in names) else axes
+
+    spec = PartitionSpec(*map(cut, q.shape, nn.logical_to_mesh_axes(("batch", None, "heads", None))))
+    # check_vma: a kernel does not say over which axes of the mesh its output varies.
+    return jax.shard_map(kernel, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q, k, v)
+
+
+def _splash(q: Heads, k: Heads, v: Heads) -> Heads:
+    # Here, because it takes a second and only a TPU's program needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    b, n, heads, d = q.shape
+    block = math.gcd(n, _LARGEST_BLOCK)
+    # One kernel for all three gradients saves a product, but writes as many gradients of q as there are blocks of keys.
+    fused = block == n
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=None if fused else block,
+        block_kv_dq=None if fused else block,
+        use_fused_bwd_kernel=fused,
+    )
+    # An example's heads have no more to do with each other than with another's: all are the kernel's heads.
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((n, n))] * (b * heads))
+    kernel = splash_attention_kernel.make_splash_mha_single_device(mask=mask, block_sizes=sizes)
+    # The kernel does not scale. Rounding the scaled query costs what rounding the query itself did.
+    q = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype)
+    out = kernel(*(jnp.swapaxes(x, 1, 2).reshape(b * heads, n, d) for x in (q, k, v)))
+    return jnp.swapaxes(out.reshape(b, heads, n, d), 1, 2)
+
+
+def _cudnn(q: Heads, k: Heads, v: Heads) -> Heads:
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")

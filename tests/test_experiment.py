@@ -1,4 +1,4 @@
-"""What the config switches on reaches the loss: guidance, dropped labels, flipped images."""
+"""What the config switches on reaches the loss: guidance, dropped labels, flipped images, the mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,9 @@ from configs import digits
 from mscm import experiment as experiments
 from mscm.config import ConfigError
 from mscm.diffusion import denoiser as denoisers
+from mscm.evaluation import SamplerSpec, make_sample_fn
 from mscm.experiment import build
+from mscm.models import layers
 from mscm.objectives.multistep_consistency import consistency_loss
 
 BATCH = 256
@@ -136,3 +138,27 @@ def test_guidance_that_nobody_would_ask_for_is_refused(guided):
     guided.objective.distil = False
     with pytest.raises(ConfigError, match="config.teacher.guidance: expected 0.0, because objective.distil = False"):
         build(guided)
+
+
+def test_training_and_sampling_are_traced_where_the_mesh_is_known(monkeypatch):
+    """Otherwise `attention='auto'` would know no devices and never be a kernel."""
+    meshes = []
+
+    def attend(q, k, v, *, implementation):
+        if implementation == "auto":  # initialisation says 'xla'
+            meshes.append(jax.sharding.get_abstract_mesh())
+        return v
+
+    experiment = build(digits.student(student_steps=2, distil=True))
+    state, params = experiment.abstract_state(), experiment.teacher.experiment.abstract_params()
+    monkeypatch.setattr(layers, "attend", attend)
+    batch = {
+        "image": jax.ShapeDtypeStruct((10, 32, 8, 8, 1), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((10, 32), jnp.int32),
+    }
+    jax.eval_shape(experiment.train_steps(), state, params, batch, jax.random.key(0))
+    assert len(meshes) >= 3  # the student, its reference and the teacher
+    indices = jax.ShapeDtypeStruct((4,), jnp.int32)
+    jax.eval_shape(make_sample_fn(experiment, SamplerSpec("ddim", 2)), params, jax.random.key(0), indices, indices)
+    assert len(meshes) >= 4
+    assert {mesh.axis_names for mesh in meshes} == {("data", "fsdp", "tensor")}

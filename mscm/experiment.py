@@ -7,7 +7,7 @@ typing error is one sentence from here, before anything is compiled.
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -137,16 +137,21 @@ class Experiment:
     teacher: TeacherSpec | None
     mesh_sizes: partition.MeshSizes
     guidance: float = 0.0  # of a teacher: classifier-free guidance in all that it answers
+    devices: tuple[jax.Device, ...] | None = None  # of the mesh; None: those that are there
+
+    def on(self, devices: Sequence[jax.Device]) -> "Experiment":
+        """The same on other devices, which need not exist: a topology to compile for."""
+        return dataclasses.replace(self, devices=tuple(devices))
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        """The devices that are there, as the config arranges them.
+        """The devices as the config arranges them.
 
         Raises:
           ConfigError: the sizes, the batch or the attention do not fit the devices.
         """
         try:
-            mesh = partition.make_mesh(self.mesh_sizes)
+            mesh = partition.make_mesh(self.mesh_sizes, self.devices)
             partition.check_batch_size(self.train.batch_size, self.train.num_microbatches, mesh)
             attention.check_device(self.model.attention, mesh.devices.flat[0])
         except ValueError as error:

@@ -22,12 +22,14 @@ LAYERS = (
     (4, "checkpoint", ("mscm.checkpoint",)),
     (4, "metrics", ("mscm.metrics.*",)),
     (4, "report", ("mscm.report.*",)),
+    (4, "cost", ("mscm.cost.*",)),
     (5, "build", ("mscm.experiment", "mscm.evaluation", "mscm.cli", "mscm.run_flags", "mscm.training_loop",
-                 "mscm.distributed")),
+                 "mscm.distributed", "mscm.planning")),
     (6, "main", ("mscm.main",)),
     (6, "eval", ("mscm.eval",)),
     (6, "sample", ("mscm.sample",)),
     (6, "prepare", ("mscm.prepare",)),
+    (6, "plan", ("mscm.plan",)),
 )
 
 # What a unit may not import although its layer would allow it.
@@ -38,12 +40,13 @@ FORBIDDEN = {
     "data": _MATHEMATICS,
     "metrics": _MATHEMATICS,
     "report": _MATHEMATICS,
+    "cost": _MATHEMATICS,
 }
 
 # Libraries that only the named units may import; the two modules of clu import TensorFlow.
 RESERVED = {
     "orbax": ("checkpoint",),
-    "ml_collections": ("config", "build", "main", "eval", "sample"),
+    "ml_collections": ("config", "build", "main", "eval", "sample", "plan"),
     "tensorflow": (),
     "clu.metric_writers": (),
     "clu.periodic_actions": (),

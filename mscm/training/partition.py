@@ -12,7 +12,7 @@ cost a message. `layers`, the axis of scanned blocks, is never cut: the scan tak
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -71,7 +71,7 @@ class MeshSizes:
         return tuple(num_devices // product if size == -1 else size for size in sizes)
 
 
-def make_mesh(sizes: MeshSizes, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices` (None: all), the first of them where fewer are asked for.
 
     Where the devices are several slices with a slow network between them, `data` goes across the slices.

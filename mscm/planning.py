@@ -1,0 +1,294 @@
+"""A training step compiled for devices that need not be there: does it fit, and how fast can it be?
+
+The step is the real one: the experiment's network, optimiser, shardings and donated state, traced from shapes alone.
+For a TPU topology it is compiled by libtpu on any CPU, in a child process, because libtpu reads its environment once,
+and a compiler that runs out of memory should end only itself.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import parameter_overview
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from mscm import cli
+from mscm.config import ConfigError
+from mscm.cost import chips, flops, hlo
+from mscm.experiment import Experiment, build
+from mscm.training import partition
+
+HOST = "host"
+
+# libtpu without a TPU: it must not look for one, and several processes may use it at once.
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # it would load what it finds onto devices that are not there
+}
+_WARM_UP_STEPS, _MEASURED_STEPS = 1, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of a training step on some devices; per step, and of one device where it says so.
+
+    What needs the compiled program is None where the compiler found that it does not fit, what needs the chip's
+    rates is None where they are not known.
+    """
+
+    config: str
+    topology: str
+    device_kind: str
+    num_devices: int
+    mesh: Mapping[str, int]
+    global_batch_size: int
+    num_steps: int
+    parameters: int
+    forward_flops_per_image: float
+    model_flops_per_step: float  # the mathematics': without what is computed again to save memory
+    executed_flops_per_step: float  # with it; of all devices, each doing its share
+    fits: bool
+    peak_hbm_bytes: int | None  # of one device
+    hbm_capacity_bytes: int | None  # of one device
+    device_flops_per_step: float | None = None  # of one device: more than its share where devices do the same work
+    bytes_per_step: float | None = None  # between one device and its HBM
+    collectives: Mapping[str, hlo.Messages] | None = None  # of one device
+    loops_of_unknown_length: int | None = None  # counted once in the three above
+    seconds_at_least: Mapping[str, float] | None = None  # for each part of the chip
+    steps_per_second_bound: float | None = None
+    images_per_second_bound: float | None = None
+    hours_at_least: float | None = None
+    bound_by: str | None = None
+    compile_seconds: float | None = None
+    host_memory_bytes: int | None = None  # most that the process needed, tracing and compiling
+    steps_per_second_measured: float | None = None
+    largest_batch_size: int | None = None
+    smallest_batch_size_that_does_not_fit: int | None = None
+
+
+def plan_for(config: ConfigDict, topology: str) -> Plan:
+    """Compiles for a topology such as `v5e:8x8`, in a child process.
+
+    Raises:
+      ConfigError: unknown topology, no libtpu, a config that is wrong or does not fit the devices, or a compiler that
+        died; not where the program is too large: then `fits` is False.
+    """
+    _chip(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            f"--topology: got {topology!r}, which needs the compiler for TPUs, and no package libtpu; expected it: "
+            "pip install -e .[aot], or --topology=host for the devices of this machine"
+        )
+    request = {"config": json.loads(config.to_json_best_effort()), "topology": topology}
+    with tempfile.TemporaryDirectory() as folder:
+        reply = os.path.join(folder, "reply.json")
+        command, environment = [sys.executable, "-m", "mscm.planning", reply], os.environ | _ENVIRONMENT
+        ended = subprocess.run(command, input=json.dumps(request), text=True, env=environment, check=False)
+        if not os.path.exists(reply):
+            signal = f"signal {-ended.returncode}" if ended.returncode < 0 else f"exit code {ended.returncode}"
+            raise ConfigError(
+                f"--topology: got {signal} from the process that compiles for {topology}, expected a program; signal 9 "
+                "means that this machine has too little memory: a large network needs 6 GiB free"
+            )
+        with open(reply, encoding="utf-8") as file:
+            answer = json.load(file)
+    if "error" in answer:
+        raise ConfigError(answer["error"])
+    collectives = answer["collectives"]
+    if collectives is not None:
+        collectives = {kind: hlo.Messages(**messages) for kind, messages in collectives.items()}
+    return Plan(**answer | {"collectives": collectives})
+
+
+def plan_here(config: ConfigDict) -> Plan:
+    """Compiles for the devices that are there and measures a few steps on them.
+
+    Raises:
+      ConfigError: a config that is wrong or does not fit the devices.
+    """
+    experiment = build(config)
+    chip = chips.chip_of_kind(experiment.mesh.devices.flat[0].device_kind)
+    return _plan(experiment, HOST, chip, measure=True)
+
+
+def find_largest_batch(fits: Callable[[int], bool], start: int, unit: int) -> tuple[int, int]:
+    """The largest batch known to fit and the smallest known not to, less than an eighth or one `unit` apart.
+
+    `start` is a multiple of `unit`, the number of parts that the mesh cuts a batch into; 0 always fits.
+    """
+    low, high = 0, start
+    while fits(high):
+        low, high = high, 2 * high
+    while low == 0 and high > unit:
+        middle = high // (2 * unit) * unit
+        low, high = (middle, high) if fits(middle) else (0, middle)
+    while high - low > max(unit, low // 8):
+        middle = (low + high) // (2 * unit) * unit
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low, high
+
+
+def model_flops(experiment: Experiment) -> tuple[int, int]:
+    """Operations of one forward evaluation of a batch, and of one step's mathematics.
+
+    A backward pass is two forward ones. So consistency training is 4 of them for each image (student forward and
+    backward, reference), distillation 5 (and the teacher), or 6 (a guided teacher); the loss is walked, not assumed.
+    """
+    state, frozen, batches, key = abstract_inputs(experiment)
+    batch = {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in batches.items()}
+    z_t = jax.ShapeDtypeStruct(batch["image"].shape, jnp.float32)
+    t = jax.ShapeDtypeStruct(z_t.shape[:1], jnp.float32)
+
+    def forward(params, labels, z_t, t):
+        return experiment.denoiser(params, labels)(z_t, t)
+
+    once = flops.count(jax.make_jaxpr(forward)(state.params, batch["label"], z_t, t))
+    loss = flops.count(jax.make_jaxpr(experiment.loss_fn)(state.params, frozen, batch, key, state.step))
+    return once, loss + 2 * once
+
+
+def abstract_inputs(experiment: Experiment) -> tuple[Any, Any, Any, Any]:
+    """Shapes, types and places of what the jitted step takes."""
+    spec, data, mesh = experiment.train, experiment.data, experiment.mesh
+    state = partition.placed(experiment.abstract_state(), experiment.state_shardings())
+    place = partition.batch_sharding(mesh, leading=1)
+    rows = (spec.steps_per_dispatch, spec.batch_size)
+    images = (*rows, data.resolution, data.resolution, data.channels)
+    batch = {
+        "image": jax.ShapeDtypeStruct(images, jnp.uint8, sharding=place),
+        "label": jax.ShapeDtypeStruct(rows, jnp.int32, sharding=place),
+    }
+    key = partition.placed(jax.eval_shape(lambda: jax.random.key(0)), partition.replicated(mesh))
+    return state, state.params if experiment.distil else {}, batch, key
+
+
+def _plan(experiment: Experiment, topology: str, chip: chips.Chip | None, *, measure: bool) -> Plan:
+    spec, mesh = experiment.train, experiment.mesh
+    device = mesh.devices.flat[0]
+    forward, model = model_flops(experiment)
+    started = time.monotonic()
+    inputs = abstract_inputs(experiment)
+    traced = experiment.train_steps().trace(*inputs)
+    executed = flops.count(traced.jaxpr) / spec.steps_per_dispatch
+    plan = Plan(
+        config=experiment.name,
+        topology=topology,
+        device_kind=device.device_kind,
+        num_devices=mesh.size,
+        mesh=dict(mesh.shape),
+        global_batch_size=spec.batch_size,
+        num_steps=spec.num_steps,
+        parameters=int(parameter_overview.count_parameters(inputs[0].params)),
+        forward_flops_per_image=forward / spec.batch_size,
+        model_flops_per_step=model,
+        executed_flops_per_step=executed,
+        fits=True,
+        peak_hbm_bytes=None,
+        hbm_capacity_bytes=chip.hbm_bytes // chip.devices if chip else None,
+    )
+    try:
+        compiled = traced.lower().compile()
+        seconds = time.monotonic() - started
+        measured = _measure(experiment, compiled) if measure else None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return dataclasses.replace(plan, fits=False, peak_hbm_bytes=_used_bytes(str(error)))
+    cost = hlo.Cost().plus(hlo.cost(hlo.parse(compiled.as_text())), 1 / spec.steps_per_dispatch)
+    plan = dataclasses.replace(
+        plan,
+        peak_hbm_bytes=compiled.memory_analysis().peak_memory_in_bytes,
+        # A kernel's operations are in the jaxpr only, work that devices repeat in the compiled program only.
+        device_flops_per_step=max(cost.flops, executed / mesh.size),
+        bytes_per_step=cost.hbm_bytes,
+        collectives=cost.collectives,
+        loops_of_unknown_length=cost.loops_of_unknown_length,
+        compile_seconds=seconds,
+        host_memory_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        steps_per_second_measured=measured,
+    )
+    return plan if chip is None else _with_bounds(plan, chip, cost.sent_bytes)
+
+
+def _with_bounds(plan: Plan, chip: chips.Chip, sent_bytes: float) -> Plan:
+    seconds = chips.least_seconds(
+        chip, flops=plan.device_flops_per_step, hbm_bytes=plan.bytes_per_step, sent_bytes=sent_bytes
+    )
+    bound_by = max(seconds, key=seconds.get)
+    return dataclasses.replace(
+        plan,
+        seconds_at_least=seconds,
+        steps_per_second_bound=1 / seconds[bound_by],
+        images_per_second_bound=plan.global_batch_size / seconds[bound_by],
+        hours_at_least=plan.num_steps * seconds[bound_by] / 3600,
+        bound_by=bound_by,
+    )
+
+
+def _measure(experiment: Experiment, compiled: jax.stages.Compiled) -> float:
+    """Steps per second of the compiled program, on random images."""
+    state, frozen, batch, _ = abstract_inputs(experiment)
+    places = jax.tree.map(lambda array: array.sharding, state)
+    make_state = jax.jit(lambda key: experiment.init_state(experiment.init_params(key)), out_shardings=places)
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, experiment.data.num_classes, batch["label"].shape, dtype=np.int32)
+    images = rng.integers(0, 256, batch["image"].shape, dtype=np.uint8)
+    inputs = jax.device_put({"image": images, "label": labels}, batch["image"].sharding)
+    state = make_state(jax.random.key(0))
+    frozen = make_state(jax.random.key(0)).params if experiment.distil else {}
+    root = jax.device_put(jax.random.key(1), partition.replicated(experiment.mesh))
+    for _ in range(_WARM_UP_STEPS):
+        state, _ = compiled(state, frozen, inputs, root)
+    jax.block_until_ready(state)
+    started = time.perf_counter()
+    for _ in range(_MEASURED_STEPS):
+        state, _ = compiled(state, frozen, inputs, root)
+    jax.block_until_ready(state)
+    return _MEASURED_STEPS * experiment.train.steps_per_dispatch / (time.perf_counter() - started)
+
+
+def _used_bytes(message: str) -> int | None:
+    """What a program would need, from the compiler's sentence `Used 21.33G of 15.75G hbm`."""
+    found = re.search(r"Used ([\d.]+)([KMG])i?B? of [\d.]+[KMG]i?B? hbm", message)
+    return round(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]) if found else None
+
+
+def _chip(topology: str) -> chips.Chip:
+    try:
+        return chips.chip_of(topology)
+    except ValueError as error:
+        raise ConfigError(f"--topology: {error}") from error
+
+
+def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """In the child: the plan as JSON, or the sentence that says why there is none."""
+    topology = request["topology"]
+    try:
+        chip = _chip(topology)
+        options = {} if chip.config is None else {"chip_config_name": chip.config}
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+        experiment = build(ConfigDict(request["config"])).on(devices)
+        return dataclasses.asdict(_plan(experiment, topology, chip, measure=False))
+    except ConfigError as error:
+        return {"error": str(error)}
+
+
+if __name__ == "__main__":
+    cli.write_text(sys.argv[1], json.dumps(_answer(json.load(sys.stdin))))

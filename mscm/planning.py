@@ -197,7 +197,7 @@ def _plan(experiment: Experiment, topology: str, chip: chips.Chip | None, *, mea
         num_steps=spec.num_steps,
         parameters=int(parameter_overview.count_parameters(inputs[0].params)),
         forward_flops_per_image=forward / spec.batch_size,
-        model_flops_per_step=model,
+        model_flops_per_step=float(model),
         executed_flops_per_step=executed,
         fits=True,
         peak_hbm_bytes=None,
@@ -210,7 +210,7 @@ def _plan(experiment: Experiment, topology: str, chip: chips.Chip | None, *, mea
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return dataclasses.replace(plan, fits=False, peak_hbm_bytes=_used_bytes(str(error)))
+        return dataclasses.replace(plan, fits=False, peak_hbm_bytes=used_bytes(str(error)))
     cost = hlo.Cost().plus(hlo.cost(hlo.parse(compiled.as_text())), 1 / spec.steps_per_dispatch)
     plan = dataclasses.replace(
         plan,
@@ -264,7 +264,7 @@ def _measure(experiment: Experiment, compiled: jax.stages.Compiled) -> float:
     return _MEASURED_STEPS * experiment.train.steps_per_dispatch / (time.perf_counter() - started)
 
 
-def _used_bytes(message: str) -> int | None:
+def used_bytes(message: str) -> int | None:
     """What a program would need, from the compiler's sentence `Used 21.33G of 15.75G hbm`."""
     found = re.search(r"Used ([\d.]+)([KMG])i?B? of [\d.]+[KMG]i?B? hbm", message)
     return round(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]) if found else None

@@ -1,0 +1,175 @@
+"""Plans: the mathematics' operations, the search, what is refused, and one step compiled for a TPU."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from mscm import plan as command
+from mscm import planning
+from mscm.config import ConfigError, load_config
+from mscm.cost import flops
+from mscm.experiment import build
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the compiler for TPUs: pip install -e .[aot]"
+)
+
+
+def load(name: str, **train):
+    """A config whose step is traced on the one device of the tests."""
+    config = load_config(f"configs/{name}")
+    config.mesh.fsdp = 1
+    config.train.update(train)
+    return config
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The digits' teacher with one narrow block, two steps in a dispatch."""
+    config = load("digits_teacher.py", batch_size=8, steps_per_dispatch=2)
+    config.model.update(dict(emb_dim=16, head_dim=16))
+    config.model.middle.update(dict(width=16, num_blocks=1))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "gflops"),
+    [
+        ("imagenet64_teacher.py", 218),
+        ("imagenet64_teacher.py:large", 838),
+        ("imagenet128_teacher.py", 277),
+        ("imagenet128_teacher.py:large", 1072),
+    ],
+)
+def test_operations_of_the_papers_networks(name, gflops):
+    """Forward evaluations of arXiv:2403.06807v3's networks, counted by hand from its table."""
+    forward, step = planning.model_flops(build(load(name, batch_size=1)))
+    assert forward == pytest.approx(gflops * 1e9, rel=0.005)
+    assert step == 3 * forward
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluations"), [("digits_teacher.py", 3), ("digits_ct4.py", 4), ("digits_cd4.py", 5)]
+)
+def test_evaluations_of_each_objective(name, evaluations):
+    forward, step = planning.model_flops(build(load(name)))
+    assert step / forward == pytest.approx(evaluations, rel=1e-6)
+
+
+def test_the_backward_pass_is_two_forward_passes():
+    """The gradient of the whole step, with nothing computed again, against the assumption of `model_flops`."""
+    experiment = build(load("digits_cd4.py"))
+    _, expected = planning.model_flops(experiment)
+    traced = experiment.train_steps().trace(*planning.abstract_inputs(experiment))
+    # The first layer needs no gradient with respect to its input.
+    found = flops.count(traced.jaxpr) / experiment.train.steps_per_dispatch
+    assert 0.99 * expected < found < expected
+
+
+@pytest.mark.parametrize("largest", [1, 7, 8, 63, 64, 65, 100, 1000, 12345])
+@pytest.mark.parametrize("start", [8, 64, 2048])
+def test_the_search_ends_an_eighth_from_the_largest_batch(largest, start):
+    tried = []
+
+    def fits(batch_size):
+        tried.append(batch_size)
+        return batch_size <= largest
+
+    low, high = planning.find_largest_batch(fits, start, 8)
+    assert low <= largest < high
+    assert high - low <= max(8, low // 8)
+    assert all(batch_size % 8 == 0 and batch_size > 0 for batch_size in tried)
+    assert len(set(tried)) == len(tried)
+
+
+@pytest.mark.parametrize(
+    ("topology", "complaint"),
+    [("v5e:5x5", "v5e:16x16"), ("v1:2x2", "a chip of v4, v5e"), ("banana", "v5e:8x8")],
+)
+def test_an_unknown_topology_is_refused_before_anything_runs(tiny, monkeypatch, topology, complaint):
+    monkeypatch.setattr(subprocess, "run", None)
+    with pytest.raises(ConfigError, match=complaint):
+        planning.plan_for(tiny, topology)
+
+
+def test_a_missing_compiler_is_named(tiny, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", None)
+    with pytest.raises(ConfigError, match=r"no package libtpu; expected it: pip install -e \.\[aot\]"):
+        planning.plan_for(tiny, "v5e:2x2")
+
+
+def test_a_compiler_that_dies_is_reported(tiny, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, -9))
+    with pytest.raises(ConfigError, match="got signal 9 .* too little memory"):
+        planning.plan_for(tiny, "v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 21.50G of 15.75G hbm. Exceeded hbm capacity by 5.75G.", round(21.5 * 2**30)),
+        ("RESOURCE_EXHAUSTED: Out of memory", None),
+    ],
+)
+def test_what_a_program_needs_is_read_from_the_compilers_sentence(message, expected):
+    assert planning.used_bytes(message) == expected
+
+
+def test_here(tiny):
+    """On a CPU: compiled, measured, and no bound made up for rates that nobody published."""
+    plan = planning.plan_here(tiny)
+    assert plan.fits and plan.num_devices == 1 and plan.device_kind == jax.devices()[0].device_kind
+    assert plan.steps_per_second_measured > 0 and plan.steps_per_second_bound is None and plan.bound_by is None
+    # One device does the whole step, and the compiler leaves out nothing that the jaxpr has.
+    assert plan.device_flops_per_step == pytest.approx(plan.executed_flops_per_step, rel=0.02)
+    text = command.describe(plan)
+    assert "measured" in text and "peak rates of 'cpu' are not known" in text
+    json.dumps(dataclasses.asdict(plan))
+
+
+def test_the_sentence_about_too_large_a_program(tiny):
+    plan = dataclasses.replace(planning.plan_here(tiny), fits=False, peak_hbm_bytes=20 * 2**30)
+    plan = dataclasses.replace(plan, hbm_capacity_bytes=16 * 2**30, largest_batch_size=4)
+    sentence = command.does_not_fit(plan)
+    for part in ("20.00 GiB", "16.00 GiB", "remat=full", "config.mesh.fsdp", "batch_size from 8; 4 fits"):
+        assert part in sentence
+
+
+@needs_libtpu
+def test_a_topology(tiny, tmp_path):
+    """The command, a distillation, four chips: gradients summed once a step, a bound, the keys that scripts read."""
+    path = tmp_path / "plan.json"
+    words = ["--config=configs/digits_cd4.py", "--config.train.batch_size=8", "--topology=v5e:2x2", f"--json={path}"]
+    arguments = [sys.executable, "-m", "mscm.plan", *words]
+    run = subprocess.run(arguments, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    plan = json.loads(path.read_text())
+    assert plan["fits"] and plan["num_devices"] == 4 and plan["global_batch_size"] == 8
+    assert 0 < plan["peak_hbm_bytes"] < plan["hbm_capacity_bytes"] == 16 * 2**30
+    assert plan["bound_by"] in ("compute", "memory", "interconnect")
+    seconds = plan["seconds_at_least"]
+    assert plan["steps_per_second_bound"] == pytest.approx(1 / seconds[plan["bound_by"]])
+    assert seconds["memory"] == pytest.approx(plan["bytes_per_step"] / 819e9)
+    # Every gradient, in float32, is summed over the chips; of sums a chip sends its parts twice.
+    reduced = plan["collectives"]["all-reduce"]
+    assert reduced["bytes"] == pytest.approx(4 * plan["parameters"], rel=0.01)
+    assert reduced["sent_bytes"] == pytest.approx(2 * 3 / 4 * reduced["bytes"])
+    assert plan["loops_of_unknown_length"] == 0
+    assert plan["device_flops_per_step"] * 4 == pytest.approx(plan["model_flops_per_step"], rel=0.05)
+    assert f"{plan['bound_by']} binds" in run.stdout
+
+
+@needs_libtpu
+def test_a_mesh_that_does_not_fit_is_one_sentence(tiny):
+    config = tiny.copy_and_resolve_references()
+    config.mesh.fsdp = 3
+    with pytest.raises(ConfigError, match="divides, 4; change config.mesh"):
+        planning.plan_for(config, "v5e:2x2")

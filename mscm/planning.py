@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from mscm import cli
 from mscm.config import ConfigError
 from mscm.cost import chips, flops, hlo
+from mscm.cost.plan import Plan
 from mscm.experiment import Experiment, build
 from mscm.training import partition
 
@@ -43,44 +44,6 @@ _ENVIRONMENT = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # it would load what it finds onto devices that are not there
 }
 _WARM_UP_STEPS, _MEASURED_STEPS = 1, 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is known of a training step on some devices; per step, and of one device where it says so.
-
-    What needs the compiled program is None where the compiler found that it does not fit, what needs the chip's
-    rates is None where they are not known.
-    """
-
-    config: str
-    topology: str
-    device_kind: str
-    num_devices: int
-    mesh: Mapping[str, int]
-    global_batch_size: int
-    num_steps: int
-    parameters: int
-    forward_flops_per_image: float
-    model_flops_per_step: float  # the mathematics': without what is computed again to save memory
-    executed_flops_per_step: float  # with it; of all devices, each doing its share
-    fits: bool
-    peak_hbm_bytes: int | None  # of one device
-    hbm_capacity_bytes: int | None  # of one device
-    device_flops_per_step: float | None = None  # of one device: more than its share where devices do the same work
-    bytes_per_step: float | None = None  # between one device and its HBM
-    collectives: Mapping[str, hlo.Messages] | None = None  # of one device
-    loops_of_unknown_length: int | None = None  # counted once in the three above
-    seconds_at_least: Mapping[str, float] | None = None  # for each part of the chip
-    steps_per_second_bound: float | None = None
-    images_per_second_bound: float | None = None
-    hours_at_least: float | None = None
-    bound_by: str | None = None
-    compile_seconds: float | None = None
-    host_memory_bytes: int | None = None  # most that the process needed, tracing and compiling
-    steps_per_second_measured: float | None = None
-    largest_batch_size: int | None = None
-    smallest_batch_size_that_does_not_fit: int | None = None
 
 
 def plan_for(config: ConfigDict, topology: str) -> Plan:

@@ -12,10 +12,10 @@ import dataclasses
 import json
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from mscm import cli
-from mscm.cost.plan import Plan, describe, does_not_fit
+from mscm.cost.plan import describe, does_not_fit
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/imagenet64_cd8.py.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SHAPE such as v5e:8x8, or host.")
@@ -36,7 +36,7 @@ def main() -> None:
     logging.info("Compiling %s for %s", config.name, topology)
     plan = planning.plan_here(config) if topology == planning.HOST else planning.plan_for(config, topology)
     if LARGEST_BATCH.value:
-        plan = _with_largest_batch(plan, config)
+        plan = planning.with_largest_batch(plan, config)
     if JSON.value:
         try:
             cli.write_text(JSON.value, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
@@ -45,23 +45,6 @@ def main() -> None:
     if not plan.fits:
         raise ConfigError(does_not_fit(plan))
     print(describe(plan), flush=True)
-
-
-def _with_largest_batch(plan: Plan, config: ConfigDict) -> Plan:
-    from mscm import planning
-
-    def fits(batch_size: int) -> bool:
-        if batch_size == plan.global_batch_size:
-            return plan.fits
-        changed = config.copy_and_resolve_references()
-        changed.train.batch_size = batch_size
-        found = planning.plan_for(changed, plan.topology).fits
-        logging.info("A batch of %d %s", batch_size, "fits" if found else "does not fit")
-        return found
-
-    parts = plan.mesh["data"] * plan.mesh["fsdp"]
-    low, high = planning.find_largest_batch(fits, plan.global_batch_size, parts)
-    return dataclasses.replace(plan, largest_batch_size=low, smallest_batch_size_that_does_not_fit=high)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from clu import parameter_overview
 from jax.experimental import topologies
 from ml_collections import ConfigDict
@@ -89,6 +90,22 @@ def plan_here(config: ConfigDict) -> Plan:
     experiment = build(config)
     chip = chips.chip_of_kind(experiment.mesh.devices.flat[0].device_kind)
     return _plan(experiment, HOST, chip, measure=True)
+
+
+def with_largest_batch(plan: Plan, config: ConfigDict) -> Plan:
+    """The plan of a config with the largest global batch that fits, each attempt a program compiled."""
+
+    def fits(batch_size: int) -> bool:
+        if batch_size == plan.global_batch_size:
+            return plan.fits
+        changed = config.copy_and_resolve_references()
+        changed.train.batch_size = batch_size
+        found = plan_for(changed, plan.topology).fits
+        logging.info("A batch of %d %s", batch_size, "fits" if found else "does not fit")
+        return found
+
+    low, high = find_largest_batch(fits, plan.global_batch_size, plan.mesh["data"] * plan.mesh["fsdp"])
+    return dataclasses.replace(plan, largest_batch_size=low, smallest_batch_size_that_does_not_fit=high)
 
 
 def find_largest_batch(fits: Callable[[int], bool], start: int, unit: int) -> tuple[int, int]:
@@ -228,9 +245,9 @@ def _measure(experiment: Experiment, compiled: jax.stages.Compiled) -> float:
 
 
 def used_bytes(message: str) -> int | None:
-    """What a program would need, from the compiler's sentence `Used 21.33G of 15.75G hbm`."""
-    found = re.search(r"Used ([\d.]+)([KMG])i?B? of [\d.]+[KMG]i?B? hbm", message)
-    return round(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]) if found else None
+    """What a program would need, from the compiler's sentence: its temporaries, or all of it."""
+    found = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT])", message)
+    return round(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]) if found else None
 
 
 def _chip(topology: str) -> chips.Chip:

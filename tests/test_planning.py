@@ -14,6 +14,7 @@ from mscm import planning
 from mscm.config import ConfigError, load_config
 from mscm.cost import flops
 from mscm.cost import plan as plans
+from mscm.cost.plan import Plan
 from mscm.experiment import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,6 +118,11 @@ def test_a_compiler_that_dies_is_reported(tiny, monkeypatch):
     ("message", "expected"),
     [
         ("RESOURCE_EXHAUSTED: Used 21.50G of 15.75G hbm. Exceeded hbm capacity by 5.75G.", round(21.5 * 2**30)),
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (1.25T) exceeds available HBM (15.75G).",
+            1280 * 2**30,
+        ),
         ("RESOURCE_EXHAUSTED: Out of memory", None),
     ],
 )
@@ -134,6 +140,37 @@ def test_here(tiny):
     text = plans.describe(plan)
     assert "measured" in text and "peak rates of 'cpu' are not known" in text
     json.dumps(dataclasses.asdict(plan))
+
+
+@pytest.mark.parametrize("start", [16, 64])
+def test_the_search_changes_the_batch_and_nothing_else(tiny, monkeypatch, start):
+    """On a mesh that cuts a batch into four, with 40 images that fit."""
+    first = Plan(
+        config="name",
+        topology="v5e:2x2",
+        device_kind="TPU v5 lite",
+        num_devices=8,
+        mesh={"data": 2, "fsdp": 2, "tensor": 2},
+        global_batch_size=start,
+        num_steps=1,
+        parameters=1,
+        forward_flops_per_image=1.0,
+        model_flops_per_step=1.0,
+        executed_flops_per_step=1.0,
+        fits=start <= 40,
+        peak_hbm_bytes=1,
+        hbm_capacity_bytes=1,
+    )
+
+    def plan_for(config, topology):
+        assert topology == "v5e:2x2" and config.train.batch_size % 4 == 0
+        assert config.model == tiny.model
+        return dataclasses.replace(first, fits=config.train.batch_size <= 40)
+
+    monkeypatch.setattr(planning, "plan_for", plan_for)
+    found = planning.with_largest_batch(first, tiny)
+    assert (found.largest_batch_size, found.smallest_batch_size_that_does_not_fit) == (40, 44)
+    assert tiny.train.batch_size == 8
 
 
 @needs_libtpu

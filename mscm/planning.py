@@ -51,8 +51,8 @@ def plan_for(config: ConfigDict, topology: str) -> Plan:
     """Compiles for a topology such as `v5e:8x8`, in a child process.
 
     Raises:
-      ConfigError: unknown topology, no libtpu, a config that is wrong or does not fit the devices, or a compiler that
-        died; not where the program is too large: then `fits` is False.
+      ConfigError: unknown topology, no libtpu or one that does not fit jaxlib, a config that is wrong or does not fit
+        the devices, or a compiler that was killed; not where the program is too large: then `fits` is False.
     """
     _chip(topology)
     if importlib.util.find_spec("libtpu") is None:
@@ -65,12 +65,13 @@ def plan_for(config: ConfigDict, topology: str) -> Plan:
         reply = os.path.join(folder, "reply.json")
         command, environment = [sys.executable, "-m", "mscm.planning", reply], os.environ | _ENVIRONMENT
         ended = subprocess.run(command, input=json.dumps(request), text=True, env=environment, check=False)
-        if not os.path.exists(reply):
-            signal = f"signal {-ended.returncode}" if ended.returncode < 0 else f"exit code {ended.returncode}"
+        if ended.returncode < 0:
             raise ConfigError(
-                f"--topology: got {signal} from the process that compiles for {topology}, expected a program; signal 9 "
-                "means that this machine has too little memory: a large network needs 6 GiB free"
+                f"--topology: got signal {-ended.returncode} from the process that compiles for {topology}, expected a "
+                "program; 9 means that this machine has too little memory: a large network needs 6 GiB free"
             )
+        if ended.returncode:
+            raise RuntimeError(f"got exit code {ended.returncode} from the process that compiles; its error is above")
         with open(reply, encoding="utf-8") as file:
             answer = json.load(file)
     if "error" in answer:
@@ -191,7 +192,7 @@ def _plan(experiment: Experiment, topology: str, chip: chips.Chip | None, *, mea
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return dataclasses.replace(plan, fits=False, peak_hbm_bytes=used_bytes(str(error)))
-    cost = hlo.Cost().plus(hlo.cost(hlo.parse(compiled.as_text())), 1 / spec.steps_per_dispatch)
+    cost = hlo.Cost().plus(hlo.cost(hlo.parse(_text(compiled, topology))), 1 / spec.steps_per_dispatch)
     plan = dataclasses.replace(
         plan,
         peak_hbm_bytes=compiled.memory_analysis().peak_memory_in_bytes,
@@ -205,6 +206,16 @@ def _plan(experiment: Experiment, topology: str, chip: chips.Chip | None, *, mea
         steps_per_second_measured=measured,
     )
     return plan if chip is None else _with_bounds(plan, chip, cost.sent_bytes)
+
+
+def _text(compiled: jax.stages.Compiled, topology: str) -> str:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(
+            f"--topology: got a program for {topology} that jaxlib {jax.__version__} cannot read, because libtpu is "
+            f"newer, expected the libtpu that belongs to it: pip install jax[tpu]=={jax.__version__} ({error})"
+        ) from error
 
 
 def _with_bounds(plan: Plan, chip: chips.Chip, sent_bytes: float) -> Plan:

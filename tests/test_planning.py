@@ -114,6 +114,13 @@ def test_a_compiler_that_dies_is_reported(tiny, monkeypatch):
         planning.plan_for(tiny, "v5e:2x2")
 
 
+def test_an_error_in_the_child_is_no_error_of_the_users(tiny, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        planning.plan_for(tiny, "v5e:2x2")
+
+
 @pytest.mark.parametrize(
     ("message", "expected"),
     [

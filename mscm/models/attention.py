@@ -19,11 +19,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
+
+from mscm.models import placement
 
 Heads = Float[Array, "b n heads d"]
 
@@ -108,15 +108,9 @@ def _has_cudnn(device_kind: str) -> bool:
 
 def _on_every_device(kernel: Callable[[Heads, Heads, Heads], Heads], q: Heads, k: Heads, v: Heads) -> Heads:
     """The kernel for the examples and heads of each device of the mesh; what does not divide, each computes whole."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return kernel(q, k, v)
-
-    def cut(size: int, axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        return None if size % math.prod(mesh.shape[name] for name in names) else axes
-
-    spec = PartitionSpec(*map(cut, q.shape, nn.logical_to_mesh_axes(("batch", None, "heads", None))))
+    spec = placement.spec_of(q.shape, ("batch", None, "heads", None))
     # check_vma: a kernel does not say over which axes of the mesh its output varies.
     return jax.shard_map(kernel, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q, k, v)
 

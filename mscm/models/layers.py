@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mscm.models.attention import attend
+from mscm.models.placement import place
 from mscm.types import Images, Labels, Times
 
 Embedding = Float[Array, "b e"]
@@ -159,7 +160,8 @@ class ResidualBlock(nn.Module):
         scale, shift = jnp.split(film[:, None, None, :], 2, axis=-1)
         h = layer_norm("conv_in", dtype=self.dtype, name="norm_film")(h) * (1.0 + scale) + shift
         h = nn.Dropout(self.dropout, deterministic=not self.train)(nn.swish(h))
-        return x + conv3x3(self.width, dtype=self.dtype, name="conv_out", zero=True)(h)
+        h = x + conv3x3(self.width, dtype=self.dtype, name="conv_out", zero=True)(h)
+        return place(h, "batch", None, None, None)
 
 
 class TransformerBlock(nn.Module):
@@ -178,13 +180,13 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens, emb: Embedding) -> Tokens:
-        x = x + self._mlp(x, emb)
-        return x + self._attention(x)
+        x = place(x + self._mlp(x, emb), "batch", None, None)
+        return place(x + self._attention(x), "batch", None, None)
 
     def _mlp(self, x: Tokens, emb: Embedding) -> Tokens:
         hidden = self.mlp_ratio * self.width
         h = rms_norm("embed", dtype=self.dtype, name="norm_mlp")(x)
-        h = dense(hidden, ("embed", "mlp"), dtype=self.dtype, name="mlp_in")(h)
+        h = place(dense(hidden, ("embed", "mlp"), dtype=self.dtype, name="mlp_in")(h), "batch", None, "mlp")
         film = dense(2 * hidden, ("cond", "mlp"), dtype=self.dtype, name="film")(emb)
         scale, shift = jnp.split(film[:, None, :], 2, axis=-1)
         h = nn.swish(h) * (1.0 + scale) + shift
@@ -195,7 +197,7 @@ class TransformerBlock(nn.Module):
         b, n, _ = x.shape
         h = rms_norm("embed", dtype=self.dtype, name="norm_attention")(x)
         # One product for all three, head-major: a tensor-parallel shard then holds q, k and v of whole heads.
-        qkv = dense(3 * self.width, ("embed", "heads"), dtype=self.dtype, name="qkv")(h)
+        qkv = place(dense(3 * self.width, ("embed", "heads"), dtype=self.dtype, name="qkv")(h), "batch", None, "heads")
         q, k, v = jnp.split(qkv.reshape(b, n, -1, 3 * self.head_dim), 3, axis=-1)
         q = layer_norm("kv", dtype=self.dtype, name="norm_q")(q)
         k = layer_norm("kv", dtype=self.dtype, use_bias=False, name="norm_k")(k)

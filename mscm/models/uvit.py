@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from mscm.models import attention, layers
 from mscm.models.layers import Embedding, Resized
+from mscm.models.placement import place
 from mscm.types import Images, Labels, Times
 
 Output = Float[Array, "b h w c_out"]
@@ -153,7 +154,7 @@ class UViT(nn.Module):
         """
         self._check(z, labels)
         condition = layers.ConditionEmbedding(self.emb_dim, self.num_classes, self.logsnr_input, name="condition")
-        emb = condition(logsnr, labels).astype(self.dtype)
+        emb = place(condition(logsnr, labels).astype(self.dtype), "batch", None)
         levels = (*self.stages, self.middle)
 
         x = layers.space_to_depth(z, self.patch_size) if self.patch_size > 1 else z
@@ -180,7 +181,8 @@ class UViT(nn.Module):
         return layers.depth_to_space(x, self.patch_size) if self.patch_size > 1 else x
 
     def _resize(self, x: Images, width: int, name: str) -> Resized:
-        return layers.dense(width, ("conv_in", "conv_out"), dtype=self.dtype, name=name)(x)
+        x = layers.dense(width, ("conv_in", "conv_out"), dtype=self.dtype, name=name)(x)
+        return place(x, "batch", None, None, None)
 
     def _stage(self, stage: Stage, name: str, train: bool) -> ResidualStage | TransformerStage:
         if stage.kind == "residual":

@@ -36,7 +36,7 @@ RULES = {
 }
 
 # The same for activations, where a layer asks; a tuple, as Flax takes it.
-ACTIVATION_RULES = (("batch", BATCH_AXES), ("heads", RULES["heads"]))
+ACTIVATION_RULES = (("batch", BATCH_AXES), ("heads", RULES["heads"]), ("mlp", RULES["mlp"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
 def on_mesh(function: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable[..., Any]:
     """`function`, to be traced where JAX and Flax know the mesh and how a layer's activations lie on it.
 
-    For kernels, which each device runs on its own part: the compiler cuts everything else as it likes.
+    For kernels, which each device runs on its own part, and where the compiler would choose worse (`placement.place`).
     """
 
     def traced(*args: Any) -> Any:

@@ -139,3 +139,19 @@ def test_fsdp_cuts_the_parameters(runs):
     assert results["data"]["local"] == results["data"]["bytes"]
     vectors = results["fsdp"]["local"] - results["fsdp"]["bytes"] / 8
     assert 0 <= vectors < 0.03 * results["fsdp"]["bytes"]
+
+
+@pytest.mark.parametrize("data, fsdp, tensor", [(1, 8, 1), (2, 4, 1), (2, 2, 2)])
+def test_each_device_does_its_share(tmp_path, data, fsdp, tensor):
+    """Of the operations of the compiled step: left to itself, the compiler repeats those of scanned blocks."""
+    plan = tmp_path / "plan.json"
+    mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    command = [sys.executable, "-m", "mscm.plan", "--config=configs/digits_teacher.py", "--topology=host"]
+    command += [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    command += ["--config.model.scan_blocks=True", "--config.train.steps_per_dispatch=1", f"--json={plan}"]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(plan.read_text())
+    assert found["mesh"] == mesh
+    assert found["device_flops_per_step"] == pytest.approx(found["executed_flops_per_step"] / 8, rel=0.03)

@@ -33,11 +33,11 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
         try:
             main()
         except (ConfigError, CheckpointError, FloatingPointError, BrokenImage) as error:
-            distributed.end_all(str(error))
+            distributed.end_all(str(error), 2)
             _fail(str(error))
         except Exception as error:
             traceback.print_exc()
-            distributed.end_all(f"{type(error).__name__}: {error}")
+            distributed.end_all(f"{type(error).__name__}: {error}", 1)
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted; run the same command again to continue", file=sys.stderr)

@@ -71,16 +71,16 @@ def main_first() -> Iterator[None]:
         barrier()
 
 
-def end_all(sentence: str) -> None:
-    """Tells the other processes why this one ends, and ends it; does nothing where there are no others."""
+def end_all(sentence: str, status: int) -> None:
+    """Tells the other processes why this one ends, and ends it, all with `status`; alone, it does nothing."""
     if global_state.client is None or jax.process_count() == 1:
         return
     message = f"process {jax.process_index()} of {jax.process_count()}: {' '.join(sentence.split())}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first
-        global_state.client.key_value_set(_KEY, message)
+        global_state.client.key_value_set(_KEY, f"{status} {message}")
         time.sleep(3 * _POLL_SECONDS)  # the others read it from process 0, which may be this one
-    os._exit(2)  # not sys.exit, which would wait for the others at a barrier
+    os._exit(status)  # not sys.exit, which would wait for the others at a barrier
 
 
 def _parse(where: str) -> tuple[str, int, int]:
@@ -104,8 +104,9 @@ def _listen() -> None:
                 message = client.blocking_key_value_get(_KEY, int(1000 * _POLL_SECONDS))
             except jax.errors.JaxRuntimeError:  # nobody has said anything
                 continue
+            status, message = message.split(" ", 1)
             print(f"error: {message}", file=sys.stderr, flush=True)
-            os._exit(2)
+            os._exit(int(status))
 
     thread = threading.Thread(target=wait, daemon=True)
 

@@ -6,6 +6,7 @@ Prints one table: milliseconds per optimiser step for each number of steps per d
 dispatch measured in the same process, turn by turn, because a shared machine's speed drifts.
 """
 
+import dataclasses
 import statistics
 import time
 
@@ -15,6 +16,7 @@ from absl import app, flags
 
 from mscm.config import load_config
 from mscm.experiment import Experiment, build
+from mscm.planning import random_inputs
 from mscm.report.table import format_table
 
 CONFIG = flags.DEFINE_string("config", "configs/digits_cd4.py", "Config file.")
@@ -28,18 +30,8 @@ class Runner:
 
     def __init__(self, experiment: Experiment, steps_per_dispatch: int):
         self.steps_per_dispatch = steps_per_dispatch
-        data, batch_size = experiment.data, experiment.train.batch_size
-        rng = np.random.default_rng(0)
-        shape = (steps_per_dispatch, batch_size, data.resolution, data.resolution, data.channels)
-        self._batch = {
-            "image": rng.integers(0, 256, shape, dtype=np.uint8),
-            "label": rng.integers(0, data.num_classes, shape[:2], dtype=np.int32),
-        }
-        make_state = jax.jit(
-            lambda key: experiment.init_state(experiment.init_params(key)), out_shardings=experiment.state_shardings()
-        )
-        self._state = make_state(jax.random.key(0))
-        self._frozen = make_state(jax.random.key(0)).params if experiment.distil else {}
+        train = dataclasses.replace(experiment.train, steps_per_dispatch=steps_per_dispatch)
+        self._state, *self._others = random_inputs(dataclasses.replace(experiment, train=train))
         self._run = experiment.train_steps()
         self.seconds_per_step(steps_per_dispatch)  # compiles
 
@@ -48,7 +40,7 @@ class Runner:
         dispatches = max(1, steps // self.steps_per_dispatch)
         started = time.perf_counter()
         for _ in range(dispatches):
-            self._state, _ = self._run(self._state, self._frozen, self._batch, jax.random.key(1))
+            self._state, _ = self._run(self._state, *self._others)
         jax.block_until_ready(self._state.params)
         return (time.perf_counter() - started) / (dispatches * self.steps_per_dispatch)
 

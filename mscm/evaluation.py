@@ -91,7 +91,6 @@ def make_sample_fn(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
     """Jitted sampler; kept, so that a model is compiled once however many checkpoints are scored."""
     data = experiment.data
     shape = (data.resolution, data.resolution, data.channels)
-
     rows, whole = partition.batch_sharding(experiment.mesh), partition.replicated(experiment.mesh)
 
     def sample(params: Params, key: Key, indices: jax.Array, labels: Labels) -> Images:
@@ -211,8 +210,7 @@ def read_ema(experiment: Experiment, workdir: str, step: int | None = None) -> P
     """Averaged parameters of a checkpoint (None: the newest)."""
     with reading(workdir) as checkpoints:
         step = checkpoints.check(experiment.facts(), step)
-        ema = partition.placed(experiment.abstract_params(), experiment.state_shardings().ema)
-        return checkpoints.restore_ema(ema, step)
+        return checkpoints.restore_ema(experiment.placed_state().ema, step)
 
 
 def real_row(scorer: Scorer) -> dict:

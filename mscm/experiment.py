@@ -162,9 +162,14 @@ class Experiment:
         """Parameters at random; compile it with jit."""
         return nn.meta.unbox(_init(self.model, self.data, key))
 
+    @functools.cached_property
+    def _boxed_params(self) -> Params:
+        # Kept: it traces the whole network, and shapes, shardings and facts are all asked for several times.
+        return jax.eval_shape(functools.partial(_init, self.model, self.data), jax.random.key(0))
+
     def abstract_params(self) -> Params:
         """Shapes and types of the parameters, without computing them."""
-        return jax.eval_shape(self.init_params, jax.random.key(0))
+        return nn.meta.unbox(self._boxed_params)
 
     def init_state(self, params: Params) -> TrainState:
         """Training state before the first step."""
@@ -172,8 +177,7 @@ class Experiment:
 
     def boxed_state(self) -> TrainState:
         """Shapes and types of the training state, boxed with the logical names of the axes."""
-        boxed = jax.eval_shape(functools.partial(_init, self.model, self.data), jax.random.key(0))
-        return jax.eval_shape(self.init_state, boxed)
+        return jax.eval_shape(self.init_state, self._boxed_params)
 
     def state_shardings(self) -> TrainState:
         """Where every part of the training state lies on the mesh; the average lies as the parameters do."""
@@ -182,6 +186,15 @@ class Experiment:
     def abstract_state(self) -> TrainState:
         """Shapes and types of the training state."""
         return jax.eval_shape(self.init_state, self.abstract_params())
+
+    def placed_state(self) -> TrainState:
+        """The same with the places on the mesh: what a checkpoint is restored to."""
+        return partition.placed(self.abstract_state(), self.state_shardings())
+
+    def random_state(self, key: Key) -> TrainState:
+        """Training state before the first step of parameters at random, on the mesh."""
+        make_state = jax.jit(lambda key: self.init_state(self.init_params(key)), out_shardings=self.state_shardings())
+        return make_state(key)
 
     def train_steps(self) -> Callable[[TrainState, Params, Batch, Key], tuple[TrainState, Averages]]:
         """The jitted step; batches carry a leading axis of `train.steps_per_dispatch`."""

@@ -148,7 +148,7 @@ def model_flops(experiment: Experiment) -> tuple[int, int]:
 def abstract_inputs(experiment: Experiment) -> tuple[Any, Any, Any, Any]:
     """Shapes, types and places of what the jitted step takes."""
     spec, data, mesh = experiment.train, experiment.data, experiment.mesh
-    state = partition.placed(experiment.abstract_state(), experiment.state_shardings())
+    state = experiment.placed_state()
     place = partition.batch_sharding(mesh, leading=1)
     rows = (spec.steps_per_dispatch, spec.batch_size)
     images = (*rows, data.resolution, data.resolution, data.channels)
@@ -158,6 +158,18 @@ def abstract_inputs(experiment: Experiment) -> tuple[Any, Any, Any, Any]:
     }
     key = partition.placed(jax.eval_shape(lambda: jax.random.key(0)), partition.replicated(mesh))
     return state, state.params if experiment.distil else {}, batch, key
+
+
+def random_inputs(experiment: Experiment) -> tuple[Any, Any, Any, Any]:
+    """The same as arrays: a new state, and random images."""
+    _, _, batch, key = abstract_inputs(experiment)
+    rng, image, label = np.random.default_rng(0), batch["image"], batch["label"]
+    images = rng.integers(0, 256, image.shape, dtype=np.uint8)
+    labels = rng.integers(0, experiment.data.num_classes, label.shape, dtype=np.int32)
+    state = experiment.random_state(jax.random.key(0))
+    frozen = experiment.random_state(jax.random.key(0)).params if experiment.distil else {}  # state is donated
+    inputs = jax.device_put({"image": images, "label": labels}, image.sharding)
+    return state, frozen, inputs, jax.device_put(jax.random.key(1), key.sharding)
 
 
 def _plan(experiment: Experiment, topology: str, chip: chips.Chip | None, *, measure: bool) -> Plan:
@@ -235,22 +247,13 @@ def _with_bounds(plan: Plan, chip: chips.Chip, sent_bytes: float) -> Plan:
 
 def _measure(experiment: Experiment, compiled: jax.stages.Compiled) -> float:
     """Steps per second of the compiled program, on random images."""
-    state, frozen, batch, _ = abstract_inputs(experiment)
-    places = jax.tree.map(lambda array: array.sharding, state)
-    make_state = jax.jit(lambda key: experiment.init_state(experiment.init_params(key)), out_shardings=places)
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, experiment.data.num_classes, batch["label"].shape, dtype=np.int32)
-    images = rng.integers(0, 256, batch["image"].shape, dtype=np.uint8)
-    inputs = jax.device_put({"image": images, "label": labels}, batch["image"].sharding)
-    state = make_state(jax.random.key(0))
-    frozen = make_state(jax.random.key(0)).params if experiment.distil else {}
-    root = jax.device_put(jax.random.key(1), partition.replicated(experiment.mesh))
+    state, *others = random_inputs(experiment)
     for _ in range(_WARM_UP_STEPS):
-        state, _ = compiled(state, frozen, inputs, root)
+        state, _ = compiled(state, *others)
     jax.block_until_ready(state)
     started = time.perf_counter()
     for _ in range(_MEASURED_STEPS):
-        state, _ = compiled(state, frozen, inputs, root)
+        state, _ = compiled(state, *others)
     jax.block_until_ready(state)
     return _MEASURED_STEPS * experiment.train.steps_per_dispatch / (time.perf_counter() - started)
 

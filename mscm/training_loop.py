@@ -84,7 +84,6 @@ def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_
             return
         state = initial_state(experiment, checkpoints, teacher_params)
         step = int(state.step)
-        facts = checkpoint_facts(experiment, source)  # once: it traces the whole network for its shapes
         run_steps = experiment.train_steps()
         root = jax.random.key(experiment.seed + 1)  # not the key of the initialisation
         frozen = teacher_params if experiment.distil else {}
@@ -98,23 +97,21 @@ def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_
             if step % spec.log_every_steps == 0 or saves:
                 progress.report(step)  # before the checkpoint: what has diverged is not kept
             if saves:
-                checkpoints.save(state, facts)
+                checkpoints.save(state, checkpoint_facts(experiment, source))
             if done:
                 break
 
 
 def initial_state(experiment: Experiment, checkpoints: Checkpoints, teacher_params: Params) -> TrainState:
     """The newest checkpoint; else the teacher's weights (students); else random ones."""
-    shardings = experiment.state_shardings()
     if checkpoints.latest() is not None:
         logging.info("%s: continuing from step %d", experiment.name, checkpoints.latest())
-        return checkpoints.restore(partition.placed(experiment.abstract_state(), shardings))
+        return checkpoints.restore(experiment.placed_state())
     if experiment.teacher is not None:
-        return jax.jit(experiment.init_state, out_shardings=shardings)(teacher_params)
+        return jax.jit(experiment.init_state, out_shardings=experiment.state_shardings())(teacher_params)
     count = parameter_overview.count_parameters(experiment.abstract_params())
     logging.info("%s: %d parameters", experiment.name, count)
-    make_state = jax.jit(lambda key: experiment.init_state(experiment.init_params(key)), out_shardings=shardings)
-    return make_state(jax.random.key(experiment.seed))
+    return experiment.random_state(jax.random.key(experiment.seed))
 
 
 def batches(experiment: Experiment, source: sources.Source, start_step: int) -> Iterator[Batch]:

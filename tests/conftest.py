@@ -2,6 +2,9 @@
 
 import os
 import platform
+import socket
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 # The suite is for the CPU, also on a machine with an accelerator. One device: eight virtual ones slow small tests down.
@@ -29,3 +32,29 @@ def x64():
     """Gives the test float64, for identities that float32 cannot tell from a bug."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def run_together():
+    """Runs commands at the same time; WHERE in their words becomes who they are, as `--distributed` takes it."""
+
+    def run(*commands: Sequence[str], **env: str) -> list[tuple[int, str, str]]:
+        """Exit code, output and errors of each."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        root = Path(__file__).resolve().parents[1]
+        env = os.environ | {"PYTHONPATH": str(root)} | env
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes = []
+        try:
+            for i, command in enumerate(commands):
+                words = [word.replace("WHERE", f"{address},{len(commands)},{i}") for word in command]
+                processes.append(subprocess.Popen(words, cwd=root, env=env, **pipes))
+            outputs = [process.communicate(timeout=900) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+    return run

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,27 +28,15 @@ def get_config():
 """
 
 
-def run_both(command, *flags_of_each):
+@pytest.fixture
+def run_both(run_together):
     """`python -m mscm.COMMAND` in two processes, each with its own flags; their exit codes, outputs and errors."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", f"mscm.{command}", *flags, f"--distributed={address},2,{i}"],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i, flags in enumerate(flags_of_each)
-    ]
-    try:
-        outputs = [process.communicate(timeout=600) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+    def run(command, *flags_of_each):
+        start = [sys.executable, "-m", f"mscm.{command}", "--distributed=WHERE"]
+        return run_together(*([*start, *flags] for flags in flags_of_each))
+
+    return run
 
 
 @pytest.fixture
@@ -59,7 +46,7 @@ def config(tmp_path):
     return f"--config={path}"
 
 
-def test_two_processes_are_one_run(config, tmp_path):
+def test_two_processes_are_one_run(run_both, config, tmp_path):
     """They train and score together, process 0 alone writes and prints, and one process reads what two have written."""
     flags = [config, f"--workdir={tmp_path / 'run'}"]
     (code, output, errors), (other_code, other_output, other_errors) = run_both("main", flags, flags)
@@ -78,7 +65,7 @@ def test_two_processes_are_one_run(config, tmp_path):
     assert scores == pytest.approx({row["nfe"]: row["fd_classifier"] for row in rows[:2]}, rel=1e-3)
 
 
-def test_an_error_of_one_ends_all(config, tmp_path):
+def test_an_error_of_one_ends_all(run_both, config, tmp_path):
     """With its sentence and its number, in every process."""
     (tmp_path / "file").write_text("")
     results = run_both("main", [config, f"--workdir={tmp_path / 'run'}"], [config, f"--workdir={tmp_path / 'file'}"])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -83,41 +82,30 @@ SINGLE = ["one:1x1x1:5", "data:8x1x1:5", "fsdp:1x8x1:5", "cube:2x2x2:5", "one_th
 TWO = ["two:2x4x1:5", "one_then_two:1x8x1:5", "two_then_one:1x8x1:3"]
 
 
-def _run(directory, jobs, *, num_processes=1):
+def _train(run_together, directory, jobs, *, num_processes=1):
     """The jobs on eight devices, in processes of their own: the suite has one device."""
-    env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // num_processes}",
-        "PYTHONPATH": str(ROOT),
-    }
     command = [sys.executable, str(ROOT / "tests" / "training" / "run_on_meshes.py"), str(directory), *jobs]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    where = [[f"{address},{num_processes},{i}"] if num_processes > 1 else [] for i in range(num_processes)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([*command, *last], cwd=ROOT, env=env, **pipes) for last in where]
-    try:
-        outputs = [process.communicate(timeout=900) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors
-    lines = [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
-    assert not any(line.startswith("{") for output, _ in outputs[1:] for line in output.splitlines())
+    if num_processes > 1:
+        command.append("WHERE")
+    flags = f"--xla_force_host_platform_device_count={8 // num_processes}"
+    (_, output, _), *others = ended = run_together(*[command] * num_processes, XLA_FLAGS=flags)
+    for code, _, errors in ended:
+        assert code == 0, errors
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert not any(line.startswith("{") for _, output, _ in others for line in output.splitlines())
     return {line["name"]: line for line in lines}
 
 
 # One test, because two workers would each run the whole of it for their part.
 @pytest.mark.slow  # compiles the step for five meshes, in four processes
-def test_neither_mesh_nor_processes_change_a_number(tmp_path):
+def test_neither_mesh_nor_processes_change_a_number(run_together, tmp_path):
     """Five steps on each mesh, by one process and by two, and by one that goes on where the other stopped.
 
     Losses, and parameters after five steps, are those of one device to 1e-5 relative; fsdp cuts the parameters.
     """
-    results = _run(tmp_path, SINGLE)
-    results |= _run(tmp_path, TWO, num_processes=2)
-    results |= _run(tmp_path, ["two_then_one:1x8x1:5"])
+    results = _train(run_together, tmp_path, SINGLE)
+    results |= _train(run_together, tmp_path, TWO, num_processes=2)
+    results |= _train(run_together, tmp_path, ["two_then_one:1x8x1:5"])
     expected = np.load(tmp_path / "one.npz")
     assert results.keys() == {job.split(":")[0] for job in SINGLE + TWO}
     for name, result in results.items():

@@ -45,7 +45,7 @@ def _model(*, resolution: int, variant: str) -> dict:
         head_dim=128,
         dtype="bfloat16",
         scan_blocks=True,
-        remat="full",
+        remat="dots",
     )
 
 

@@ -19,7 +19,7 @@ def with_shared(**sections) -> ConfigDict:
                 patch_size=1,
                 logsnr_input="linear",
                 remat=placeholder(str),
-                attention="auto",  # or xla, splash (TPU), cudnn (GPU)
+                attention="auto",  # or xla, one_by_one, splash (TPU), cudnn (GPU)
             ),
             schedule=dict(logsnr_min=-15.0, logsnr_max=15.0),
             prediction="v",

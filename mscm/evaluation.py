@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from mscm import distributed
+from mscm import compilation, distributed
 from mscm.checkpoint import reading
 from mscm.config import ConfigError
 from mscm.data import sources, transforms
@@ -101,7 +101,8 @@ def make_sample_fn(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
         return SAMPLERS[spec.name](denoiser, experiment.schedule, z_1, num_steps=spec.num_steps)
 
     sample = partition.on_mesh(sample, experiment.mesh)
-    return jax.jit(sample, in_shardings=(None, whole, whole, whole), out_shardings=whole)
+    options = compilation.options(experiment.platform)
+    return jax.jit(sample, in_shardings=(None, whole, whole, whole), out_shardings=whole, compiler_options=options)
 
 
 def generate(

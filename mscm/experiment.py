@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from mscm import compilation
 from mscm.checkpoint import first_mismatch, parameter_shapes
 from mscm.config import ConfigError, Section, load_config
 from mscm.data import sources, transforms
@@ -158,6 +159,11 @@ class Experiment:
             raise ConfigError(f"config {self.name!r}: {error}") from error
         return mesh
 
+    @property
+    def platform(self) -> str:
+        """Of the devices: cpu, gpu or tpu."""
+        return self.mesh.devices.flat[0].platform
+
     def init_params(self, key: Key) -> Params:
         """Parameters at random; compile it with jit."""
         return nn.meta.unbox(_init(self.model, self.data, key))
@@ -210,6 +216,7 @@ class Experiment:
             num_microbatches=self.train.num_microbatches,
             in_shardings=(state, frozen, partition.batch_sharding(self.mesh, leading=1), whole),
             out_shardings=(state, whole),
+            compiler_options=compilation.options(self.platform),
         )
 
     def answer(self, params: Params, labels: Labels) -> Teacher:

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # (layer, unit, module patterns). A module may import lower layers, and its own layer within its own unit.
 LAYERS = (
     (0, "types", ("mscm.types",)),
+    (0, "compilation", ("mscm.compilation",)),
     (1, "diffusion", ("mscm.diffusion.schedule", "mscm.diffusion.prediction", "mscm.diffusion.steps")),
     (2, "diffusion", ("mscm.diffusion.denoiser", "mscm.diffusion.sampler")),
     (2, "objectives", ("mscm.objectives.*",)),

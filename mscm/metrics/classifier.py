@@ -29,6 +29,8 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array, Float, Float32, Integer, UInt8
 
+from mscm import compilation
+
 ARCHITECTURE = "conv64-v2"  # change it with the network or its training: cached weights of another one are refused
 FEATURE_DIM = 64
 EVAL_BATCH = 256
@@ -101,7 +103,8 @@ class Classifier:
     @functools.cached_property
     def _forward(self):
         model = SmallConvNet(self.card["num_classes"])
-        return jax.jit(lambda params, images: model.apply({"params": params}, images))
+        options = compilation.options(jax.default_backend())
+        return jax.jit(lambda params, images: model.apply({"params": params}, images), compiler_options=options)
 
     def _apply(self, images) -> tuple[np.ndarray, np.ndarray]:
         images = np.asarray(images)
@@ -145,7 +148,9 @@ def train_classifier(
         _, logits = model.apply({"params": params}, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    options = compilation.options(jax.default_backend())
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=options)
     def update(params, opt_state, images, labels):
         gradient = jax.grad(loss_fn)(params, images, labels)
         updates, opt_state = optimizer.update(gradient, opt_state, params)

@@ -4,13 +4,16 @@
 
 Products are in the type of the inputs with float32 sums, the softmax is in float32.
 
-- `xla` runs everywhere. On an accelerator it writes the n x n logits of every head to memory, several times over.
+- `xla` runs everywhere. It writes the n x n logits of every head to memory, several times over.
+- `one_by_one` is the same for one head of one example after the other, and once more in the backward pass: a CPU keeps
+  the logits of one in its cache.
 - `splash` is JAX's Pallas kernel for TPUs, `cudnn` NVIDIA's for its GPUs: both keep the logits of a block on the chip.
-- `auto` is the kernel of the devices if it can take the shapes, else `xla`.
+- `auto` is the kernel of the devices if it can take the shapes, else `xla`; on CPUs `one_by_one` from 512 tokens on.
 
-The compiler cannot cut a kernel among devices, so each device runs it on its own examples and heads. How these lie on
-the mesh, and which devices it has, is what the mesh and the axis rules around the trace say (`training/partition.py`
-sets both). Nothing else may decide `auto`: a program for a TPU pod can be traced and compiled on a machine without one.
+The compiler cannot cut a kernel or a loop among devices, so each device runs it on its own examples and heads. How
+these lie on the mesh, and which devices it has, is what the mesh and the axis rules around the trace say
+(`training/partition.py` sets both). Nothing else may decide `auto`: a program for a TPU pod can be traced and compiled
+on a machine without one.
 Without a mesh nothing is known of the devices, and `auto` is `xla`.
 """
 
@@ -27,10 +30,11 @@ from mscm.models import placement
 
 Heads = Float[Array, "b n heads d"]
 
-IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "one_by_one", "splash", "cudnn")
 
 _LANES = 128  # of a TPU's vector unit: the kernel's blocks are multiples
 _LARGEST_BLOCK = 512
+_CACHED_TOKENS = 512  # logits of fewer stay in a CPU's cache anyway (measured on two cores, 8 examples of 2 heads)
 
 
 def attend(q: Heads, k: Heads, v: Heads, *, implementation: str = "auto") -> Heads:
@@ -42,11 +46,11 @@ def attend(q: Heads, k: Heads, v: Heads, *, implementation: str = "auto") -> Hea
     shape = dict(num_tokens=q.shape[1], head_dim=q.shape[3], dtype=q.dtype)
     check(implementation, **shape)
     if implementation == "auto":
-        kernel = _kernel_of_the_mesh()
+        kernel = _kernel_of_the_mesh(num_tokens=q.shape[1])
         implementation = "xla" if kernel is None or _expected(kernel, **shape) else kernel
     if implementation == "xla":
         return jax.nn.dot_product_attention(q, k, v)
-    return _on_every_device(_splash if implementation == "splash" else _cudnn, q, k, v)
+    return _on_every_device({"one_by_one": _one_by_one, "splash": _splash, "cudnn": _cudnn}[implementation], q, k, v)
 
 
 def check(implementation: str, *, num_tokens: int, head_dim: int, dtype: Any) -> None:
@@ -82,7 +86,7 @@ def _expected(implementation: str, *, num_tokens: int, head_dim: int, dtype: Any
     return None
 
 
-def _kernel_of_the_mesh() -> str | None:
+def _kernel_of_the_mesh(*, num_tokens: int) -> str | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return None
@@ -90,6 +94,8 @@ def _kernel_of_the_mesh() -> str | None:
     kind = mesh.abstract_device.device_kind
     if kind.startswith("TPU"):
         return "splash"
+    if kind == "cpu":
+        return "one_by_one" if num_tokens >= _CACHED_TOKENS else None
     return "cudnn" if _has_cudnn(kind) else None
 
 
@@ -113,6 +119,19 @@ def _on_every_device(kernel: Callable[[Heads, Heads, Heads], Heads], q: Heads, k
     spec = placement.spec_of(q.shape, ("batch", None, "heads", None))
     # check_vma: a kernel does not say over which axes of the mesh its output varies.
     return jax.shard_map(kernel, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q, k, v)
+
+
+def _one_by_one(q: Heads, k: Heads, v: Heads) -> Heads:
+    b, n, heads, d = q.shape
+
+    # Kept for the backward pass are q, k and v, not the logits.
+    @jax.checkpoint
+    def one(qkv: tuple[jax.Array, ...]) -> jax.Array:
+        out = jax.nn.dot_product_attention(*(x[:, None] for x in qkv))
+        return out[:, 0]
+
+    out = jax.lax.map(one, tuple(jnp.swapaxes(x, 1, 2).reshape(b * heads, n, d) for x in (q, k, v)))
+    return jnp.swapaxes(out.reshape(b, heads, n, d), 1, 2)
 
 
 def _splash(q: Heads, k: Heads, v: Heads) -> Heads:

@@ -37,7 +37,7 @@ def main(directory: Path, meshes: list[str]) -> None:
         for shape in ("cut", "whole"):
             arrays = list(np.load(directory / f"{shape}.npz").values())
             spec = PartitionSpec(partition.BATCH_AXES, None, "tensor") if shape == "cut" else PartitionSpec()
-            for implementation in ("xla", "splash"):
+            for implementation in ("xla", "one_by_one", "splash"):
                 function = partition.on_mesh(functools.partial(value_and_gradients, implementation), mesh)
                 compiled = jax.jit(function, in_shardings=NamedSharding(mesh, spec)).lower(*arrays).compile()
                 results = compiled(*arrays)

@@ -74,6 +74,7 @@ def assert_close(got, expected, *, tokens, head_dim, dtype):
         ("auto", (2, 16, 3, 32)),
         ("xla", (2, 16, 3, 32)),
         ("xla", (1, 384, 2, 128)),
+        ("one_by_one", (2, 16, 3, 32)),
         ("splash", (1, 128, 2, 128)),  # one block: a fused backward pass
         ("splash", (1, 384, 1, 128)),  # three blocks
         pytest.param("cudnn", (2, 256, 2, 128), marks=ON_CUDNN),
@@ -109,7 +110,7 @@ def on_meshes(tmp_path_factory):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("implementation", ["xla", "splash"])
+@pytest.mark.parametrize("implementation", ["xla", "one_by_one", "splash"])
 def test_a_mesh_changes_no_value_and_no_gradient(on_meshes, implementation, mesh, shape):
     directory, _ = on_meshes
     got = np.load(directory / f"{implementation}_{mesh}_{shape}.npz").values()
@@ -146,6 +147,13 @@ def test_auto_asks_the_devices_of_the_mesh_and_not_this_machine():
         assert "pallas_call" not in program(mesh)
 
 
+def test_on_cpus_auto_keeps_the_logits_of_many_tokens_out_of_memory():
+    cpu, many, few = mesh_of("cpu", "cpu"), (64, 512, 4, 64), (64, 256, 4, 64)
+    assert "[32,512,64]" in program(cpu, shape=many)  # of each device: 16 examples x 2 heads
+    assert "[1,1,1,512,512]" in program(cpu, shape=many) and "4,512,512]" not in program(cpu, shape=many)
+    assert "4,512,512]" in program(None, shape=many) and "4,256,256]" in program(cpu, shape=few)
+
+
 @pytest.mark.parametrize("shape", [(8, 64, 4, 128), (8, 256, 4, 64), (8, 196, 4, 128)])
 def test_auto_is_xla_where_the_kernel_does_not_fit(shape):
     assert "pallas_call" not in program(mesh_of("TPU v5 lite", "tpu"), shape=shape)
@@ -166,7 +174,7 @@ def test_cudnn_is_for_16_bits_on_gpus_that_are_here_and_young_enough(monkeypatch
 @pytest.mark.parametrize(
     ("implementation", "shape", "dtype", "sentence"),
     [
-        ("flash", (1, 16, 1, 8), jnp.float32, "got attention 'flash', expected one of auto, xla, splash, cudnn"),
+        ("flash", (1, 16, 1, 8), jnp.float32, "got attention 'flash', expected one of auto, xla, one_by_one, splash"),
         ("splash", (1, 64, 1, 128), jnp.float32, "'splash' for 64 tokens of float32 with head_dim=128, expected"),
         ("splash", (1, 128, 1, 32), jnp.float32, "head_dim=32, expected tokens and head_dim to be multiples of 128"),
         ("cudnn", (1, 64, 1, 64), jnp.float32, "'cudnn' for 64 tokens of float32 .* expected numbers of 16 bits"),
@@ -184,5 +192,5 @@ def test_what_cannot_be_computed_is_refused_in_one_sentence(implementation, shap
 def test_devices_that_cannot_run_it_are_refused(implementation, expected):
     with pytest.raises(ValueError, match=f"got attention '{implementation}' on 'cpu', expected {expected}"):
         attention.check_device(implementation, DEVICE)
-    for runs_everywhere in ("auto", "xla"):
+    for runs_everywhere in ("auto", "xla", "one_by_one"):
         attention.check_device(runs_everywhere, DEVICE)

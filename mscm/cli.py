@@ -3,6 +3,7 @@
 import json
 import logging as python_logging
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
     flags.mark_flags_as_required(list(required))
 
     def wrapped(_: list[str]) -> None:
+        _keep_compiled_programs()
         from mscm import distributed
         from mscm.checkpoint import CheckpointError
         from mscm.data.images import BrokenImage
@@ -45,6 +47,26 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
 
     sys.modules["__main__"].__doc__ = doc  # what --help prints above the flags
     app.run(wrapped, flags_parser=_parse)
+
+
+def _keep_compiled_programs() -> None:
+    """Lets JAX find what an earlier process compiled: a run that goes on should not wait for the compiler again.
+
+    In JAX_COMPILATION_CACHE_DIR, or else for each user and host: code for one CPU may not run on another that shares
+    the home directory. Called before jax is imported.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cache = os.path.join(home, "mscm", f"jax-{platform.node()}")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and _can_write_to(cache):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+
+
+def _can_write_to(folder: str) -> bool:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def _parse(argv: list[str]) -> list[str]:

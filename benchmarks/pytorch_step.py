@@ -356,10 +356,11 @@ def check_equal(setting: Setting) -> None:
     """
     experiment, rng = setting.experiment, np.random.default_rng(0)
     spec, data, batch = setting.config.objective, experiment.data, 4
+    initial = jax.device_get(experiment.init_params(jax.random.key(0)))
     params, frozen = (
         # Not as they are initialised: with the zeros at the end of each block nothing before them would matter.
-        jax.tree.map(lambda a: (a + 0.02 * rng.standard_normal(a.shape)).astype(np.float32), tree)
-        for tree in [jax.device_get(experiment.init_params(jax.random.key(0)))] * 2
+        jax.tree.map(lambda a: (a + 0.02 * rng.standard_normal(a.shape)).astype(np.float32), initial)
+        for _ in range(2)
     )
     x = rng.uniform(-1, 1, (batch, data.resolution, data.resolution, data.channels)).astype(np.float32)
     labels = rng.integers(0, data.num_classes, batch)

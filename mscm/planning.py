@@ -167,7 +167,7 @@ def random_inputs(experiment: Experiment) -> tuple[Any, Any, Any, Any]:
     images = rng.integers(0, 256, image.shape, dtype=np.uint8)
     labels = rng.integers(0, experiment.data.num_classes, label.shape, dtype=np.int32)
     state = experiment.random_state(jax.random.key(0))
-    frozen = experiment.random_state(jax.random.key(0)).params if experiment.distil else {}  # state is donated
+    frozen = jax.tree.map(jnp.copy, state.params) if experiment.distil else {}  # the state is donated
     inputs = jax.device_put({"image": images, "label": labels}, image.sharding)
     return state, frozen, inputs, jax.device_put(jax.random.key(1), key.sharding)
 

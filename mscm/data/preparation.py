@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from mscm import atomic
 from mscm.data import images, records
 from mscm.data.folders import ImageFiles
 from mscm.data.tfds_source import TfdsFiles
@@ -303,14 +304,12 @@ def _card(
         num_enlarged=sum(note["num_enlarged"] for note in notes),
         broken=tuple(name for note in notes for name in note["broken"]),
     )
-    temporary = records.labels_path(output, split).with_suffix(".tmp.npy")
-    np.save(temporary, labels)
-    os.replace(temporary, records.labels_path(output, split))
+    with atomic.writing(records.labels_path(output, split)) as file:
+        np.save(file, labels)
     _write_text(records.card_path(output, split), card.to_json())
     return card
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with atomic.writing(path) as file:
+        file.write(text.encode())

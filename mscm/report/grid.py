@@ -4,12 +4,13 @@
 """
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from mscm import atomic
 
 MIN_CELL = 48  # pixels: below this a person does not see what an 8 x 8 image shows
 FONT_SIZE = 15
@@ -74,18 +75,8 @@ def side_by_side(
 def save_png(path: str | os.PathLike, image: UInt8[np.ndarray, "h w c"]) -> None:
     """Writes a grey (c = 1) or RGB (c = 3) image as PNG; a reader sees the old file or the whole new one."""
     image = _check_uint8(np.asarray(image), "save_png", rank=3)
-    path = os.fspath(path)
-    folder = os.path.dirname(path) or "."
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".png.tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="PNG")
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner reads
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic.writing(path) as file:
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="PNG")
 
 
 def _cells(images: np.ndarray, columns: int, scale: int | None) -> UInt8[np.ndarray, "n H W 3"]:

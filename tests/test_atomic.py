@@ -1,0 +1,92 @@
+"""A file is the old one or the new one, whatever happens while it is written."""
+
+import os
+import stat
+
+import pytest
+from etils import epath
+
+from mscm import atomic
+
+
+@pytest.fixture
+def umask():
+    """The usual one, whatever the session runs under."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.parametrize("old", [None, b"old and long"])
+def test_the_new_file_appears_at_the_end(tmp_path, old):
+    """Folders are made; until the end a reader sees what was there."""
+    path = tmp_path / "a" / "b" / "file"
+    if old is not None:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(old)
+    with atomic.writing(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert (path.read_bytes() if path.exists() else None) == old
+    assert path.read_bytes() == b"new" and list(path.parent.iterdir()) == [path]
+
+
+def test_what_takes_the_name_is_whole(tmp_path, monkeypatch):
+    """Not what a buffer still holds a part of."""
+    path, seen = tmp_path / "file", []
+    cls = type(epath.Path(path))
+    replace = cls.replace
+    monkeypatch.setattr(cls, "replace", lambda self, goal: (seen.append(self.read_bytes()), replace(self, goal))[1])
+    with atomic.writing(path) as file:
+        file.write(b"new")
+    assert seen == [b"new"] == [path.read_bytes()]
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit])
+def test_an_error_leaves_what_was_there(tmp_path, old, error):
+    path = tmp_path / "file"
+    if old is not None:
+        path.write_bytes(old)
+    with pytest.raises(error), atomic.writing(path) as file:
+        file.write(b"half of the")
+        raise error
+    assert {other.name: other.read_bytes() for other in tmp_path.iterdir()} == ({} if old is None else {"file": old})
+
+
+def test_a_name_that_cannot_be_taken_leaves_nothing(tmp_path):
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    with pytest.raises(OSError), atomic.writing(tmp_path / "folder") as file:
+        file.write(b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    with pytest.raises(OSError), atomic.writing(tmp_path / "folder" / "inside" / ("x" * 300)):
+        pass
+    assert not list((tmp_path / "folder" / "inside").iterdir())
+
+
+@pytest.mark.usefixtures("umask")
+def test_others_may_read_it(tmp_path):
+    """An evaluator may be another user."""
+    with atomic.writing(tmp_path / "file") as file:
+        file.write(b"new")
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
+
+
+def test_two_processes_do_not_mix(tmp_path, monkeypatch):
+    """The last to end wins, whole."""
+    path = tmp_path / "file"
+    with atomic.writing(path) as one:
+        one.write(b"on")
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with atomic.writing(path) as other:
+            other.write(b"another")
+        assert path.read_bytes() == b"another"
+        one.write(b"e")
+    assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with atomic.writing("file") as file:
+        file.write(b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"

@@ -89,15 +89,7 @@ def open_files(path: str | os.PathLike, *, split: str | None = None) -> ImageFil
         folders of different depth, or two classes of one name.
     """
     path = os.fspath(path)
-    found, folders = _list(path)
-    # Without the resource forks that some archivers add, and other hidden files.
-    found = {name: place for name, place in found.items() if not _is_hidden(name)}
-    images = {name: place for name, place in found.items() if _is_image(name)}
-    if not images:
-        raise ValueError(f"{path}: got {len(found)} files and no image, expected files such as CLASS/NAME.jpg")
-    others = sorted(found.keys() - images.keys())
-    if others:
-        logging.info("%s: %d files are no images by their names, such as %s", path, len(others), others[0])
+    images, others, folders = _images_in(path, "CLASS/NAME.jpg")
     parents = {str(PurePosixPath(name).parent) for name in images}
     # Of a file too: an archive need not name its folders.
     folders = {*folders, *(str(PurePosixPath(name).parent) for name in others)}
@@ -118,6 +110,33 @@ def open_files(path: str | os.PathLike, *, split: str | None = None) -> ImageFil
     names = sorted(name for name in images if str(PurePosixPath(name).parent) in parents)
     entries = tuple(Entry(name, label_of[str(PurePosixPath(name).parent)]) for name in names)
     return ImageFiles(path, split, class_names, entries, tuple(images[name] for name in names))
+
+
+def open_unlabelled(path: str | os.PathLike) -> ImageFiles:
+    """Lists the images of a folder, zip or tar, at any depth, all of one class.
+
+    Raises:
+      ValueError: no such path, not one of the three, damaged, or no images.
+    """
+    path = os.fspath(path)
+    images, _, _ = _images_in(path, "NAME.png")
+    names = sorted(images)
+    entries = tuple(Entry(name, 0) for name in names)
+    return ImageFiles(path, None, ("any",), entries, tuple(images[name] for name in names))
+
+
+def _images_in(path: str, example: str) -> tuple[dict[str, _Place], list[str], Iterable[str]]:
+    """The images of a source by name, the names of its other files, and its folders."""
+    found, folders = _list(path)
+    # Without the resource forks that some archivers add, and other hidden files.
+    found = {name: place for name, place in found.items() if not _is_hidden(name)}
+    images = {name: place for name, place in found.items() if _is_image(name)}
+    if not images:
+        raise ValueError(f"{path}: got {len(found)} files and no image, expected files such as {example}")
+    others = sorted(found.keys() - images.keys())
+    if others:
+        logging.info("%s: %d files are no images by their names, such as %s", path, len(others), others[0])
+    return images, others, folders
 
 
 def _check_classes(path: str, parents: set[str], empty: set[str], split: str | None) -> None:
@@ -162,7 +181,10 @@ def _list(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
     if not os.path.exists(path):
         raise ValueError(f"got {path!r}, expected an existing folder, zip or tar of images")
     if zipfile.is_zipfile(path):
-        return _list_zip(path)
+        try:
+            return _list_zip(path)
+        except (zipfile.BadZipFile, NotImplementedError) as error:
+            raise ValueError(f"{path}: got a damaged zip ({error}), expected a whole one") from error
     try:
         tar = tarfile.open(path, "r:")
     except tarfile.ReadError as error:

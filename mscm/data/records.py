@@ -173,6 +173,7 @@ class RecordSource:
     class_names = property(lambda self: self.card.class_names)
     resolution = property(lambda self: self.card.resolution)
     channels = property(lambda self: self.card.channels)
+    transform = property(lambda self: self.card.transform)
     fingerprint = property(lambda self: self.card.checksum)
 
     def __len__(self) -> int:

@@ -40,6 +40,7 @@ class Source(Protocol):
 
     name: str
     split: str
+    transform: str | None  # how they were resized, one of images.TRANSFORMS; None: they were not
     num_classes: int
     class_names: tuple[str, ...]
     resolution: int
@@ -69,6 +70,7 @@ class ArraySource:
     images: UInt8[np.ndarray, "n h w c"]
     labels: Int32[np.ndarray, "n"]
     class_names: tuple[str, ...]
+    transform: None = None
 
     def __post_init__(self):
         shape = self.images.shape
@@ -141,6 +143,8 @@ class FileSource:
 
     For small data sets and first tries: `mscm.prepare` does the same once, and reading is then many times faster.
     """
+
+    transform = "area"
 
     def __init__(self, name: str, files: folders.ImageFiles, *, resolution: int, channels: int = 3):
         self.name, self.split = name, files.split or "train"

@@ -22,6 +22,8 @@ PREFIX = "tfds:"  # of a data set's name where a path could stand
 class TfdsSource:
     """A `Source` over a prepared data set with an image and a label; made by `open_tfds`."""
 
+    transform = None
+
     def __init__(self, name: str, split: str, builder, keys: tuple[str, str]):
         features = builder.info.features
         self._image, self._label = keys

@@ -5,18 +5,13 @@ these features compare runs of this package on one data set; they are not FID an
 `Classifier.fingerprint`s.
 
     classifier = load_or_train(open_source("digits", split="all"), cache_dir="~/.cache/mscm")
-    features = classifier.features(images)  # uint8 "n 8 8 1" -> float32 "n 64"
+    features = classifier.network(images).features  # uint8 "n 8 8 1" -> float32 "n 64"
 """
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
-import tempfile
 import time
-import zipfile
-import zlib
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,9 +22,11 @@ import optax
 from absl import logging
 from flax import linen as nn
 from flax import traverse_util
-from jaxtyping import Array, Float, Float32, Integer, UInt8
+from jaxtyping import Array, Float, Integer, UInt8
 
 from mscm import compilation
+from mscm.metrics import files
+from mscm.metrics.features import FeatureNetwork, Outputs
 
 ARCHITECTURE = "conv64-v2"  # change it with the network or its training: cached weights of another one are refused
 FEATURE_DIM = 64
@@ -44,6 +41,7 @@ class LabelledImages(Protocol):
 
     name: str
     split: str
+    transform: str | None
     num_classes: int
     resolution: int
     channels: int
@@ -86,42 +84,18 @@ class Classifier:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the weights: names, shapes, types and bytes."""
-        digest = hashlib.sha256()
-        for name, value in sorted(_flatten(self.params).items()):
-            digest.update(f"{name} {value.dtype.str} {value.shape}\n".encode())
-            digest.update(np.ascontiguousarray(value).tobytes())
-        return digest.hexdigest()
-
-    def features(self, images: UInt8[np.ndarray, "n h w c"]) -> Float32[np.ndarray, "n d"]:
-        """Penultimate activations; one image's features do not depend on the others'."""
-        return self._apply(images)[0]
-
-    def logits(self, images: UInt8[np.ndarray, "n h w c"]) -> Float32[np.ndarray, "n k"]:
-        """Unnormalised log-probabilities of the classes."""
-        return self._apply(images)[1]
+        return files.fingerprint(_flatten(self.params))
 
     @functools.cached_property
-    def _forward(self):
-        model = SmallConvNet(self.card["num_classes"])
-        options = compilation.options(jax.default_backend())
-        return jax.jit(lambda params, images: model.apply({"params": params}, images), compiler_options=options)
+    def network(self) -> FeatureNetwork:
+        """Its penultimate activations as features, and the probabilities of its classes."""
 
-    def _apply(self, images) -> tuple[np.ndarray, np.ndarray]:
-        images = np.asarray(images)
-        expected = (self.card["resolution"], self.card["resolution"], self.card["channels"])
-        if images.dtype != np.uint8 or images.shape[1:] != expected:
-            raise ValueError(
-                f"classifier of {self.card['data_set']!r}: got {images.dtype} images of shape {images.shape}, expected "
-                f"uint8 of shape (n, {', '.join(map(str, expected))}); convert floats with transforms.to_uint8."
-            )
-        parts = []
-        for start in range(0, max(len(images), 1), EVAL_BATCH):
-            batch = images[start : start + EVAL_BATCH]
-            # The last batch is padded, not shortened: a second shape would compile a second time.
-            padded = np.pad(batch, ((0, EVAL_BATCH - len(batch)), (0, 0), (0, 0), (0, 0)))
-            features, logits = self._forward(self.params, padded)
-            parts.append((np.asarray(features)[: len(batch)], np.asarray(logits)[: len(batch)]))
-        return np.concatenate([f for f, _ in parts]), np.concatenate([k for _, k in parts])
+        def forward(params: Mapping[str, Any], images: Array) -> Outputs:
+            features, logits = SmallConvNet(self.card["num_classes"]).apply({"params": params}, images)
+            return Outputs(features, probabilities=nn.softmax(logits))
+
+        shape = (self.card["resolution"], self.card["resolution"], self.card["channels"])
+        return FeatureNetwork("classifier", self.fingerprint, self.params, forward, EVAL_BATCH, shape)
 
 
 def train_classifier(
@@ -186,15 +160,14 @@ def load_or_train(source: LabelledImages, cache_dir: str | os.PathLike, *, seed:
     A file that is damaged, or whose card or weights are not what they should be, is named in the log and replaced.
     """
     path = os.path.join(os.path.expanduser(cache_dir), f"classifier_{source.name}_{source.split}_seed{seed}.npz")
-    if os.path.exists(path):
-        try:
-            return _load(path, _card(source, seed=seed))
-        # What numpy, zipfile and json raise for a file that is not what it should be; one flipped bit of a zip header
-        # can claim a compression that zipfile does not implement.
-        except (ValueError, KeyError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-            logging.warning("Not using the feature network %s: %s Training it again.", path, error)
+    try:
+        return _load(path, _card(source, seed=seed))
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        logging.warning("Not using the feature network: %s; training it again.", error)
     classifier = train_classifier(source, seed=seed)
-    _save(path, classifier)
+    files.save(path, _flatten(classifier.params), classifier.card)
     return classifier
 
 
@@ -217,32 +190,9 @@ def _flatten(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in traverse_util.flatten_dict(params, sep="/").items()}
 
 
-def _save(path: str, classifier: Classifier) -> None:
-    card = json.dumps({**classifier.card, "weights_sha256": classifier.fingerprint}, indent=1)
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    # Its own name and one rename at the end: processes that train at the same time cannot mix their files.
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".npz.tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, card=np.array(card), **_flatten(classifier.params))
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner reads
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def _load(path: str, expected: Mapping[str, Any]) -> Classifier:
-    # Opened here because np.load leaves a file that is no zip open when it refuses it.
-    with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    card = json.loads(str(arrays.pop("card")))
-    sha256 = card.pop("weights_sha256")
+    arrays, card = files.load(path)
     for name, value in expected.items():
         if card.get(name) != value:
-            raise ValueError(f"its card says {name} = {card.get(name)!r}, expected {value!r}.")
-    classifier = Classifier(traverse_util.unflatten_dict(arrays, sep="/"), card)
-    if classifier.fingerprint != sha256:
-        raise ValueError(f"its weights have SHA-256 {classifier.fingerprint[:12]}..., its card says {sha256[:12]}...")
-    return classifier
+            raise ValueError(f"{path}: got a card with {name} = {card.get(name)!r}, expected {value!r}")
+    return Classifier(traverse_util.unflatten_dict(arrays, sep="/"), card)

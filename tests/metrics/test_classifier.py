@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from mscm.data import sources
 from mscm.metrics import classifier as classifier_lib
+from mscm.metrics import features
 from mscm.metrics.frechet import frechet_distance
 from mscm.metrics.moments import from_features
 
@@ -49,6 +50,10 @@ def warnings():
     logger.removeHandler(handler)
 
 
+def features_of(classifier, images):
+    return classifier.network(images).features
+
+
 def same_weights(a, b):
     return jax.tree.all(jax.tree.map(np.array_equal, dict(a.params), dict(b.params)))
 
@@ -58,36 +63,38 @@ def test_held_out_accuracy(digits):
     held_out = shuffled[np.argsort(digits.labels[shuffled], kind="stable")][::10]  # every tenth of each class
     kept = np.setdiff1d(shuffled, held_out)
     part = dataclasses.replace(digits, split="train90", images=digits.images[kept], labels=digits.labels[kept])
-    logits = classifier_lib.train_classifier(part).logits(digits.images[held_out])
-    assert (logits.argmax(-1) == digits.labels[held_out]).mean() >= 0.97
+    probabilities = classifier_lib.train_classifier(part).network(digits.images[held_out]).probabilities
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
+    assert (probabilities.argmax(-1) == digits.labels[held_out]).mean() >= 0.97
 
 
 def test_features_are_finite_and_well_conditioned(digits, trained):
-    features = trained.features(digits.images)
-    assert features.shape == (1797, classifier_lib.FEATURE_DIM) and features.dtype == np.float32
-    eigenvalues = np.linalg.eigvalsh(from_features(features).cov)
+    rows = features_of(trained, digits.images)
+    assert rows.shape == (1797, classifier_lib.FEATURE_DIM) and rows.dtype == np.float32
+    eigenvalues = np.linalg.eigvalsh(from_features(rows).cov)
     assert eigenvalues[0] > 1e-6 * eigenvalues[-1]
 
 
 def test_features_do_not_depend_on_the_batch(digits, trained):
-    features = trained.features(digits.images[:300])
-    np.testing.assert_allclose(trained.features(digits.images[297:300]), features[297:], rtol=1e-5, atol=1e-5)
-    assert trained.features(digits.images[:0]).shape == (0, classifier_lib.FEATURE_DIM)
+    rows = features_of(trained, digits.images[:300])
+    np.testing.assert_allclose(features_of(trained, digits.images[297:300]), rows[297:], rtol=1e-5, atol=1e-5)
+    assert features_of(trained, digits.images[:0]).shape == (0, classifier_lib.FEATURE_DIM)
 
 
 def test_distance_rises_with_noise_and_blur(digits, trained):
-    reference = from_features(trained.features(digits.images))
+    reference = from_features(features_of(trained, digits.images))
     noise = np.random.RandomState(0).randn(*digits.images.shape) * 127.5  # standard deviation 1 of a range of 2
 
     def distance(images):
-        return frechet_distance(reference, from_features(trained.features(np.clip(images, 0, 255).astype(np.uint8))))
+        pixels = np.clip(images, 0, 255).astype(np.uint8)
+        return frechet_distance(reference, from_features(features_of(trained, pixels)))
 
     noisy = [distance(np.round(digits.images + level * noise)) for level in (0.0, 0.05, 0.1, 0.2, 0.4)]
     blurred = [distance(np.round(ndimage.gaussian_filter(digits.images * 1.0, (0, w, w, 0)))) for w in (0.01, 0.5, 1.0)]
     assert noisy[0] < 1e-3 and all(b > 1.5 * a + 0.05 for a, b in zip(noisy, noisy[1:], strict=False)), noisy
     assert all(b > 1.5 * a + 0.05 for a, b in zip(blurred, blurred[1:], strict=False)), blurred
     halves = [sources.open_source("digits", split=split).images for split in ("half_a", "half_b")]
-    real = frechet_distance(*(from_features(trained.features(half)) for half in halves))
+    real = frechet_distance(*(from_features(features_of(trained, half)) for half in halves))
     assert 0 < real < noisy[3], (real, noisy)  # two real halves are closer than visibly noisy images
 
 
@@ -128,7 +135,7 @@ def test_cache_round_trip(small, tmp_path, warnings, monkeypatch):
     monkeypatch.setattr(classifier_lib, "train_classifier", None)  # training again would fail
     again = classifier_lib.load_or_train(small, tmp_path / "new")
     assert again.fingerprint == first.fingerprint and again.card == first.card and not warnings
-    np.testing.assert_array_equal(again.features(small.images), first.features(small.images))
+    np.testing.assert_array_equal(features_of(again, small.images), features_of(first, small.images))
 
 
 def rewrite(path, change):
@@ -176,8 +183,8 @@ def test_wrong_cache_is_named_and_replaced(small, tmp_path, warnings, damage, re
 
 
 def test_wrong_images_are_a_sentence(trained):
-    features = inspect.unwrap(classifier_lib.Classifier.features)
+    call = inspect.unwrap(features.FeatureNetwork.__call__)
     with pytest.raises(ValueError, match="got float32 images of shape"):
-        features(trained, np.zeros((2, 8, 8, 1), np.float32))
+        call(trained.network, np.zeros((2, 8, 8, 1), np.float32))
     with pytest.raises(ValueError, match=r"expected uint8 of shape \(n, 8, 8, 1\)"):
-        features(trained, np.zeros((2, 8, 8, 3), np.uint8))
+        call(trained.network, np.zeros((2, 8, 8, 3), np.uint8))

@@ -6,6 +6,7 @@ import scipy.linalg
 
 from mscm.metrics.frechet import frechet_distance
 from mscm.metrics.moments import Moments, empty, from_features
+from tests.metrics import torch_reference
 
 
 def gaussian(mean, cov):
@@ -46,6 +47,16 @@ def test_equals_scipy_sqrtm_and_is_symmetric(dim):
     expected = np.square(a.mean - b.mean).sum() + np.trace(a.cov + b.cov - 2 * root)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("rows_per_feature", "rel"), [(10, 1e-6), (0.5, 1e-3), (0.25, 1e-3)])
+def test_equals_the_reference_with_few_or_many_rows(rows_per_feature, rel, dim):
+    rng, rows = np.random.RandomState(dim), int(rows_per_feature * dim)
+    a, b = (from_features(rng.randn(rows, dim) * rng.uniform(0.5, 2.0, dim) + 0.1 * rng.randn(dim)) for _ in range(2))
+    expected = torch_reference.frechet(a.mean, a.cov, b.mean, b.cov)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=rel)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=rel)
 
 
 def test_singular_covariances():

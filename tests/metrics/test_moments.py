@@ -43,6 +43,22 @@ def test_merge_is_exact_and_symmetric(cut):
     assert_close(moments.merge(b, a), moments.from_features(features))
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_hosts_in_any_order_equal_one_shot(offset, seed):
+    rng = np.random.RandomState(seed)
+    features = rng.randn(200, 4) @ rng.randn(4, 4) + offset
+    cuts = np.sort(np.append(rng.randint(0, 201, 30), [0, 1, 1, 200]))  # with pieces of no row and of one
+    pieces = [moments.add(moments.empty(4), piece) for piece in np.split(features, cuts)]
+    assert {0, 1} <= {piece.count for piece in pieces}
+    while len(pieces) > 1:
+        pieces.append(moments.merge(*(pieces.pop(rng.randint(len(pieces))) for _ in range(2))))
+    (got,) = pieces
+    assert got.count == 200
+    for value, expected in ((got.mean, features.mean(axis=0)), (got.cov, np.cov(features.T))):
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+
+
 def test_no_rows_are_neutral():
     one = moments.from_features(make_features())
     assert_close(moments.merge(moments.empty(5), one), one)

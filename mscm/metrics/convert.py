@@ -1,0 +1,40 @@
+"""Converts the weights of a feature network, once, from the file that people have to one that is safe to read.
+
+  python -m mscm.metrics.convert --network=inception --source=pt_inception-2015-12-05-6726825d.pth
+
+Reads files of PyTorch's (pytorch-fid's weights, NVIDIA's TorchScript inception-2015-12-05.pt, DINOv2's weights) without
+PyTorch and without executing what may be in them. Writes arrays with a SHA-256, which is checked whenever they are read
+and recorded with every score. Nothing is downloaded.
+"""
+
+from absl import flags
+
+from mscm import cli
+
+NETWORK = flags.DEFINE_string("network", "inception", "inception or dinov2.")
+SOURCE = flags.DEFINE_string("source", None, "The file.")
+OUTPUT = flags.DEFINE_string("output", None, "File to write. Default: ~/.cache/mscm/NETWORK.npz.")
+
+
+def main() -> None:
+    """Converts, and says what it read and wrote."""
+    from mscm.config import ConfigError  # here and not above: --help must not wait for jax
+    from mscm.metrics import weights
+
+    if NETWORK.value not in weights.NETWORKS:
+        raise ConfigError(f"--network: got {NETWORK.value!r}, expected one of {', '.join(weights.NETWORKS)}")
+    output = OUTPUT.value or weights.default_path(NETWORK.value)
+    try:
+        card = weights.convert(NETWORK.value, SOURCE.value, output)
+    except ValueError as error:
+        raise ConfigError(f"--source: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"--output: {output}: {error.strerror or error}") from error
+    print(
+        f"{card['network']} from {card['source']} (SHA-256 {card['source_sha256'][:12]}...): {output}, weights "
+        f"{card['weights_sha256'][:12]}..."
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, doc=__doc__, required=("source",))

@@ -1,0 +1,64 @@
+"""Arrays with a card in one npz file: weights of feature networks, statistics, evaluations under way.
+
+Read without unpickling anything, and checked: the card holds a SHA-256 of the arrays.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mscm import atomic
+
+Arrays = Mapping[str, np.ndarray]
+
+_CARD, _SHA256 = "card", "sha256"
+
+
+def fingerprint(arrays: Arrays) -> str:
+    """SHA-256 of the arrays: names, shapes, types and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(arrays.items()):
+        digest.update(f"{name} {value.dtype.str} {value.shape}\n".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def save(path: str | os.PathLike, arrays: Arrays, card: Mapping[str, Any]) -> None:
+    """Writes a file whole: a reader sees the old one or the new one."""
+    card = np.array(json.dumps({**card, _SHA256: fingerprint(arrays)}, indent=1))
+    with atomic.writing(path) as file:
+        np.savez(file, **{_CARD: card}, **arrays)
+
+
+def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the card.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged, or was not written by `save`.
+    """
+    try:
+        # Opened here because np.load leaves a file that is no zip open when it refuses it.
+        with epath.Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        card = json.loads(str(arrays.pop(_CARD)))
+        sha256, found = str(card.pop(_SHA256)), fingerprint(arrays)
+    except FileNotFoundError:
+        raise
+    # Not a list: zipfile, the decompressors and numpy's parser of headers raise a dozen types for damaged bytes, among
+    # them TypeError, SyntaxError, TokenError, RuntimeError (one bit says encrypted), OverflowError and MemoryError.
+    except Exception as error:
+        raise ValueError(
+            f"{os.fspath(path)}: got a file that cannot be read ({error}), expected one written by mscm; make it again"
+        ) from error
+    if found != sha256:
+        raise ValueError(
+            f"{os.fspath(path)}: got arrays of SHA-256 {found[:12]}..., expected {sha256[:12]}... as its "
+            "card says; make it again"
+        )
+    return arrays, card

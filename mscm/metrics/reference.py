@@ -1,0 +1,55 @@
+"""Makes reference statistics: what the images of a run are measured against.
+
+  python -m mscm.metrics.reference --config=configs/imagenet64_cd8.py --config.data.path=DIR --output=imagenet64.npz
+  python -m mscm.metrics.reference --config=configs/imagenet64_cd8.py --import=VIRTUAL_imagenet64.npz \\
+      --count=1281167 --output=imagenet64_adm.npz
+
+From the data of a config, under its config.eval (network, reference_split); or from an .npz of ADM's evaluation or of
+pytorch-fid, which does not hold the number of its images (--count) nor how they were resized (--transform, where you
+know it). The result says data set, split, transform, resolution, count and network, and mscm.eval refuses it for other
+images: --config.eval.reference=imagenet64.npz.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from mscm import cli
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/imagenet64_cd8.py.")
+OUTPUT = flags.DEFINE_string("output", None, "File to write, .npz.")
+IMPORT = flags.DEFINE_string("import", None, "File of ADM's or pytorch-fid's form to take the statistics from.")
+COUNT = flags.DEFINE_integer("count", None, "Number of images behind an imported file.", lower_bound=2)
+TRANSFORM = flags.DEFINE_string("transform", None, "How the images behind an imported file were resized, if known.")
+
+
+def main() -> None:
+    """Computes or imports, and writes."""
+    import os  # here and not above: --help must not wait for jax
+
+    from mscm import evaluation
+    from mscm.config import ConfigError
+    from mscm.experiment import build
+    from mscm.metrics import references
+
+    experiment = build(CONFIG.value)
+    directory = os.path.dirname(os.path.abspath(OUTPUT.value))
+    if IMPORT.value is not None and COUNT.value is None:
+        raise ConfigError("--count: got none, expected the number of images behind the imported file")
+    try:
+        network = evaluation.make_network(experiment, directory)
+        if IMPORT.value is None:
+            reference = evaluation.compute_reference(experiment, network)
+        else:
+            unknown = {"transform": TRANSFORM.value, "count": COUNT.value, "fingerprint": None}
+            facts = evaluation.reference_facts(experiment) | unknown
+            reference = references.import_npz(IMPORT.value, facts, network, num_kept=experiment.eval.num_kept)
+        references.save(OUTPUT.value, reference)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except OSError as error:
+        raise ConfigError(f"--output: {OUTPUT.value}: {error.strerror or error}") from error
+    print(f"{reference}, features of {network.name} {network.fingerprint[:12]}: {OUTPUT.value}")
+
+
+if __name__ == "__main__":
+    cli.run(main, doc=__doc__, required=("config", "output"))

@@ -1,0 +1,176 @@
+"""Reference statistics: what scores are measured against, in a file that says what it was made from.
+
+A score means something only against a named reference: the data set, its split, how its images were resized, how many
+there are, and the network that looked at them. The file carries these facts, and `differences` names those that do not
+agree with what is being scored.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from mscm.metrics import files, statistics
+from mscm.metrics.classifier import LabelledImages
+from mscm.metrics.features import FeatureNetwork
+from mscm.metrics.moments import Moments
+from mscm.metrics.statistics import Statistics
+
+_KIND = "mscm reference 1"
+_COMPARED = ("name", "split", "transform", "resolution", "channels")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reference:
+    """Statistics and the facts about them; a fact of an imported file that nobody knows is None."""
+
+    statistics: Statistics
+    data: Mapping[str, Any]  # name, split, transform, resolution, channels, count, fingerprint
+    network: Mapping[str, str]  # name, fingerprint
+    imported_from: str | None = None
+
+    def __str__(self) -> str:
+        name, split, count = (self.data[key] for key in ("name", "split", "count"))
+        return f"{name}/{split}, {count} images" + (f", from {self.imported_from}" if self.imported_from else "")
+
+
+def describe(source: LabelledImages) -> dict[str, Any]:
+    """The facts about a data set that a reference carries."""
+    facts = {key: getattr(source, key) for key in _COMPARED}
+    return facts | {"count": len(source), "fingerprint": source.fingerprint}
+
+
+def compute(
+    source: LabelledImages,
+    network: FeatureNetwork,
+    *,
+    indices: np.ndarray | None = None,
+    batch_size: int,
+    num_kept: int = statistics.NUM_KEPT,
+    watch: Callable[[int], None] = lambda num_images: None,
+) -> Reference:
+    """Statistics of all images of a data set, or of those at `indices`, in their order.
+
+    `watch` is told the number of images of each batch when it is done.
+    """
+    indices = np.arange(len(source)) if indices is None else indices
+    batches = (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
+    images = (source.load(batch)["image"] for batch in batches)
+    gathered = gather(images, len(indices), network, num_kept=num_kept, watch=watch)
+    facts = describe(source) | {"count": len(indices)}
+    return Reference(gathered, facts, {"name": network.name, "fingerprint": network.fingerprint})
+
+
+def gather(
+    batches: Iterable[np.ndarray],
+    num_images: int,
+    network: FeatureNetwork,
+    *,
+    num_kept: int = statistics.NUM_KEPT,
+    watch: Callable[[int], None] = lambda num_images: None,
+) -> Statistics:
+    """Statistics of uint8 images `n h w c` that come in batches."""
+    accumulator = statistics.Accumulator(num_images, num_kept=num_kept)
+    for images in batches:
+        accumulator.add(network(images))
+        watch(len(images))
+    return accumulator.statistics()
+
+
+def save(path: str | os.PathLike, reference: Reference) -> None:
+    """Writes a reference to one file."""
+    card = {key: getattr(reference, key) for key in ("data", "network", "imported_from")}
+    files.save(path, reference.statistics.to_arrays(), {"kind": _KIND} | card)
+
+
+def load(path: str | os.PathLike) -> Reference:
+    """The reference in a file.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged or something else.
+    """
+    arrays, card = files.load(path)
+    if card.get("kind") != _KIND:
+        raise ValueError(
+            f"{os.fspath(path)}: got a file of kind {card.get('kind')!r}, expected {_KIND!r}; make it with "
+            "python -m mscm.metrics.reference"
+        )
+    return Reference(Statistics.from_arrays(arrays), card["data"], card["network"], card["imported_from"])
+
+
+def import_npz(
+    path: str | os.PathLike, data: Mapping[str, Any], network: FeatureNetwork, *, num_kept: int = statistics.NUM_KEPT
+) -> Reference:
+    """A reference from an .npz of ADM's evaluation (mu, sigma, mu_s, sigma_s, arr_0) or of pytorch-fid (mu, sigma).
+
+    Args:
+      data: the facts that the file does not hold, `count` among them.
+      network: the one whose features it is believed to hold; it also computes those of the images in arr_0.
+
+    Raises:
+      ValueError: it is no such file, or not of the size of the network's features.
+    """
+    try:
+        with epath.Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0") if name in file.files}
+    except Exception as error:  # as in files.load
+        raise ValueError(f"{os.fspath(path)}: got a file that cannot be read ({error}), expected an .npz") from error
+    if not {"mu", "sigma"} <= arrays.keys():
+        raise ValueError(f"{os.fspath(path)}: got no mu and sigma, expected an .npz of ADM's or pytorch-fid's form")
+
+    def moments(mean: str, cov: str) -> Moments | None:
+        if mean not in arrays or cov not in arrays:
+            return None
+        try:
+            mu, sigma = np.asarray(arrays[mean], np.float64), np.asarray(arrays[cov], np.float64)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: got no numbers in {mean} and {cov} ({error})") from error
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            raise ValueError(
+                f"{os.fspath(path)}: got {mean} of shape {mu.shape} and {cov} of {sigma.shape}, expected (d,), (d, d)"
+            )
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise ValueError(f"{os.fspath(path)}: got non-finite numbers in {mean} or {cov}, expected finite ones")
+        return Moments(data["count"], mu, sigma)
+
+    kept = None
+    if "arr_0" in arrays:  # in random order, as ADM's are
+        try:
+            kept = network(arrays["arr_0"][:num_kept]).features
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: arr_0: {error}") from error
+    features, spatial = moments("mu", "sigma"), moments("mu_s", "sigma_s")
+    shape = network.shape or (data["resolution"], data["resolution"], data["channels"])
+    expected = jax.eval_shape(network.forward, network.params, jax.ShapeDtypeStruct((1, *shape), np.uint8))
+    for got, rows in ((features, expected.features), (spatial, expected.spatial)):
+        if got is not None and rows is not None and len(got.mean) != rows.shape[1]:
+            raise ValueError(
+                f"{os.fspath(path)}: got {len(got.mean)} features, expected {rows.shape[1]} as {network.name} has"
+            )
+    gathered = Statistics(features, spatial, None, kept)
+    described = {"name": network.name, "fingerprint": network.fingerprint}
+    return Reference(gathered, data, described, os.path.basename(os.fspath(path)))
+
+
+def differences(reference: Reference, data: Mapping[str, Any], network: FeatureNetwork) -> list[str]:
+    """Sentences about what is not the same on the two sides; what an imported file does not know is no difference.
+
+    Args:
+      data: what is known of the facts about the scored images, as `describe` gives them.
+    """
+    found = [
+        f"{key} {reference.data[key]!r} in the reference, {data[key]!r} in what is scored"
+        for key in _COMPARED
+        if key in data and reference.data[key] != data[key]
+        if not (reference.imported_from and reference.data[key] is None)
+    ]
+    theirs = (reference.network["name"], reference.network["fingerprint"])
+    if theirs != (network.name, network.fingerprint):
+        ours = f"{network.name} {network.fingerprint[:12]}"
+        found.append(f"network {theirs[0]} {theirs[1][:12]} in the reference, {ours} in what is scored")
+    return found

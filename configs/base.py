@@ -27,7 +27,19 @@ def with_shared(**sections) -> ConfigDict:
             optimizer=dict(b1=0.9, b2=0.99, eps=1e-12, weight_decay=0.0, clip_norm=1.0),
             train=dict(keep_checkpoints=3, num_microbatches=1),
             mesh=dict(data=-1, fsdp=1, tensor=1),
-            eval=dict(seed=0, teacher_steps=(1, 2, 4, 8, 64, 256)),
+            eval=dict(
+                seeds=(0,),
+                labels="balanced",  # or uniform: drawn at random
+                teacher_samplers=("addim",),
+                teacher_steps=(1, 2, 4, 8, 64, 256),
+                network="classifier",  # or inception, dinov2: their weights are files, see mscm.metrics.convert
+                precision="float32",
+                weights=placeholder(str),
+                reference=placeholder(str),  # a file of mscm.metrics.reference; by default computed from the data
+                reference_split=placeholder(str),
+                num_kept=10_000,
+                at_end=True,
+            ),
         )
     )
     config.update(sections)

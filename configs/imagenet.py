@@ -70,7 +70,14 @@ def _base(*, resolution: int, variant: str) -> ConfigDict:
         # The state of a layer lies on eight chips, which gather it: sixty-four would exchange more than they compute.
         mesh=dict(fsdp=8),
         # 512 is what the paper's Table 1 quotes for the teacher.
-        eval=dict(num_images=50_000, batch_size=1024, teacher_steps=(1, 2, 4, 8, 64, 256, 512)),
+        # A pod is for training: python -m mscm.eval scores its checkpoints elsewhere.
+        eval=dict(
+            num_images=50_000,
+            batch_size=1024,
+            teacher_steps=(1, 2, 4, 8, 64, 256, 512),
+            network="inception",
+            at_end=False,
+        ),
     )
 
 

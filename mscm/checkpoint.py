@@ -85,6 +85,12 @@ class Checkpoints:
                 "remove the newer checkpoints or use an empty work directory"
             )
 
+    def save_ema(self, step: int, ema: Params, facts: dict[str, Any]) -> None:
+        """Saves averaged parameters alone: enough to sample from."""
+        self._manager.save(
+            step, args=ocp.args.Composite(ema=ocp.args.StandardSave(ema), facts=ocp.args.JsonSave(facts))
+        )
+
     def facts(self, step: int | None = None) -> dict[str, Any]:
         """What the checkpoint of `step` (None: the newest) says of its model."""
         step = self._existing(step)

@@ -5,16 +5,20 @@ import logging as python_logging
 import os
 import platform
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
+from etils import epath
 
+from mscm import atomic
 from mscm.config import ConfigError, find_config, load_config
 
 # Their progress notes are not this program's; their warnings are.
 _QUIET = ("orbax", "jax", "grain")
+_METER_SECONDS = 10.0
 
 
 def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
@@ -116,29 +120,45 @@ def _is_ours(record: python_logging.LogRecord) -> bool:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a small file whole: a reader sees the old one or the new one."""
-    os.makedirs(os.path.dirname(os.fspath(path)), exist_ok=True)
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # not mkstemp's private mode: an evaluator may be another user
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    with atomic.writing(path) as file:
+        file.write(text.encode())
 
 
 def append_json_line(path: str | os.PathLike, record: dict[str, Any]) -> None:
-    """Appends one JSON object as one line; the rest of a line that an interruption cut is removed first."""
-    os.makedirs(os.path.dirname(os.fspath(path)), exist_ok=True)
-    with open(path, "a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(record).encode() + b"\n")
+    """Appends one JSON object as one line; written whole, because a bucket has no appending."""
+    lines = [*read_json_lines(path), record]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a last line cut short by an interruption is left out."""
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    return [json.loads(line) for line in lines]
+    """The objects of a file of JSON lines; none where there is no file."""
+    path = epath.Path(path)
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise ConfigError(f"{path}: got a line that is no JSON ({error}), expected one object a line") from error
+
+
+class Meter:
+    """Says every `_METER_SECONDS` how far long work is, how fast, and how long it will take."""
+
+    def __init__(self, what: str, total: int, done: int = 0):
+        self._what, self._total, self._done = what, total, done
+        self._start, self._since = done, time.monotonic()
+        self._said = self._since
+
+    def __call__(self, num_images: int) -> None:
+        """So many images more are done."""
+        self._done += num_images
+        now = time.monotonic()
+        if now - self._said < _METER_SECONDS:
+            return
+        self._said = now
+        rate = (self._done - self._start) / (now - self._since)
+        logging.info(
+            "%s: %d/%d images, %.1f images/s, %s left",
+            self._what, self._done, self._total, rate, duration((self._total - self._done) / rate),
+        )
 
 
 def duration(seconds: float) -> str:

@@ -51,12 +51,21 @@ class Section:
             raise ConfigError(f"{self._path}.{key}: got {value!r}, expected a number of at least {minimum}{limit}")
         return value
 
-    def whole_numbers(self, key: str) -> tuple[int, ...]:
-        """The numbers from 1 of `key`, at least one of them."""
+    def choose_some(self, key: str, choices: Mapping[str, Any]) -> tuple[str, ...]:
+        """The names of choices in the sequence `key`, at least one of them."""
+        values = self.take(key)
+        if not isinstance(values, tuple | list) or not values or not set(values) <= set(choices):
+            raise ConfigError(f"{self._path}.{key}: got {values!r}, expected some of {', '.join(choices)}")
+        return tuple(values)
+
+    def whole_numbers(self, key: str, *, minimum: int = 1) -> tuple[int, ...]:
+        """The numbers of `key`, at least one of them."""
         values = self.take(key)
         is_sequence = isinstance(values, tuple | list)
-        if not is_sequence or not values or not all(type(value) is int and value >= 1 for value in values):
-            raise ConfigError(f"{self._path}.{key}: got {values!r}, expected whole numbers from 1, such as (1, 4)")
+        if not is_sequence or not values or not all(type(value) is int and value >= minimum for value in values):
+            raise ConfigError(
+                f"{self._path}.{key}: got {values!r}, expected whole numbers from {minimum}, such as (1, 4)"
+            )
         return tuple(values)
 
     def section(self, key: str) -> "Section":

@@ -7,11 +7,13 @@ is what `--distributed` names or what the platform tells.
 import atexit
 import contextlib
 import itertools
+import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from absl import logging
@@ -22,7 +24,7 @@ from mscm.config import ConfigError
 _KEY = "mscm/error"
 _POLL_SECONDS = 1.0
 _BARRIER_MILLISECONDS = 24 * 3600 * 1000  # a process that fails ends the others, so that none waits in vain
-_barriers = itertools.count()
+_barriers, _agreements = itertools.count(), itertools.count()
 
 
 def start(where: str) -> None:
@@ -59,6 +61,17 @@ def barrier() -> None:
     """Waits until all processes are here; they call it in the same order."""
     if jax.process_count() > 1:
         global_state.client.wait_at_barrier(f"mscm/barrier/{next(_barriers)}", _BARRIER_MILLISECONDS)
+
+
+def agree(value: Any) -> Any:
+    """The main process's `value`, which JSON can hold, in all of them; they call it in the same order."""
+    if jax.process_count() == 1:
+        return value
+    key = f"mscm/agreed/{next(_agreements)}"
+    if is_main():
+        global_state.client.key_value_set(key, json.dumps(value))
+        return value
+    return json.loads(global_state.client.blocking_key_value_get(key, _BARRIER_MILLISECONDS))
 
 
 @contextlib.contextmanager

@@ -1,14 +1,16 @@
-"""Scores every checkpoint of a work directory that has not been scored yet.
+"""Scores the checkpoints of a work directory as training writes them, and ends when training has ended.
 
   python -m mscm.eval --config=configs/digits_cd4.py --workdir=DIR
+  python -m mscm.eval --config=configs/digits_cd4.py --workdir=DIR --images=samples.npz
 
-Writes one JSON line per checkpoint to DIR/eval/scores.jsonl: fd_classifier, the Frechet distance to the data set in the
-features of a small classifier trained on it (not FID), under each sampler. Then prints the newest checkpoint beside the
-reference points of the same axis: the teacher under aDDIM, and one half of the real images against the other.
+Writes below DIR/eval: scores.jsonl (one line for each checkpoint, sampler and seed), samples/, events (TensorBoard)
+and best/STEP, a copy of the best checkpoint. Killed, it continues inside the evaluation that it was in. At the end it
+prints the newest checkpoint beside the reference points of the same axis: the teacher, and one half of the real images
+against the other. config.eval says what is measured: in the features of a small classifier (fd_classifier, not FID), or
+with --config.eval.network=inception FID, sFID, KID, the Inception score, precision and recall.
 """
 
 import os
-import time
 
 from absl import flags
 
@@ -16,51 +18,65 @@ from mscm import cli, run_flags
 
 flags.adopt_module_key_flags(run_flags)  # so that --help lists them
 
+ONCE = flags.DEFINE_bool("once", False, "Score the checkpoints that are there, and end.")
+CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Score the checkpoint of this step only.")
+IMAGES = flags.DEFINE_string("images", None, "Score these: a folder, zip or tar of images, or an .npz.")
+ALLOW_MISMATCH = flags.DEFINE_bool(
+    "allow_mismatch", False, "Score against a reference of other images than the config's; the scores are marked."
+)
+SAVE_EVERY = flags.DEFINE_float(
+    "save_every_seconds", 60.0, "Time between two copies of the evaluation under way.", lower_bound=0.0
+)
+
 
 def main() -> None:
     """Scores what is new, prints all."""
-    from absl import logging  # here and not above: --help must not wait for jax
-
-    from mscm import distributed, evaluation
+    from mscm import distributed, evaluation  # here and not above: --help must not wait for jax
     from mscm.checkpoint import reading
+    from mscm.evaluation_loop import Evaluation
     from mscm.experiment import build
 
     if run_flags.DISTRIBUTED.value:
         distributed.start(run_flags.DISTRIBUTED.value)
     experiment, workdir = build(run_flags.CONFIG.value), run_flags.WORKDIR.value
-    source = experiment.data.open()
-    with reading(workdir) as checkpoints:
-        newest = checkpoints.check(experiment.facts())
-        steps = checkpoints.steps()
-    teacher = experiment.teacher
-    if teacher is not None:
-        teacher_params = evaluation.read_ema(teacher.experiment, evaluation.teacher_workdir_of(experiment, workdir))
-
-    directory = os.path.join(workdir, "eval")
-    scorer = evaluation.Scorer(source, directory, experiment.eval)
-    specs = evaluation.default_samplers(experiment)
-    scores_file = os.path.join(directory, "scores.jsonl")
-    identity = evaluation.identity(experiment, scorer, specs)
-    scored = {line["step"]: line for line in cli.read_json_lines(scores_file) if line["identity"] == identity}
-    for step in steps:
-        if step in scored:
-            continue
-        started = time.monotonic()
-        params = evaluation.read_ema(experiment, workdir, step)
-        rows = [scorer.score(experiment, params, spec).row() for spec in specs]
-        seconds = round(time.monotonic() - started, 3)
-        scored[step] = {"step": step, "identity": identity, "seconds": seconds, "scores": rows}
-        if distributed.is_main():
-            cli.append_json_line(scores_file, scored[step])
-        logging.info("Step %d scored in %s", step, cli.duration(seconds))
-
-    rows = list(scored[newest]["scores"])
-    if teacher is not None:
-        teacher_specs = evaluation.diffusion_samplers(experiment)
-        rows += [scorer.score(teacher.experiment, teacher_params, spec).row() for spec in teacher_specs]
-    rows.append(evaluation.real_row(scorer))
+    if IMAGES.value:
+        _score_images(experiment, workdir)
+        return
+    if ONCE.value or CHECKPOINT.value is not None:
+        with reading(workdir) as checkpoints:
+            checkpoints.check(experiment.facts(), CHECKPOINT.value)
+    options = dict(allow_mismatch=ALLOW_MISMATCH.value, save_every_seconds=SAVE_EVERY.value)
+    with Evaluation(experiment, workdir, **options) as job:
+        if CHECKPOINT.value is not None:
+            step = CHECKPOINT.value
+            rows = job.score(experiment, workdir, step, evaluation.default_samplers(experiment))
+        else:
+            job.watch(once=ONCE.value)
+            step, rows = job.newest()
+        rows = [*rows, *job.teacher_rows(evaluation.diffusion_samplers(experiment)), *job.real_rows()]
     if distributed.is_main():
-        print(f"\nstep {newest}\n{evaluation.result_table(rows)}\n\nall checkpoints: {scores_file}\n", flush=True)
+        print(f"\nstep {step}\n{evaluation.result_table(rows)}\n\nall checkpoints: {job.scores_file}\n", flush=True)
+
+
+def _score_images(experiment, workdir: str) -> None:
+    """Prints a table of one line, and writes the line to a file beside the other scores."""
+    from mscm import distributed, evaluation
+    from mscm.config import ConfigError
+    from mscm.data import loose
+    from mscm.evaluation_loop import Evaluation
+
+    data = experiment.data
+    try:
+        images = loose.open_images(IMAGES.value, resolution=data.resolution, channels=data.channels)
+    except ValueError as error:
+        raise ConfigError(f"--images: {error}") from error
+    with Evaluation(experiment, workdir, allow_mismatch=ALLOW_MISMATCH.value) as job:
+        row = job.score_images(images.batches(experiment.eval.batch_size), len(images), IMAGES.value)
+        rows = [row, *job.real_rows()]
+    if distributed.is_main():
+        path = os.path.join(job.directory, "images.jsonl")
+        cli.append_json_line(path, row)
+        print(f"\n{evaluation.result_table(rows)}\n\nalso in {path}\n", flush=True)
 
 
 if __name__ == "__main__":

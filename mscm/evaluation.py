@@ -4,6 +4,7 @@ Image i of an evaluation starts from fold_in(key(seed), i) and has the label i m
 so that it is the same image whatever the batch size, and two models sample from common noise.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,21 +15,26 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
-from mscm import compilation, distributed
+from mscm import cli, compilation, distributed
 from mscm.checkpoint import reading
 from mscm.config import ConfigError
 from mscm.data import sources, transforms
-from mscm.diffusion import sampler
-from mscm.experiment import EvalSpec, Experiment
+from mscm.experiment import SAMPLERS, EvalSpec, Experiment
 from mscm.metrics import classifier as classifiers
-from mscm.metrics import frechet, moments
+from mscm.metrics import files, references, statistics, weights
+from mscm.metrics.features import FeatureNetwork
+from mscm.metrics.statistics import Statistics
 from mscm.report import grid, table
 from mscm.training import partition
 from mscm.types import Images, Int, Key, Labels, Params
 
-_GRID_IMAGES, _GRID_COLUMNS = 50, 10
+GRID_IMAGES, _GRID_COLUMNS = 50, 10
+
+# What a row of scores says of how it was made; all else in it is a metric.
+NO_METRICS = (
+    "step", "model", "sampler", "nfe", "seed", "num_images", "labels", "network", "reference", "identity", "mismatch"
+)
 
 # (params, key, indices of the images, labels) -> images, whole on every device
 SampleFn = Callable[[Params, Key, Int[np.ndarray, "b"], Labels], Images]
@@ -46,19 +52,17 @@ class SamplerSpec:
         return f"{self.name} {steps}"
 
 
-SAMPLERS = {"ddim": sampler.sample, "addim": sampler.sample_addim}
-
-
 def default_samplers(experiment: Experiment) -> list[SamplerSpec]:
-    """A student's own steps with DDIM; a diffusion model's `eval.teacher_steps` with aDDIM."""
+    """A student's own steps with DDIM; a diffusion model's `diffusion_samplers`."""
     if experiment.student_steps is not None:
         return [SamplerSpec("ddim", experiment.student_steps)]
     return diffusion_samplers(experiment)
 
 
 def diffusion_samplers(experiment: Experiment) -> list[SamplerSpec]:
-    """aDDIM with `eval.teacher_steps`: a diffusion model's own samplers, or those of a student's teacher."""
-    return [SamplerSpec("addim", num_steps) for num_steps in experiment.eval.teacher_steps]
+    """`eval.teacher_samplers` with `eval.teacher_steps`: a diffusion model's own, or those of a student's teacher."""
+    spec = experiment.eval
+    return [SamplerSpec(name, num_steps) for name in spec.teacher_samplers for num_steps in spec.teacher_steps]
 
 
 def short_teacher_samplers(experiment: Experiment) -> list[SamplerSpec]:
@@ -66,8 +70,8 @@ def short_teacher_samplers(experiment: Experiment) -> list[SamplerSpec]:
 
     `mscm.eval` scores the teacher at all of `eval.teacher_steps`.
     """
-    largest = max(experiment.eval.teacher_steps)
-    return [SamplerSpec("addim", num_steps) for num_steps in sorted({experiment.student_steps, largest})]
+    name, largest = experiment.eval.teacher_samplers[0], max(experiment.eval.teacher_steps)
+    return [SamplerSpec(name, num_steps) for num_steps in sorted({experiment.student_steps, largest})]
 
 
 def check_sampler(experiment: Experiment, spec: SamplerSpec, *, force: bool = False) -> None:
@@ -114,15 +118,16 @@ def generate(
     batch_size: int,
     seed: int,
     labels: np.ndarray | None = None,
+    start: int = 0,
 ) -> Iterator[np.ndarray]:
     """Batches of uint8 images `b h w c` as an image file would hold them; the last may be smaller.
 
-    `labels`: one for each image; None: balanced.
+    `labels`: one for each image; None: balanced. `start`: the first image, the first of a batch.
     """
     data, sample = experiment.data, make_sample_fn(experiment, spec)
     batch_size = partition.rounded_up(batch_size, experiment.mesh)
     key = jax.random.key(seed)
-    for first in range(0, num_images, batch_size):
+    for first in range(start, num_images, batch_size):
         # The last batch is filled up and cut: one compiled shape, and no image is dropped.
         indices = np.arange(first, first + batch_size)
         wanted = indices % data.num_classes if labels is None else labels[indices % num_images]
@@ -130,76 +135,165 @@ def generate(
         yield np.asarray(images)[: num_images - first]
 
 
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """What a model reaches with a sampler, and the first of the images that were scored."""
-
-    model: str
-    sampler: SamplerSpec
-    num_images: int
-    distance: float
-    samples: np.ndarray  # uint8 n h w c
-
-    def row(self) -> dict[str, Any]:
-        """One line of a result table."""
-        return {
-            "model": self.model,
-            "sampler": self.sampler.name,
-            "nfe": self.sampler.num_steps,
-            "num_images": self.num_images,
-            "fd_classifier": self.distance,
-        }
-
-
 class Scorer:
-    """Frechet distances to a data set in the features of a classifier trained on it: `fd_classifier`, never FID.
+    """Scores of images against one reference, in the features of one network.
 
-    `spec` is the scored run's, also for its teacher: scores of one table have equal counts and common noise.
+    The scored run's settings are also its teacher's: scores of one table have equal counts and common noise.
     """
 
-    def __init__(self, source: sources.Source, cache_dir: str, spec: EvalSpec):
-        self._source, self._spec = source, spec
-        with distributed.main_first():
-            self.classifier = classifiers.load_or_train(source, cache_dir)
-        self._reference = self._source_moments(np.arange(len(source)))
+    def __init__(self, experiment: Experiment, directory: str, *, allow_mismatch: bool = False):
+        """Makes or reads the network and the reference; what it makes is kept in `directory`.
 
-    def _source_moments(self, indices: np.ndarray) -> moments.Moments:
-        chunks = np.array_split(indices, -(-len(indices) // self._spec.batch_size))
-        return self._moments(self._source.load(chunk)["image"] for chunk in chunks)
-
-    def _moments(self, batches: Iterator[np.ndarray]) -> moments.Moments:
-        features = (self.classifier.features(images) for images in batches)
-        return functools.reduce(moments.add, features, moments.empty(classifiers.FEATURE_DIM))
-
-    def score(self, experiment: Experiment, params: Params, spec: SamplerSpec) -> Score:
-        """Distance of generated images to the whole data set."""
-        num_images, batch_size, seed = self._spec.num_images, self._spec.batch_size, self._spec.seed
-        samples = []
-
-        def images() -> Iterator[np.ndarray]:
-            for batch in generate(experiment, params, spec, num_images=num_images, batch_size=batch_size, seed=seed):
-                samples.extend(batch[: _GRID_IMAGES - len(samples)])
-                yield batch
-
-        distance = frechet.frechet_distance(self._moments(images()), self._reference)
-        logging.info("%s, %s: fd_classifier %.3f", experiment.name, spec, distance)
-        return Score(experiment.name, spec, num_images, distance, np.stack(samples))
-
-    def half_against_half(self) -> tuple[float, int]:
-        """Distance between two class-stratified halves of the data, and the size of one.
-
-        Counts below that of a score make it larger: with 1797 digits most of it is this bias.
+        Raises:
+          ConfigError: the weights or the reference cannot be read, or the reference is not of what is scored and
+            `allow_mismatch` does not say that it may be.
         """
-        half_a, half_b = sources.stratified_halves(self._source.labels)
-        distance = frechet.frechet_distance(self._source_moments(half_a), self._source_moments(half_b))
-        return distance, min(len(half_a), len(half_b))
+        self.spec, self._data = experiment.eval, experiment.data
+        try:
+            self.network = make_network(experiment, directory)
+            self.reference = _reference(experiment, self.network, directory)
+        except ValueError as error:
+            raise ConfigError(f"config.eval: {error}") from error
+        self.mismatch = references.differences(self.reference, reference_facts(experiment), self.network)
+        if self.mismatch and not allow_mismatch:
+            raise ConfigError(
+                f"config.eval.reference: got a reference of other images, {'; '.join(self.mismatch)}; give the right "
+                "one, or use --allow_mismatch, which marks the scores"
+            )
+
+    @property
+    def metric(self) -> str:
+        """Name of the distance by which models are compared."""
+        return statistics.names(self.network.name)[0]
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Hash of all that decides a score beside the images; scores under another one are not comparable."""
+        reference = self.reference
+        of_file = files.fingerprint(reference.statistics.to_arrays()) if reference.imported_from else None
+        parts = [self.network.fingerprint, reference.data, of_file, self.spec.num_kept]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        """What every score says of how it was made."""
+        described = {
+            "network": f"{self.network.name} {self.network.fingerprint[:12]}",
+            "reference": str(self.reference),
+            "identity": self.identity,
+        }
+        return described | ({"mismatch": self.mismatch} if self.mismatch else {})
+
+    def compare(self, gathered: Statistics) -> dict[str, float]:
+        """All metrics of images against the reference."""
+        return statistics.compare(gathered, self.reference.statistics, network=self.network.name)
+
+    def size_of_half(self) -> int:
+        """Images on each side of `half_against_half`."""
+        return min(len(self._data.open()) // 2, self.spec.num_images)
+
+    def half_against_half(self) -> dict[str, float]:
+        """All metrics of one class-stratified half of the data against the other, or of images drawn from them.
+
+        Counts below that of a score make a Frechet distance larger: with 1797 digits most of it is this bias.
+        """
+        source, rng = self._data.open(), np.random.RandomState(0)
+        halves = [rng.permutation(half)[: self.size_of_half()] for half in sources.stratified_halves(source.labels)]
+        a, b = (_gather(source, np.sort(half), self.network, self.spec).statistics for half in halves)
+        return statistics.compare(a, b, network=self.network.name)
 
 
-def identity(experiment: Experiment, scorer: Scorer, specs: list[SamplerSpec]) -> str:
-    """Hash of all that decides a score beside the checkpoint; scores under another one are not comparable."""
-    evaluation = dataclasses.asdict(experiment.eval)
-    parts = [scorer.classifier.fingerprint, evaluation, [str(spec) for spec in specs]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+def make_network(experiment: Experiment, directory: str) -> FeatureNetwork:
+    """The feature network of `config.eval`; a classifier is trained, where it is not in `directory`.
+
+    Raises:
+      ValueError: its weights are not there.
+    """
+    spec = experiment.eval
+    if spec.network != "classifier":
+        return weights.load(spec.network, spec.weights or weights.default_path(spec.network), dtype=spec.precision)
+    if spec.precision != "float32" or spec.weights:
+        raise ValueError("the network 'classifier' is trained on the spot in float32, expected no weights or precision")
+    source = experiment.data.open()
+    with distributed.main_first():
+        return classifiers.load_or_train(source, directory).network
+
+
+def reference_facts(experiment: Experiment) -> dict[str, Any]:
+    """What the config says of the images that its models should be measured against."""
+    facts = {key: getattr(experiment.data, key) for key in ("name", "resolution", "channels")}
+    return facts | {"split": experiment.eval.reference_split or experiment.data.split}
+
+
+def compute_reference(experiment: Experiment, network: FeatureNetwork) -> references.Reference:
+    """Statistics of the images of `config.data`, of the split `config.eval.reference_split`."""
+    source = _reference_source(experiment)
+    return _gather(source, np.arange(len(source)), network, experiment.eval)
+
+
+def _reference_source(experiment: Experiment) -> sources.Source:
+    return dataclasses.replace(experiment.data, split=reference_facts(experiment)["split"]).open()
+
+
+def _reference(experiment: Experiment, network: FeatureNetwork, directory: str) -> references.Reference:
+    """The file that the config names, or that of an earlier evaluation, or a new one."""
+    spec = experiment.eval
+    if spec.reference:
+        return _load_reference(spec.reference)
+    source = _reference_source(experiment)
+    path = os.path.join(directory, f"reference_{network.name}_{source.split}.npz")
+    stored = None
+    with contextlib.suppress(FileNotFoundError, ValueError):  # absent, damaged or of another kind: made again
+        stored = references.load(path)
+    distributed.barrier()  # nobody writes before all have looked
+    wanted = references.describe(source), {"name": network.name, "fingerprint": network.fingerprint}
+    num_kept = min(spec.num_kept, len(source))
+    if stored and (stored.data, stored.network) == wanted and len(stored.statistics.kept) == num_kept:
+        return stored
+    reference = compute_reference(experiment, network)
+    if distributed.is_main():
+        references.save(path, reference)
+    return reference
+
+
+def _gather(
+    source: sources.Source, indices: np.ndarray, network: FeatureNetwork, spec: EvalSpec
+) -> references.Reference:
+    return references.compute(
+        source,
+        network,
+        indices=indices,
+        batch_size=spec.batch_size,
+        num_kept=spec.num_kept,
+        watch=cli.Meter(f"{source.name}/{source.split}", len(indices)),
+    )
+
+
+def check_weights(experiment: Experiment) -> None:
+    """Looks for the files that scoring needs, before hours of training.
+
+    Raises:
+      ConfigError: one is not there.
+    """
+    spec = experiment.eval
+    try:
+        if spec.network != "classifier":
+            weights.check(spec.network, spec.weights or weights.default_path(spec.network))
+        if spec.reference:
+            _load_reference(spec.reference)
+    except ValueError as error:
+        raise ConfigError(
+            f"config.eval: {error}, or --config.eval.at_end=False to train without scores at the end"
+        ) from error
+
+
+def _load_reference(path: str) -> references.Reference:
+    try:
+        return references.load(path)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"got no reference {path}; make it with python -m mscm.metrics.reference, or set config.eval.reference to "
+            "None to compute it from the data"
+        ) from error
 
 
 def teacher_workdir_of(experiment: Experiment, workdir: str) -> str:
@@ -214,23 +308,45 @@ def read_ema(experiment: Experiment, workdir: str, step: int | None = None) -> P
         return checkpoints.restore_ema(experiment.placed_state().ema, step)
 
 
-def real_row(scorer: Scorer) -> dict:
-    """The reference point: one half of the real images against the other half."""
-    distance, count = scorer.half_against_half()
-    return {"model": "real, half against half", "nfe": 0, "num_images": count, "fd_classifier": distance}
+def labels_of_images(experiment: Experiment, seed: int) -> np.ndarray:
+    """Labels of the images of an evaluation, by `eval.labels`."""
+    num_images, num_classes = experiment.eval.num_images, experiment.data.num_classes
+    if experiment.eval.labels == "balanced":
+        return np.arange(num_images) % num_classes
+    return np.random.RandomState(seed).randint(num_classes, size=num_images)
 
 
-def result_table(rows: list[dict]) -> str:
-    """The scores as a person reads them."""
-    header = ["model", "sampler", "NFE", "images", "fd_classifier"]
+def result_table(rows: list[dict[str, Any]]) -> str:
+    """The scores as a person reads them: one line for each model and sampler, mean and deviation over seeds."""
+    known = ("model", "sampler", "nfe", "num_images")
+    metrics = [name for name in rows[0] if name not in NO_METRICS and not name.endswith("_std")]
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in known), []).append(row)
     body = [
-        [row["model"], row.get("sampler", ""), row["nfe"] or "", row["num_images"], f"{row['fd_classifier']:.3f}"]
-        for row in rows
+        [model, sampler or "", nfe or "", count, *(_over_seeds([row.get(name) for row in group]) for name in metrics)]
+        for (model, sampler, nfe, count), group in groups.items()
     ]
-    return table.format_table(header, body)
+    return table.format_table(["model", "sampler", "NFE", "images", *metrics], body)
 
 
-def sample_grid(scores: list[Score]) -> np.ndarray:
-    """The samples of several scores side by side: image i of each is from the same noise and of the same class."""
-    panels = {f"{score.model}, {score.sampler}": score.samples for score in scores}
+def _over_seeds(values: list[float | None]) -> str:
+    if None in values:
+        return ""
+    text = f"{np.mean(values):.4g}"
+    return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):.2g}"
+
+
+def sample_grid(models: list[tuple[Experiment, Params, SamplerSpec]], batch_size: int) -> np.ndarray:
+    """Samples side by side: image i of each is from the same noise and of the same class."""
+    return grid_of({
+        f"{experiment.name}, {spec}": np.concatenate(
+            list(generate(experiment, params, spec, num_images=GRID_IMAGES, batch_size=batch_size, seed=0))
+        )
+        for experiment, params, spec in models
+    })
+
+
+def grid_of(panels: dict[str, np.ndarray]) -> np.ndarray:
+    """Images under their titles."""
     return grid.side_by_side(panels, columns=_GRID_COLUMNS)

@@ -21,7 +21,9 @@ from mscm.checkpoint import first_mismatch, parameter_shapes
 from mscm.config import ConfigError, Section, load_config
 from mscm.data import sources, transforms
 from mscm.diffusion import denoiser as denoisers
+from mscm.diffusion import sampler
 from mscm.diffusion import schedule as schedules
+from mscm.metrics import weights
 from mscm.models import attention, uvit
 from mscm.objectives import curriculum
 from mscm.objectives import distance as distances
@@ -45,6 +47,10 @@ CONSISTENCY_DISTANCES: dict[str, Callable[..., PerExample]] = {
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MODELS = ("uvit",)
+SAMPLERS: dict[str, Callable[..., Any]] = {"ddim": sampler.sample, "addim": sampler.sample_addim}
+LABELS = ("balanced", "uniform")  # in turn, or drawn independently
+FEATURE_NETWORKS = ("classifier", *weights.NETWORKS)
+_EVAL_NUMBERS = {"num_images": 4, "batch_size": 1, "num_kept": 4}  # and the least that each may be
 OBJECTIVES = ("diffusion", "multistep_consistency")
 
 
@@ -103,8 +109,17 @@ class EvalSpec:
 
     num_images: int
     batch_size: int
-    seed: int
+    seeds: tuple[int, ...]  # each gives a score of its own
+    labels: str  # of the images, one of LABELS
+    teacher_samplers: tuple[str, ...]
     teacher_steps: tuple[int, ...]
+    network: str  # whose features are compared, one of FEATURE_NETWORKS
+    precision: str  # of that network, one of DTYPES
+    weights: str | None  # its converted file; None: where mscm.metrics.convert writes it
+    reference: str | None  # file of reference statistics; None: computed from the data
+    reference_split: str | None  # the split of the reference; None: the split that is trained on
+    num_kept: int  # images whose features are kept, for precision, recall and the kernel distance
+    at_end: bool  # whether training ends with scores; else mscm.eval gives them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,10 +293,15 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
     train = _train(root.section("train"))
     eval_section = root.section("eval")
     spec = EvalSpec(
-        num_images=eval_section.number("num_images", minimum=2),
-        batch_size=eval_section.number("batch_size", minimum=1),
-        seed=eval_section.number("seed", minimum=0),
+        **{key: eval_section.number(key, minimum=least) for key, least in _EVAL_NUMBERS.items()},
+        seeds=eval_section.whole_numbers("seeds", minimum=0),
         teacher_steps=eval_section.whole_numbers("teacher_steps"),
+        teacher_samplers=eval_section.choose_some("teacher_samplers", SAMPLERS),
+        labels=eval_section.choose("labels", LABELS),
+        network=eval_section.choose("network", FEATURE_NETWORKS),
+        precision=eval_section.choose("precision", tuple(DTYPES)),
+        at_end=bool(eval_section.take("at_end")),
+        **{key: eval_section.take(key) for key in ("weights", "reference", "reference_split")},
     )
     optimizer_section = root.section("optimizer")
     bind_rate = optimizer_section.bind(functools.partial(optimizers.make_learning_rate, num_steps=train.num_steps))

@@ -1,7 +1,6 @@
 """The training loop and what ends it: read from top to bottom."""
 
 import collections
-import itertools
 import json
 import os
 import time
@@ -17,6 +16,7 @@ from mscm import cli, distributed, evaluation
 from mscm.checkpoint import Checkpoints, reading
 from mscm.config import ConfigError
 from mscm.data import pipeline, sources
+from mscm.evaluation_loop import Evaluation
 from mscm.experiment import Experiment
 from mscm.report import grid
 from mscm.report.writer import Writer
@@ -42,7 +42,7 @@ def run(experiment: Experiment, workdir: str) -> None:
         teacher_params = evaluation.read_ema(experiment.teacher.experiment, teacher_workdir)
     logging.info("Training %s in %s", experiment.name, workdir)
     train(experiment, workdir, source, teacher_params)
-    finish(experiment, workdir, source, teacher_params)
+    finish(experiment, workdir, teacher_params)
     logging.info("Done in %s", cli.duration(time.monotonic() - started))
 
 
@@ -63,6 +63,8 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
     if experiment.teacher is not None and experiment.teacher.workdir is not None:
         with reading(experiment.teacher.workdir) as checkpoints:
             checkpoints.check(experiment.teacher.experiment.facts())
+    if experiment.eval.at_end:
+        evaluation.check_weights(experiment)
     distributed.barrier()  # nobody has written yet: all have seen the same
     return source
 
@@ -204,27 +206,36 @@ class Progress:
         self._pending, self._step, self._time, self._waited = [], step, now, 0.0
 
 
-def finish(experiment: Experiment, workdir: str, source: sources.Source, teacher_params: Params) -> None:
-    """Scores, sample grid, and the table that ends a run."""
-    params = evaluation.read_ema(experiment, workdir)
-    models = [(experiment, params, evaluation.default_samplers(experiment))]
-    if experiment.teacher is not None:
-        models.append((experiment.teacher.experiment, teacher_params, evaluation.short_teacher_samplers(experiment)))
-    logging.info("Scoring %d images a sampler", experiment.eval.num_images)
-    scorer = evaluation.Scorer(source, os.path.join(workdir, "eval"), experiment.eval)
-    scores = [[scorer.score(model, weights, spec) for spec in specs] for model, weights, specs in models]
-    rows = [score.row() for score in itertools.chain(*scores)] + [evaluation.real_row(scorer)]
-    if not distributed.is_main():
-        return
+def finish(experiment: Experiment, workdir: str, teacher_params: Params) -> None:
+    """Scores, sample grid, and the table that ends a run; or the grid alone."""
     report = os.path.join(workdir, "report")
-    cli.write_text(os.path.join(report, "scores.json"), json.dumps(rows, indent=2) + "\n")
     grid_path = os.path.join(report, "samples.png")
-    samples = evaluation.sample_grid([of_model[-1] for of_model in scores])
-    grid.save_png(grid_path, samples)
-    with Writer(report) as writer:
-        step = experiment.train.num_steps
-        writer.write_images(step, {"samples": samples})
-        for row in rows[:-1]:
-            name = f"fd_classifier/{row['model']}_{row['sampler']}_{row['nfe']}"
-            writer.write_scalars(step, {name: row["fd_classifier"]})
-    print(f"\n{evaluation.result_table(rows)}\n\nsamples: {grid_path}\n", flush=True)
+    teacher, specs = experiment.teacher, evaluation.default_samplers(experiment)
+    if not experiment.eval.at_end:
+        models = [(experiment, evaluation.read_ema(experiment, workdir), specs[-1])]
+        if teacher is not None:
+            models.append((teacher.experiment, teacher_params, evaluation.short_teacher_samplers(experiment)[-1]))
+        _write_grid(report, experiment, evaluation.sample_grid(models, experiment.eval.batch_size))
+        logging.info("samples: %s; python -m mscm.eval gives the scores", grid_path)
+        return
+    logging.info("Scoring %d images a sampler", experiment.eval.num_images)
+    with reading(workdir) as checkpoints:
+        newest = checkpoints.check(experiment.facts())
+    with Evaluation(experiment, workdir) as job:
+        rows = job.score(experiment, workdir, newest, specs)
+        shown = rows[-1:]
+        if teacher is not None:
+            rows += job.teacher_rows(evaluation.short_teacher_samplers(experiment))
+            shown += rows[-1:]
+        _write_grid(report, experiment, job.grid(shown))
+        rows += job.real_rows()
+    if distributed.is_main():
+        cli.write_text(os.path.join(report, "scores.json"), json.dumps(rows, indent=2) + "\n")
+        print(f"\n{evaluation.result_table(rows)}\n\nsamples: {grid_path}\n", flush=True)
+
+
+def _write_grid(report: str, experiment: Experiment, samples: np.ndarray) -> None:
+    if distributed.is_main():
+        grid.save_png(os.path.join(report, "samples.png"), samples)
+        with Writer(report) as writer:
+            writer.write_images(experiment.train.num_steps, {"samples": samples})

@@ -61,8 +61,15 @@ def test_two_processes_are_one_run(run_both, config, tmp_path):
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "grid.png").exists()
     lines = (tmp_path / "run" / "eval" / "scores.jsonl").read_text().splitlines()
-    scores = {row["nfe"]: row["fd_classifier"] for row in json.loads(lines[-1])["scores"]}
-    assert scores == pytest.approx({row["nfe"]: row["fd_classifier"] for row in rows[:2]}, rel=1e-3)
+    made = {(row["step"], row["nfe"]): row["fd_classifier"] for row in map(json.loads, lines)}
+    assert len(made) == len(lines) == 5  # each once: what two have scored, one has not scored again
+    again = [sys.executable, "-m", "mscm.eval", *flags]
+    (tmp_path / "run" / "eval" / "scores.jsonl").unlink()
+    subprocess.run(again, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    lines = (tmp_path / "run" / "eval" / "scores.jsonl").read_text().splitlines()
+    assert {(row["step"], row["nfe"]): row["fd_classifier"] for row in map(json.loads, lines)} == pytest.approx(
+        made, rel=1e-3
+    )
 
 
 def test_an_error_of_one_ends_all(run_both, config, tmp_path):

@@ -42,7 +42,7 @@ def get_config():
 """
 
 # The student's only: a run scores its teacher under its own settings.
-_TINY_EVAL = "dict(num_images=60, batch_size=20, seed=0, teacher_steps=(1, 2, 3))"
+_TINY_EVAL = "dict(num_images=60, batch_size=20, teacher_steps=(1, 2, 3))"
 
 
 def command(name: str, *flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -70,7 +70,7 @@ def tiny(tmp_path_factory):
     """Config files, and the work directory of a run that nothing interrupted."""
     root = tmp_path_factory.mktemp("tiny")
     (root / "teacher.py").write_text(_TINY.format(family="teacher()", more=""))
-    more = f"config.teacher.config = '{root / 'teacher.py'}'; config.eval = {_TINY_EVAL}"
+    more = f"config.teacher.config = '{root / 'teacher.py'}'; config.eval.update({_TINY_EVAL})"
     (root / "student.py").write_text(_TINY.format(family="student(student_steps=2, distil=True)", more=more))
     experiment = build(load_config(str(root / "student.py")))
     workdir = root / "run"
@@ -99,13 +99,13 @@ def test_a_run_leaves_what_the_readme_says(tiny):
         assert json.loads((workdir / "config.json").read_text()) == experiment.config
         (events,) = workdir.glob("events.*")
         assert b"loss_logsnr" in events.read_bytes()
-    (events,) = (tiny.workdir / "report").glob("events.*")
+    (events,) = (tiny.workdir / "eval").glob("events.*")
     assert b"fd_classifier/digits_cd2_ddim_2" in events.read_bytes()
     with Image.open(tiny.workdir / "report" / "samples.png") as image:
         assert min(image.size) > 200
     rows = json.loads((tiny.workdir / "report" / "scores.json").read_text())
-    assert [(row.get("sampler"), row["nfe"]) for row in rows] == [("ddim", 2), ("addim", 2), ("addim", 3), (None, 0)]
-    assert [row["num_images"] for row in rows] == [60, 60, 60, 898]
+    assert [(row["sampler"], row["nfe"]) for row in rows] == [("ddim", 2), ("addim", 2), ("addim", 3), (None, 0)]
+    assert [row["num_images"] for row in rows] == [60, 60, 60, 60]
     assert all(np.isfinite(row["fd_classifier"]) and row["fd_classifier"] > 0 for row in rows)
 
 
@@ -157,21 +157,24 @@ def test_a_finished_run_trains_no_further(tiny, tmp_path):
 
 
 def test_eval_reproduces_the_scores_of_the_run(tiny, flags):
-    """Scores from another process are the run's to the last digit, one line per checkpoint, and none twice."""
+    """Scores from another process are the run's to the last digit: made again where the run's are removed, and what is
+    there is not made twice."""
     lines = tiny.workdir / "eval" / "scores.jsonl"
+    of_the_run = json.loads((tiny.workdir / "report" / "scores.json").read_text())
+    lines.unlink()
     result = command("eval", *flags)
     assert result.returncode == 0, result.stderr
-    records = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [record["step"] for record in records] == [2, 4]
-    rows = json.loads((tiny.workdir / "report" / "scores.json").read_text())
-    assert records[1]["scores"] == rows[:1]
-    assert records[0]["scores"] != rows[:1]
-    for row in rows:
-        assert f"{row['fd_classifier']:.3f}" in result.stdout
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    made = [(row["model"], row["step"], row["nfe"]) for row in rows]
+    teachers = [("digits_teacher", 4, nfe) for nfe in (1, 2, 3)]
+    assert made == [("digits_cd2", 2, 2), ("digits_cd2", 4, 2), *teachers, ("real, half against half", None, 0)]
+    assert all(row in rows for row in of_the_run)
+    for row in rows[1:]:
+        assert f"{row['fd_classifier']:.4g}" in result.stdout
     again = command("eval", *flags)
     assert again.returncode == 0, again.stderr
     assert again.stdout == result.stdout
-    assert [json.loads(line) for line in lines.read_text().splitlines()] == records
+    assert [json.loads(line) for line in lines.read_text().splitlines()] == rows
 
 
 def test_sample_writes_arrays_a_grid_and_a_folder(tiny, flags, tmp_path):
@@ -220,7 +223,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(tiny, flags, tmp_path):
     assert "which is a file, expected a directory" in said
     said = sentence_of(command("main", config, fresh, "--config.optimizer.decay=linear"))
     assert "got 'linear', expected one of constant, cosine" in said
-    said = sentence_of(command("eval", config, fresh))
+    said = sentence_of(command("eval", config, fresh, "--once"))
     assert "expected the work directory of a training" in said
     said = sentence_of(command("sample", config, workdir, "--step=3"))
     assert "got step 3, expected one of 2, 4" in said

@@ -25,6 +25,10 @@ class Writer:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Writes what is left."""
         self._writer.close()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -15,3 +15,13 @@ def test_scalars_and_images_are_in_the_event_file(tmp_path):
     assert all(name in content for name in (b"\x04loss", b"loss_segment/1", b"samples"))
     values = (np.float32(number).tobytes() for number in (0.5, 0.25))
     assert all(value in content for value in values)
+
+
+def test_close_writes_what_is_left(tmp_path):
+    """For those who hold a writer without a block; twice is as good as once."""
+    writer = Writer(tmp_path)
+    writer.write_scalars(1, {"fid": 0.125})
+    writer.close()
+    writer.close()
+    (events,) = tmp_path.glob("events.*")
+    assert b"fid" in events.read_bytes() and np.float32(0.125).tobytes() in events.read_bytes()

@@ -1,0 +1,299 @@
+"""Scoring of checkpoints, one after the other, in a way that a kill at any moment costs little and changes nothing.
+
+    WORKDIR/eval/scores.jsonl        one line for each checkpoint, sampler and seed: written once, never changed
+    WORKDIR/eval/partial.npz         the evaluation under way
+    WORKDIR/eval/samples/...         the first images of each, .png and .npz
+    WORKDIR/eval/best/STEP           a work directory with the best checkpoint so far
+    WORKDIR/eval/events...           the scores by step (TensorBoard)
+"""
+
+import os
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from mscm import atomic, cli, distributed, evaluation
+from mscm.checkpoint import CheckpointError, Checkpoints, reading
+from mscm.evaluation import SamplerSpec, Scorer
+from mscm.experiment import Experiment
+from mscm.metrics import files, statistics
+from mscm.report import grid
+from mscm.report.writer import Writer
+from mscm.types import Params
+
+_POLL_SECONDS = 10.0
+_PARTIAL_KIND = "mscm evaluation under way 1"
+
+# Of a row: what it is a score of. A row is written once for each.
+_KEY = ("identity", "model", "step", "sampler", "nfe", "seed", "num_images", "labels")
+
+
+class Evaluation:
+    """The scores of a run: its checkpoints, and its teacher's, under the run's settings; a context manager."""
+
+    def __init__(
+        self, experiment: Experiment, workdir: str, *, allow_mismatch: bool = False, save_every_seconds: float = 60.0
+    ):
+        """Makes network and reference, and reads the scores that are there.
+
+        Raises:
+          ConfigError: as `Scorer`.
+        """
+        self.experiment, self._workdir = experiment, workdir
+        self.directory = os.path.join(workdir, "eval")
+        self.scores_file = os.path.join(self.directory, "scores.jsonl")
+        self._partial = os.path.join(self.directory, "partial.npz")
+        self._save_every_seconds = save_every_seconds
+        self.scorer = Scorer(experiment, self.directory, allow_mismatch=allow_mismatch)
+        self._writer = Writer(self.directory, active=distributed.is_main())
+
+    def __enter__(self) -> "Evaluation":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._writer.close()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The scores that are there and comparable with new ones, in the order in which they were made."""
+        rows = cli.read_json_lines(self.scores_file)
+        return [row for row in rows if row["identity"] == self.scorer.identity]
+
+    def watch(self, *, once: bool) -> None:
+        """Scores the checkpoints of the work directory as they appear, until training has ended.
+
+        Args:
+          once: end when all that are there have scores.
+        """
+        waiting = False
+        while True:
+            steps = distributed.agree(self._steps())
+            for step in steps:
+                self.score(self.experiment, self._workdir, step, evaluation.default_samplers(self.experiment))
+            if once or distributed.agree(bool(steps) and self._is_last(steps[-1])):
+                return
+            if not waiting:
+                logging.info("Waiting for checkpoints of %s in %s", self.experiment.name, self._workdir)
+                waiting = True
+            time.sleep(_POLL_SECONDS)
+
+    def _steps(self) -> list[int]:
+        try:
+            with reading(self._workdir) as checkpoints:
+                return checkpoints.steps()
+        except CheckpointError:  # there is no directory yet
+            return []
+
+    def _is_last(self, step: int) -> bool:
+        """Whether training has ended with the checkpoint of `step`."""
+        with reading(self._workdir) as checkpoints:
+            if step not in checkpoints.steps():  # training has gone on and deleted it
+                return False
+            return step >= checkpoints.facts(step)["config"]["train"]["num_steps"]
+
+    def score(self, model: Experiment, workdir: str, step: int, specs: list[SamplerSpec]) -> list[dict[str, Any]]:
+        """The rows of a checkpoint, made where they are not there; none where training has deleted it meanwhile."""
+        wanted = [self._key(model, step, spec, seed) for spec in specs for seed in self.scorer.spec.seeds]
+        done = distributed.agree([[_key_of(row), row] for row in self.rows()])
+        done = {tuple(key): row for key, row in done}
+        missing = [key for key in wanted if _key_of(key) not in done]
+        # Not kept where a kill came between the last row and the copy.
+        keeps = model is self.experiment and (missing or distributed.agree(self._lacks_best(step)))
+        if missing or keeps:
+            params = self._read(model, workdir, step)
+            if params is None:
+                return []
+            for key in missing:
+                done[_key_of(key)] = self._make(model, params, key)
+            if keeps and distributed.agree(self._lacks_best(step)):
+                self._keep_best(params, step)
+        return [done[_key_of(key)] for key in wanted]
+
+    def _key(self, model: Experiment, step: int, spec: SamplerSpec, seed: int) -> dict[str, Any]:
+        settings = self.scorer.spec
+        return {
+            "step": step,
+            "model": model.name,
+            "sampler": spec.name,
+            "nfe": spec.num_steps,
+            "seed": seed,
+            "num_images": settings.num_images,
+            "labels": settings.labels,
+            **self.scorer.describe(),
+        }
+
+    def _read(self, model: Experiment, workdir: str, step: int) -> Params | None:
+        try:
+            return evaluation.read_ema(model, workdir, step)
+        except Exception:  # whatever Orbax raises when files vanish under it
+            with reading(workdir) as checkpoints:
+                if step in checkpoints.steps():
+                    raise
+        logging.warning("Step %d of %s: training has deleted it before it had a score", step, model.name)
+        return None
+
+    def _make(self, model: Experiment, params: Params, key: dict[str, Any]) -> dict[str, Any]:
+        """One row: generates the images, going on where an interrupted evaluation of it stopped, and writes it."""
+        spec = SamplerSpec(key["sampler"], key["nfe"])
+        accumulator, samples = self._restored(key)
+        distributed.barrier()  # nobody writes before all have looked
+        start = accumulator.count
+        what = f"{model.name}, step {key['step']}, {spec}" + (f", seed {key['seed']}" if key["seed"] else "")
+        if start:
+            logging.info("%s: continuing after %d images", what, start)
+        batches = evaluation.generate(
+            model,
+            params,
+            spec,
+            num_images=key["num_images"],
+            batch_size=self.scorer.spec.batch_size,
+            seed=key["seed"],
+            labels=evaluation.labels_of_images(self.experiment, key["seed"]),
+            start=start,
+        )
+        meter, saved = cli.Meter(what, key["num_images"], start), time.monotonic()
+        for images in batches:
+            samples = np.concatenate([samples, images[: evaluation.GRID_IMAGES - len(samples)]])
+            accumulator.add(self.scorer.network(images))
+            meter(len(images))
+            if distributed.is_main() and time.monotonic() - saved >= self._save_every_seconds:
+                arrays = accumulator.to_arrays() | {"samples": samples}
+                files.save(self._partial, arrays, {"kind": _PARTIAL_KIND, "key": key})
+                saved = time.monotonic()
+        row = key | self._compare(accumulator)
+        logging.info("%s: %s %.4g", what, self.scorer.metric, row[self.scorer.metric])
+        if distributed.is_main():
+            self._write(row, samples)
+        return row
+
+    def score_images(self, batches: Iterable[np.ndarray], num_images: int, name: str) -> dict[str, Any]:
+        """A row for images of any origin; it is not written."""
+        meter = cli.Meter(name, num_images)
+        accumulator = statistics.Accumulator(num_images, num_kept=self.scorer.spec.num_kept)
+        for images in batches:
+            accumulator.add(self.scorer.network(images))
+            meter(len(images))
+        return {"model": name, "num_images": num_images, **self.scorer.describe(), **self._compare(accumulator)}
+
+    def newest(self) -> tuple[int, list[dict[str, Any]]]:
+        """Step and rows of the newest checkpoint that has scores."""
+        rows = [row for row in distributed.agree(self.rows()) if row["model"] == self.experiment.name]
+        step = max(row["step"] for row in rows)
+        return step, [row for row in rows if row["step"] == step]
+
+    def teacher_rows(self, specs: list[SamplerSpec]) -> list[dict[str, Any]]:
+        """The rows of the newest checkpoint of the teacher; none without one."""
+        teacher = self.experiment.teacher
+        if teacher is None:
+            return []
+        workdir = evaluation.teacher_workdir_of(self.experiment, self._workdir)
+        with reading(workdir) as checkpoints:
+            step = checkpoints.check(teacher.experiment.facts())
+        return self.score(teacher.experiment, workdir, step, specs)
+
+    def real_rows(self) -> list[dict[str, Any]]:
+        """The reference point of a table, half of the data against the other half; none where only a reference is."""
+        if self.scorer.spec.reference:
+            return []
+        count = self.scorer.size_of_half()
+        row = dict.fromkeys(_KEY) | {"model": "real, half against half", "nfe": 0, "num_images": count}
+        row |= self.scorer.describe()
+        there = distributed.agree([other for other in self.rows() if _key_of(other) == _key_of(row)])
+        if there:
+            return there
+        row |= self.scorer.half_against_half()
+        if distributed.is_main():
+            cli.append_json_line(self.scores_file, row)
+        return [row]
+
+    def _compare(self, accumulator: statistics.Accumulator) -> dict[str, float]:
+        # By one process: the last digits may differ between hosts.
+        return distributed.agree(self.scorer.compare(accumulator.statistics()) if distributed.is_main() else None)
+
+    def _restored(self, key: dict[str, Any]) -> tuple[statistics.Accumulator, np.ndarray]:
+        """What an interrupted evaluation of the same row had gathered: statistics and its first images."""
+        settings, data = self.scorer.spec, self.experiment.data
+        fresh = statistics.Accumulator(settings.num_images, num_kept=settings.num_kept)
+        nothing = fresh, np.zeros((0, data.resolution, data.resolution, data.channels), np.uint8)
+        try:
+            arrays, card = files.load(self._partial)
+        except FileNotFoundError:
+            return nothing
+        except ValueError as error:
+            logging.warning("Starting the evaluation again: %s", error)
+            return nothing
+        if (card.get("kind"), card.get("key")) != (_PARTIAL_KIND, key):
+            return nothing
+        return statistics.Accumulator.from_arrays(arrays), arrays["samples"]
+
+    def _write(self, row: dict[str, Any], samples: np.ndarray) -> None:
+        """All that belongs to a row, and then the row: who finds it there finds the rest."""
+        samples_path = self._samples_path(row)
+        grid.save_png(f"{samples_path}.png", evaluation.grid_of({os.path.basename(samples_path): samples}))
+        with atomic.writing(f"{samples_path}.npz") as file:
+            np.savez(file, images=samples)
+        metrics = {key: value for key, value in row.items() if key not in evaluation.NO_METRICS}
+        name = _name_of(row)
+        self._writer.write_scalars(row["step"], {f"{metric}/{name}": value for metric, value in metrics.items()})
+        if _key_of(row) not in map(_key_of, self.rows()):  # another evaluator may have been faster
+            cli.append_json_line(self.scores_file, row)
+        epath.Path(self._partial).unlink(missing_ok=True)
+
+    def _lacks_best(self, step: int) -> bool:
+        """Whether `step` is the best so far and its copy is not there."""
+        if self.best()[0] != step:
+            return False
+        try:
+            with reading(self.best_workdir(step)) as checkpoints:
+                return step not in checkpoints.steps()
+        except CheckpointError:
+            return True
+
+    def _keep_best(self, params: Params, step: int) -> None:
+        """Copies a checkpoint that is better than all before, because training keeps only its newest."""
+        where = self.best_workdir(step)
+        with Checkpoints(where, keep=1) as checkpoints:
+            checkpoints.save_ema(step, params, self.experiment.facts())
+        logging.info("Best so far: step %d, %s %.4g: %s", step, self.scorer.metric, self.best()[1], where)
+        if distributed.is_main():
+            for other in epath.Path(where).parent.iterdir():
+                if other.name != str(step):
+                    other.rmtree()
+
+    def best_workdir(self, step: int) -> str:
+        """Where the copy of the best checkpoint is: a work directory for `mscm.sample`."""
+        return os.path.join(self.directory, "best", str(step))
+
+    def grid(self, rows: list[dict[str, Any]]) -> np.ndarray:
+        """The first images of some rows side by side: image i is of the same noise and class in all of them."""
+        panels = {}
+        for row in rows:
+            with epath.Path(f"{self._samples_path(row)}.npz").open("rb") as handle, np.load(handle) as file:
+                panels[f"{row['model']}, {SamplerSpec(row['sampler'], row['nfe'])}"] = file["images"]
+        return evaluation.grid_of(panels)
+
+    def _samples_path(self, row: dict[str, Any]) -> str:
+        return os.path.join(self.directory, "samples", f"{_name_of(row)}_{row['step']:08d}")
+
+    def best(self) -> tuple[int | None, float]:
+        """Step and distance of the best checkpoint under the sampler that `mscm.sample` takes, a mean over seeds."""
+        spec, metric = evaluation.default_samplers(self.experiment)[-1], self.scorer.metric
+        values: dict[int, list[float]] = {}
+        for row in self.rows():
+            if (row["model"], row["sampler"], row["nfe"]) == (self.experiment.name, spec.name, spec.num_steps):
+                values.setdefault(row["step"], []).append(row[metric])
+        means = {step: float(np.mean(distances)) for step, distances in values.items()}
+        best = min(means, key=means.__getitem__, default=None)
+        return best, means.get(best, np.inf)
+
+
+def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in _KEY)
+
+
+def _name_of(row: dict[str, Any]) -> str:
+    name = f"{row['model']}_{row['sampler']}_{row['nfe']}"
+    return f"{name}_seed{row['seed']}" if row["seed"] else name

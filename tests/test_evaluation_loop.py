@@ -1,0 +1,383 @@
+"""The evaluation job: it waits, ends, keeps the best, and does not mind being killed or losing a checkpoint."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits
+from mscm import cli, evaluation, evaluation_loop
+from mscm.checkpoint import Checkpoints, reading
+from mscm.config import ConfigError
+from mscm.evaluation_loop import Evaluation
+from mscm.experiment import build
+from mscm.metrics import references
+from mscm.report import grid
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_CONFIG = """
+from configs import digits
+
+
+def get_config():
+    config = digits.teacher()
+    config.model.middle.update(dict(width=32, num_blocks=1))
+    config.model.update(dict(head_dim=16, emb_dim=16))
+    config.optimizer.warmup_steps = 0
+    config.train.update(dict(num_steps=30, steps_per_dispatch=10, log_every_steps=10, save_every_steps=10))
+    config.eval.update(dict(num_images={num_images}, batch_size=20, teacher_steps=(2, 3), num_kept=40))
+    return config
+"""
+
+
+def experiment_of(**eval_settings):
+    config = digits.teacher()
+    config.model.middle.update(dict(width=32, num_blocks=1))
+    config.model.update(dict(head_dim=16, emb_dim=16))
+    config.optimizer.warmup_steps = 0
+    config.train.update(dict(num_steps=30, steps_per_dispatch=10, log_every_steps=10, save_every_steps=10))
+    config.eval.update(dict(num_images=60, batch_size=20, teacher_steps=(2,), num_kept=40) | eval_settings)
+    return build(config)
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return experiment_of()
+
+
+@pytest.fixture(scope="module")
+def states(experiment):
+    """Three training states, as after 10, 20 and 30 steps."""
+    state = experiment.random_state(jax.random.key(0))
+    moved = [jax.tree.map(lambda p, i=i: p + 0.01 * i, state.ema) for i in (1, 2, 3)]
+    return [state._replace(step=np.int32(10 * i), ema=ema) for i, ema in enumerate(moved, 1)]
+
+
+@pytest.fixture(scope="module")
+def network_and_reference(experiment, tmp_path_factory):
+    """Trained and computed once: what the jobs of the tests find in their directories."""
+    directory = tmp_path_factory.mktemp("scorer")
+    evaluation.Scorer(experiment, str(directory))
+    return directory
+
+
+@pytest.fixture
+def workdir(tmp_path, network_and_reference):
+    shutil.copytree(network_and_reference, tmp_path / "run" / "eval")
+    return tmp_path / "run"
+
+
+def save(experiment, workdir, *states, keep=9):
+    with Checkpoints(workdir, keep=keep) as checkpoints:
+        for state in states:
+            checkpoints.save(state, experiment.facts())
+
+
+def rows_of(workdir):
+    return cli.read_json_lines(workdir / "eval" / "scores.jsonl")
+
+
+def test_it_waits_for_checkpoints_and_ends_with_training(experiment, states, workdir, monkeypatch):
+    """Checkpoints appear while it sleeps; it ends with the one of the last step, and has scored each once."""
+    coming = iter(states)
+    monkeypatch.setattr(evaluation_loop.time, "sleep", lambda seconds: save(experiment, workdir, next(coming)))
+    with Evaluation(experiment, str(workdir)) as job:
+        job.watch(once=False)
+    assert [row["step"] for row in rows_of(workdir)] == [10, 20, 30]
+    assert not (workdir / "eval" / "partial.npz").exists()
+    assert len({row["fd_classifier"] for row in rows_of(workdir)}) == 3
+    names = sorted(path.name for path in (workdir / "eval" / "samples").iterdir())
+    assert names == [f"digits_teacher_addim_2_{step:08d}.{kind}" for step in (10, 20, 30) for kind in ("npz", "png")]
+
+
+def test_once_does_not_wait(experiment, states, workdir, monkeypatch):
+    save(experiment, workdir, states[0])
+    monkeypatch.setattr(evaluation_loop.time, "sleep", None)
+    with Evaluation(experiment, str(workdir)) as job:
+        job.watch(once=True)
+        assert job.newest() == (10, rows_of(workdir))
+    assert [row["step"] for row in rows_of(workdir)] == [10]
+
+
+def test_each_seed_gives_a_row(states, workdir):
+    experiment = experiment_of(seeds=(0, 3))
+    save(experiment, workdir, states[2])
+    with Evaluation(experiment, str(workdir)) as job:
+        job.watch(once=True)
+    rows = rows_of(workdir)
+    assert [row["seed"] for row in rows] == [0, 3] and rows[0]["fd_classifier"] != rows[1]["fd_classifier"]
+    distances = [row["fd_classifier"] for row in rows]
+    table = evaluation.result_table(rows).splitlines()
+    assert len(table) == 3 and f"{np.mean(distances):.4g} ± {np.std(distances, ddof=1):.2g}" in table[2]
+
+
+def test_labels_are_balanced_or_drawn(experiment):
+    balanced, uniform = experiment, experiment_of(labels="uniform", num_images=10_000)
+    assert np.bincount(evaluation.labels_of_images(balanced, 0)).tolist() == [6] * 10
+    drawn = [evaluation.labels_of_images(uniform, seed) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+    counts = np.bincount(drawn[0], minlength=10)
+    assert counts.sum() == 10_000 and 4 < np.square(counts - 1000).sum() / 1000 < 30  # chi-squared, 9 degrees
+
+
+class _Killed(BaseException):
+    """Nothing may catch it."""
+
+
+@pytest.mark.parametrize("place", ["grid", "row", "network", "best", "after"])
+def test_killed_anywhere_it_continues_to_the_same_file(experiment, states, workdir, tmp_path, monkeypatch, place):
+    """Within a batch, before the pictures, before the row, before the copy of the best, and at the end of a row."""
+    whole = tmp_path / "whole"
+    shutil.copytree(workdir, whole)
+    for directory in (whole, workdir):
+        save(experiment, directory, *states)
+    with Evaluation(experiment, str(whole)) as job:
+        job.watch(once=True)
+
+    def kill_at(call, count):
+        def wrapped(*args, **kwargs):
+            nonlocal count
+            count -= 1
+            if count == 0:
+                raise _Killed
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    where, name, count = {
+        "grid": (grid, "save_png", 2),
+        "row": (cli, "append_json_line", 2),
+        "network": (type(job.scorer.network), "__call__", 5),
+        "best": (Checkpoints, "save_ema", 1),
+        "after": (cli, "append_json_line", 3),
+    }[place]
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, kill_at(getattr(where, name), count))
+        with pytest.raises(_Killed), Evaluation(experiment, str(workdir), save_every_seconds=0.0) as job:
+            job.watch(once=True)
+    with Evaluation(experiment, str(workdir), save_every_seconds=0.0) as job:
+        job.watch(once=True)
+        best_step, _ = job.best()
+    assert (workdir / "eval" / "scores.jsonl").read_bytes() == (whole / "eval" / "scores.jsonl").read_bytes()
+    assert [path.name for path in (workdir / "eval" / "best").iterdir()] == [str(best_step)]
+    pictures = sorted(path.name for path in (whole / "eval" / "samples").iterdir())
+    for picture in pictures:
+        ours, theirs = (directory / "eval" / "samples" / picture for directory in (workdir, whole))
+        assert ours.suffix == ".npz" or ours.read_bytes() == theirs.read_bytes()
+
+
+def test_it_continues_inside_an_evaluation(experiment, states, workdir, monkeypatch):
+    """The images that were scored before the interruption are not generated again."""
+    save(experiment, workdir, states[0])
+    started = []
+    generate = evaluation.generate
+    monkeypatch.setattr(evaluation, "generate", lambda *a, start, **k: started.append(start) or generate(
+        *a, start=start, **k
+    ))
+    call = evaluation.FeatureNetwork.__call__
+    calls = iter(range(3))
+
+    def stop(network, images):
+        if next(calls) == 2:
+            raise _Killed
+        return call(network, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.FeatureNetwork, "__call__", stop)
+        with pytest.raises(_Killed), Evaluation(experiment, str(workdir), save_every_seconds=0.0) as job:
+            job.watch(once=True)
+    with Evaluation(experiment, str(workdir)) as job:
+        job.watch(once=True)
+    assert started == [0, 40]
+    with np.load(workdir / "eval" / "samples" / "digits_teacher_addim_2_00000010.npz") as file:
+        assert file["images"].shape == (50, 8, 8, 1)
+
+
+def test_a_damaged_copy_of_an_evaluation_costs_only_time(experiment, states, workdir):
+    save(experiment, workdir, states[0])
+    (workdir / "eval" / "partial.npz").write_bytes(b"PK\x03\x04 cut")
+    with Evaluation(experiment, str(workdir)) as job:
+        job.watch(once=True)
+    assert [row["step"] for row in rows_of(workdir)] == [10]
+
+
+def test_a_checkpoint_that_training_deletes_is_left_out(experiment, states, workdir, monkeypatch):
+    """Deleted between the listing and the reading: the others have their scores."""
+    save(experiment, workdir, *states)
+    read = evaluation.read_ema
+
+    def read_ema(model, directory, step):
+        if step == 20:
+            shutil.rmtree(workdir / "checkpoints" / "20")
+        return read(model, directory, step)
+
+    monkeypatch.setattr(evaluation, "read_ema", read_ema)
+    with Evaluation(experiment, str(workdir)) as job:
+        job.watch(once=True)
+    assert [row["step"] for row in rows_of(workdir)] == [10, 30]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_an_error(experiment, states, workdir):
+    save(experiment, workdir, states[0])
+    shutil.rmtree(workdir / "checkpoints" / "10" / "ema")
+    with pytest.raises(Exception, match="ema"), Evaluation(experiment, str(workdir)) as job:
+        job.watch(once=True)
+
+
+def test_the_best_checkpoint_is_kept(experiment, states, workdir, monkeypatch):
+    """A copy of the averaged parameters, whatever training deletes; a better one takes its place."""
+    distances = {10: 5.0, 20: 2.0, 30: 3.0}
+    with Evaluation(experiment, str(workdir)) as job:
+        for state in states:
+            step = int(state.step)
+            monkeypatch.setattr(
+                evaluation.Scorer, "compare", lambda self, gathered, step=step: {"fd_classifier": distances[step]}
+            )
+            save(experiment, workdir, state, keep=1)
+            job.watch(once=True)
+        assert job.best() == (20, 2.0)
+    assert [path.name for path in (workdir / "eval" / "best").iterdir()] == ["20"]
+    with reading(workdir) as checkpoints:
+        assert checkpoints.steps() == [30]
+    kept = evaluation.read_ema(experiment, str(workdir / "eval" / "best" / "20"))
+    jax.tree.map(np.testing.assert_array_equal, kept, states[1].ema)
+
+
+def test_scores_under_other_settings_are_made_anew(experiment, states, workdir):
+    """More images, other labels: rows beside the old ones, which stay."""
+    save(experiment, workdir, states[0])
+    for settings in ({}, {"num_images": 80}, {"labels": "uniform"}, {}):
+        with Evaluation(experiment_of(**settings), str(workdir)) as job:
+            job.watch(once=True)
+    assert [(row["num_images"], row["labels"]) for row in rows_of(workdir)] == [
+        (60, "balanced"), (80, "balanced"), (60, "uniform")
+    ]
+
+
+def test_a_reference_of_other_images_is_refused_or_marked(experiment, states, workdir, tmp_path):
+    save(experiment, workdir, states[0])
+    with Evaluation(experiment, str(workdir)) as job:
+        job.watch(once=True)
+        reference = job.scorer.reference
+    other = tmp_path / "other.npz"
+    references.save(other, references.Reference(
+        reference.statistics, {**reference.data, "split": "half_a", "resolution": 16}, reference.network
+    ))
+    changed = experiment_of(reference=str(other))
+    both_sides = "split 'half_a' in the reference, 'all' in what is scored; resolution 16 in the reference, 8 in what"
+    with pytest.raises(ConfigError, match=both_sides):
+        Evaluation(changed, str(workdir))
+    with Evaluation(changed, str(workdir), allow_mismatch=True) as job:
+        job.watch(once=True)
+    first, second = rows_of(workdir)
+    assert "mismatch" not in first and len(second["mismatch"]) == 2
+    assert first["identity"] != second["identity"] and first["fd_classifier"] == second["fd_classifier"]
+    with pytest.raises(ConfigError, match="got no reference .*; make it with python -m mscm.metrics.reference"):
+        Evaluation(experiment_of(reference=str(tmp_path / "absent.npz")), str(workdir))
+
+
+def test_missing_weights_are_said_before_training(experiment, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    without = experiment_of(network="inception")
+    for refuse in (evaluation.check_weights, lambda e: evaluation.Scorer(e, str(tmp_path))):
+        with pytest.raises(ConfigError, match="pytorch-fid.*python -m mscm.metrics.convert --network=inception"):
+            refuse(without)
+    with pytest.raises(ConfigError, match="trained on the spot in float32"):
+        evaluation.Scorer(experiment_of(precision="bfloat16"), str(tmp_path))
+
+
+def start_eval(directory, *flags):
+    """`python -m mscm.eval`."""
+    words = [sys.executable, "-m", "mscm.eval", f"--config={directory / 'config.py'}", f"--workdir={directory / 'run'}"]
+    words += ["--save_every_seconds=0", *flags]
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run_eval(directory, *flags):
+    """Exit code and output."""
+    process = start_eval(directory, *flags)
+    output, _ = process.communicate(timeout=600)
+    return process.returncode, output
+
+
+def progress_of(directory):
+    """Changes whenever the job has written how far it is."""
+    times = []
+    for name in ("partial.npz", "scores.jsonl"):
+        with contextlib.suppress(FileNotFoundError):
+            times.append((directory / "run" / "eval" / name).stat().st_mtime_ns)
+    return times
+
+
+@pytest.mark.slow  # twelve processes, each of which starts JAX
+def test_kill_minus_nine_at_ten_random_moments(states, network_and_reference, tmp_path):
+    """The file of scores of a job that was killed ten times is that of one that was not, to the byte.
+
+    Three kills are within the start of the process, seven soon after it has written something.
+    """
+    for name in ("killed", "whole"):
+        directory = tmp_path / name
+        shutil.copytree(network_and_reference, directory / "run" / "eval")
+        (directory / "config.py").write_text(_CONFIG.format(num_images=1000))
+        save(experiment_of(teacher_steps=(2, 3)), directory / "run", *states)
+    code, output = run_eval(tmp_path / "whole")
+    assert code == 0, output
+    rng, continued = random.Random(0), 0
+    for i in range(10):
+        process = start_eval(tmp_path / "killed")
+        before = progress_of(tmp_path / "killed")
+        while i % 4 and progress_of(tmp_path / "killed") == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.1 if i % 4 else 4.0))
+        os.kill(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, output  # it had not ended
+        continued += "continuing after" in output
+    code, output = run_eval(tmp_path / "killed")
+    assert code == 0, output
+    scores = [(tmp_path / name / "run" / "eval" / "scores.jsonl").read_bytes() for name in ("killed", "whole")]
+    assert scores[0] == scores[1]
+    assert len(scores[0].splitlines()) == 7  # three checkpoints with two numbers of steps, and the real images
+    assert continued >= 3
+    assert not list((tmp_path / "killed" / "run" / "eval").glob("partial.npz"))
+
+
+def test_images_of_any_origin_get_the_score_of_their_checkpoint(states, network_and_reference, tmp_path):
+    """What mscm.sample writes, scored as a file, has the distance of the checkpoint: the same images."""
+    directory = tmp_path / "run"
+    shutil.copytree(network_and_reference, directory / "eval")
+    (tmp_path / "config.py").write_text(_CONFIG.format(num_images=60))
+    save(experiment_of(teacher_steps=(2, 3)), directory, states[2])
+    flags = [f"--config={tmp_path / 'config.py'}", f"--workdir={directory}"]
+    for output in ("images.npz", "folder"):
+        words = [sys.executable, "-m", "mscm.sample", *flags, "--num_images=60", f"--output={tmp_path / output}"]
+        subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+        code, printed = run_eval(tmp_path, f"--images={tmp_path / output}")
+        assert code == 0, printed
+    code, printed = run_eval(tmp_path, "--checkpoint=30")
+    assert code == 0, printed
+    (of_checkpoint,) = [row for row in rows_of(directory) if row["nfe"] == 3]
+    of_images = [json.loads(line) for line in (directory / "eval" / "images.jsonl").read_text().splitlines()]
+    assert len(of_images) == 2
+    for row in of_images:
+        assert row["fd_classifier"] == pytest.approx(of_checkpoint["fd_classifier"], rel=1e-9)
+        assert row["precision"] == of_checkpoint["precision"] and row["num_images"] == 60
+    for flag, sentence in (
+        ("--checkpoint=7", "got step 7, expected one of 30"),
+        (f"--images={tmp_path / 'absent'}", "--images: got"),
+        (f"--images={ROOT / 'README.md'}", "neither zip nor tar"),
+    ):
+        code, printed = run_eval(tmp_path, flag)
+        assert code == 2 and sentence in printed and "Traceback" not in printed, printed

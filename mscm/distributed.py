@@ -74,6 +74,18 @@ def agree(value: Any) -> Any:
     return json.loads(global_state.client.blocking_key_value_get(key, _BARRIER_MILLISECONDS))
 
 
+def everyone(yes: bool) -> bool:
+    """Whether all processes say yes; they call it in the same order."""
+    if jax.process_count() == 1:
+        return yes
+    vote = f"mscm/vote/{next(_agreements)}"
+    global_state.client.key_value_set(f"{vote}/{jax.process_index()}", json.dumps(yes))
+    voters = range(jax.process_count())
+    return all([
+        json.loads(global_state.client.blocking_key_value_get(f"{vote}/{i}", _BARRIER_MILLISECONDS)) for i in voters
+    ])
+
+
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
     """The block runs in the main process, and when that is done in the others: they find what it has written."""

@@ -33,7 +33,8 @@ GRID_IMAGES, _GRID_COLUMNS = 50, 10
 
 # What a row of scores says of how it was made; all else in it is a metric.
 NO_METRICS = (
-    "step", "model", "sampler", "nfe", "seed", "num_images", "labels", "network", "reference", "identity", "mismatch"
+    "step", "run", "model", "sampler", "nfe", "seed", "num_images", "labels", "network", "reference", "identity",
+    "mismatch",
 )
 
 # (params, key, indices of the images, labels) -> images, whole on every device
@@ -171,7 +172,8 @@ class Scorer:
         """Hash of all that decides a score beside the images; scores under another one are not comparable."""
         reference = self.reference
         of_file = files.fingerprint(reference.statistics.to_arrays()) if reference.imported_from else None
-        parts = [self.network.fingerprint, reference.data, of_file, self.spec.num_kept]
+        kept = None if reference.statistics.kept is None else len(reference.statistics.kept)
+        parts = [self.network.fingerprint, reference.data, of_file, kept, self.spec.num_kept]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:

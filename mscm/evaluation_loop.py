@@ -7,10 +7,12 @@
     WORKDIR/eval/events...           the scores by step (TensorBoard)
 """
 
+import hashlib
+import json
 import os
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 from absl import logging
@@ -25,11 +27,13 @@ from mscm.report import grid
 from mscm.report.writer import Writer
 from mscm.types import Params
 
+_Read = TypeVar("_Read")
+
 _POLL_SECONDS = 10.0
 _PARTIAL_KIND = "mscm evaluation under way 1"
 
 # Of a row: what it is a score of. A row is written once for each.
-_KEY = ("identity", "model", "step", "sampler", "nfe", "seed", "num_images", "labels")
+_KEY = ("identity", "run", "model", "step", "sampler", "nfe", "seed", "num_images", "labels")
 
 
 class Evaluation:
@@ -89,33 +93,47 @@ class Evaluation:
 
     def _is_last(self, step: int) -> bool:
         """Whether training has ended with the checkpoint of `step`."""
-        with reading(self._workdir) as checkpoints:
-            if step not in checkpoints.steps():  # training has gone on and deleted it
-                return False
-            return step >= checkpoints.facts(step)["config"]["train"]["num_steps"]
+        config = self._unless_deleted(self._workdir, step, lambda: _config_of(self._workdir, step))
+        return config is not None and step >= config["train"]["num_steps"]
+
+    def _unless_deleted(self, workdir: str, step: int, read: Callable[[], _Read]) -> _Read | None:
+        """What `read` gives; None where it fails because training has deleted the checkpoint."""
+        try:
+            return read()
+        except Exception:  # whatever Orbax raises when files vanish under it
+            with reading(workdir) as checkpoints:
+                if step in checkpoints.steps():
+                    raise
+        logging.warning("Step %d in %s: training has deleted it before it had a score", step, workdir)
+        return None
 
     def score(self, model: Experiment, workdir: str, step: int, specs: list[SamplerSpec]) -> list[dict[str, Any]]:
         """The rows of a checkpoint, made where they are not there; none where training has deleted it meanwhile."""
-        wanted = [self._key(model, step, spec, seed) for spec in specs for seed in self.scorer.spec.seeds]
+        config = distributed.agree(self._unless_deleted(workdir, step, lambda: _config_of(workdir, step)))
+        if config is None:
+            return []
+        run = _run_of(config)
+        wanted = [self._key(model, run, step, spec, seed) for spec in specs for seed in self.scorer.spec.seeds]
         done = distributed.agree([[_key_of(row), row] for row in self.rows()])
         done = {tuple(key): row for key, row in done}
         missing = [key for key in wanted if _key_of(key) not in done]
         # Not kept where a kill came between the last row and the copy.
-        keeps = model is self.experiment and (missing or distributed.agree(self._lacks_best(step)))
+        keeps = model is self.experiment and (missing or distributed.agree(self._lacks_best(run, step)))
         if missing or keeps:
-            params = self._read(model, workdir, step)
-            if params is None:
+            params = self._unless_deleted(workdir, step, lambda: evaluation.read_ema(model, workdir, step))
+            if not distributed.everyone(params is not None):
                 return []
             for key in missing:
                 done[_key_of(key)] = self._make(model, params, key)
-            if keeps and distributed.agree(self._lacks_best(step)):
+            if keeps and distributed.agree(self._lacks_best(run, step)):
                 self._keep_best(params, step)
         return [done[_key_of(key)] for key in wanted]
 
-    def _key(self, model: Experiment, step: int, spec: SamplerSpec, seed: int) -> dict[str, Any]:
+    def _key(self, model: Experiment, run: str, step: int, spec: SamplerSpec, seed: int) -> dict[str, Any]:
         settings = self.scorer.spec
         return {
             "step": step,
+            "run": run,
             "model": model.name,
             "sampler": spec.name,
             "nfe": spec.num_steps,
@@ -124,16 +142,6 @@ class Evaluation:
             "labels": settings.labels,
             **self.scorer.describe(),
         }
-
-    def _read(self, model: Experiment, workdir: str, step: int) -> Params | None:
-        try:
-            return evaluation.read_ema(model, workdir, step)
-        except Exception:  # whatever Orbax raises when files vanish under it
-            with reading(workdir) as checkpoints:
-                if step in checkpoints.steps():
-                    raise
-        logging.warning("Step %d of %s: training has deleted it before it had a score", step, model.name)
-        return None
 
     def _make(self, model: Experiment, params: Params, key: dict[str, Any]) -> dict[str, Any]:
         """One row: generates the images, going on where an interrupted evaluation of it stopped, and writes it."""
@@ -181,6 +189,7 @@ class Evaluation:
     def newest(self) -> tuple[int, list[dict[str, Any]]]:
         """Step and rows of the newest checkpoint that has scores."""
         rows = [row for row in distributed.agree(self.rows()) if row["model"] == self.experiment.name]
+        rows = [row for row in rows if row["run"] == rows[-1]["run"]]
         step = max(row["step"] for row in rows)
         return step, [row for row in rows if row["step"] == step]
 
@@ -242,9 +251,9 @@ class Evaluation:
             cli.append_json_line(self.scores_file, row)
         epath.Path(self._partial).unlink(missing_ok=True)
 
-    def _lacks_best(self, step: int) -> bool:
-        """Whether `step` is the best so far and its copy is not there."""
-        if self.best()[0] != step:
+    def _lacks_best(self, run: str, step: int) -> bool:
+        """Whether `step` is the best of its run so far and its copy is not there."""
+        if self.best(run)[0] != step:
             return False
         try:
             with reading(self.best_workdir(step)) as checkpoints:
@@ -257,7 +266,7 @@ class Evaluation:
         where = self.best_workdir(step)
         with Checkpoints(where, keep=1) as checkpoints:
             checkpoints.save_ema(step, params, self.experiment.facts())
-        logging.info("Best so far: step %d, %s %.4g: %s", step, self.scorer.metric, self.best()[1], where)
+        logging.info("Best so far by %s: step %d, kept in %s", self.scorer.metric, step, where)
         if distributed.is_main():
             for other in epath.Path(where).parent.iterdir():
                 if other.name != str(step):
@@ -278,16 +287,28 @@ class Evaluation:
     def _samples_path(self, row: dict[str, Any]) -> str:
         return os.path.join(self.directory, "samples", f"{_name_of(row)}_{row['step']:08d}")
 
-    def best(self) -> tuple[int | None, float]:
-        """Step and distance of the best checkpoint under the sampler that `mscm.sample` takes, a mean over seeds."""
+    def best(self, run: str) -> tuple[int | None, float]:
+        """Step and distance of a run's best checkpoint under the sampler of `mscm.sample`, a mean over seeds."""
         spec, metric = evaluation.default_samplers(self.experiment)[-1], self.scorer.metric
         values: dict[int, list[float]] = {}
         for row in self.rows():
-            if (row["model"], row["sampler"], row["nfe"]) == (self.experiment.name, spec.name, spec.num_steps):
+            if (row["run"], row["sampler"], row["nfe"]) == (run, spec.name, spec.num_steps):
                 values.setdefault(row["step"], []).append(row[metric])
         means = {step: float(np.mean(distances)) for step, distances in values.items()}
         best = min(means, key=means.__getitem__, default=None)
         return best, means.get(best, np.inf)
+
+
+def _config_of(workdir: str, step: int) -> dict[str, Any]:
+    """The config that a checkpoint was made with."""
+    with reading(workdir) as checkpoints:
+        return checkpoints.facts(step)["config"]
+
+
+def _run_of(config: dict[str, Any]) -> str:
+    """Hash of what decides the parameters: another training in the same directory is another run."""
+    decides = {name: section for name, section in config.items() if name not in ("eval", "mesh")}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -63,9 +63,10 @@ def test_two_processes_are_one_run(run_both, config, tmp_path):
     lines = (tmp_path / "run" / "eval" / "scores.jsonl").read_text().splitlines()
     made = {(row["step"], row["nfe"]): row["fd_classifier"] for row in map(json.loads, lines)}
     assert len(made) == len(lines) == 5  # each once: what two have scored, one has not scored again
-    again = [sys.executable, "-m", "mscm.eval", *flags]
     (tmp_path / "run" / "eval" / "scores.jsonl").unlink()
-    subprocess.run(again, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    (code, output, errors), (other_code, other_output, other_errors) = run_both("eval", flags, flags)
+    assert (code, other_code) == (0, 0), errors + other_errors
+    assert "fd_classifier" in output and "fd_classifier" not in other_output
     lines = (tmp_path / "run" / "eval" / "scores.jsonl").read_text().splitlines()
     assert {(row["step"], row["nfe"]): row["fd_classifier"] for row in map(json.loads, lines)} == pytest.approx(
         made, rel=1e-3

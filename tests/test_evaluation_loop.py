@@ -1,6 +1,7 @@
 """The evaluation job: it waits, ends, keeps the best, and does not mind being killed or losing a checkpoint."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -169,7 +170,7 @@ def test_killed_anywhere_it_continues_to_the_same_file(experiment, states, workd
             job.watch(once=True)
     with Evaluation(experiment, str(workdir), save_every_seconds=0.0) as job:
         job.watch(once=True)
-        best_step, _ = job.best()
+        best_step, _ = job.best(rows_of(workdir)[0]["run"])
     assert (workdir / "eval" / "scores.jsonl").read_bytes() == (whole / "eval" / "scores.jsonl").read_bytes()
     assert [path.name for path in (workdir / "eval" / "best").iterdir()] == [str(best_step)]
     pictures = sorted(path.name for path in (whole / "eval" / "samples").iterdir())
@@ -247,7 +248,7 @@ def test_the_best_checkpoint_is_kept(experiment, states, workdir, monkeypatch):
             )
             save(experiment, workdir, state, keep=1)
             job.watch(once=True)
-        assert job.best() == (20, 2.0)
+        assert job.best(rows_of(workdir)[0]["run"]) == (20, 2.0)
     assert [path.name for path in (workdir / "eval" / "best").iterdir()] == ["20"]
     with reading(workdir) as checkpoints:
         assert checkpoints.steps() == [30]
@@ -264,6 +265,22 @@ def test_scores_under_other_settings_are_made_anew(experiment, states, workdir):
     assert [(row["num_images"], row["labels"]) for row in rows_of(workdir)] == [
         (60, "balanced"), (80, "balanced"), (60, "uniform")
     ]
+
+
+def test_another_training_in_the_same_directory_has_scores_of_its_own(experiment, states, workdir):
+    """Its checkpoints have the same steps, and the parameters are others."""
+    save(experiment, workdir, *states[:2])
+    with Evaluation(experiment, str(workdir)) as job:
+        job.watch(once=True)
+    shutil.rmtree(workdir / "checkpoints")
+    again = dataclasses.replace(experiment, config=experiment.config | {"seed": 1})
+    save(again, workdir, states[2]._replace(step=np.int32(10)))
+    with Evaluation(experiment, str(workdir)) as job:
+        job.watch(once=True)
+        assert job.newest() == (10, rows_of(workdir)[2:])
+    first, _, third = rows_of(workdir)
+    assert first["step"] == third["step"] == 10 and first["run"] != third["run"]
+    assert first["fd_classifier"] != third["fd_classifier"]
 
 
 def test_a_reference_of_other_images_is_refused_or_marked(experiment, states, workdir, tmp_path):

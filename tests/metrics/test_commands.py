@@ -1,0 +1,89 @@
+"""The commands beside the metrics, each in a process of its own: what they print, and one sentence for a mistake."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mscm.metrics import dinov2, files, references, weights
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "--config=configs/digits_cd4.py"
+
+
+def command(name, *flags, code=0, **env):
+    """What `python -m mscm.metrics.NAME` prints; of an error, its sentence."""
+    words = [sys.executable, "-m", f"mscm.metrics.{name}", *map(str, flags)]
+    result = subprocess.run(words, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
+    if code == 0:
+        return result.stdout
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    return line + result.stdout
+
+
+@pytest.fixture(scope="module")
+def small_dinov2(tmp_path_factory):
+    """A converted file of a network of two blocks."""
+    path = tmp_path_factory.mktemp("weights") / "dinov2.npz"
+    flat = weights._flatten(dinov2.random_params(0))
+    sha256 = files.fingerprint(flat)
+    rows = dinov2.network(dinov2.random_params(0), fingerprint=sha256)(weights.probe_images()).features
+    card = {"kind": "mscm weights 1", "network": "dinov2", "weights_sha256": sha256}
+    files.save(path, {**flat, "probe/features": rows}, card)
+    return path
+
+
+@pytest.mark.parametrize("name", ["convert", "reference", "selfcheck"])
+def test_help(name):
+    words = [sys.executable, "-m", f"mscm.metrics.{name}", "--help"]
+    assert f"python -m mscm.metrics.{name}" in subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_selfcheck_finds_what_is_known(small_dinov2):
+    """Also of weights; where their outputs are not those of the conversion, it says so and fails."""
+    printed = command("selfcheck", "--network=dinov2", f"--weights={small_dinov2}")
+    assert printed.count("| yes") == 9 and "| no" not in printed
+    arrays, card = files.load(small_dinov2)
+    arrays["probe/features"] = arrays["probe/features"] * 1.01
+    files.save(small_dinov2.with_name("drifted.npz"), arrays, card)
+    said = command("selfcheck", "--network=dinov2", f"--weights={small_dinov2.with_name('drifted.npz')}", code=1)
+    assert "1 of 9 checks failed" in said and said.count("| no") == 1
+
+
+def test_a_reference_is_computed_or_imported(tmp_path):
+    """Of a split of its own; an imported one needs the count that its file does not hold."""
+    computed, imported = tmp_path / "computed.npz", tmp_path / "imported.npz"
+    printed = command("reference", CONFIG, "--config.eval.reference_split=half_a", f"--output={computed}")
+    assert "digits/half_a, 899 images, features of classifier" in printed
+    reference = references.load(computed)
+    assert reference.data["split"] == "half_a" and reference.statistics.features.count == 899
+    mean, cov = reference.statistics.features.mean, reference.statistics.features.cov
+    np.savez(tmp_path / "theirs.npz", mu=mean, sigma=cov)
+    flags = [CONFIG, f"--import={tmp_path / 'theirs.npz'}", f"--output={imported}"]
+    assert "--count: got none" in command("reference", *flags, code=2)
+    assert "digits/all, 1797 images, from theirs.npz" in command("reference", *flags, "--count=1797")
+    np.testing.assert_array_equal(references.load(imported).statistics.features.cov, cov)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "sentence"),
+    [
+        ("convert", ["--source=README.md", "--network=inceptoin"], "--network: got 'inceptoin', expected one"),
+        ("convert", ["--source=absent.pth"], "--source: absent.pth: expected a file of weights"),
+        ("convert", ["--source=README.md", "--output=x.npz"], "--source: README.md: got"),
+        ("convert", [], "--source must have a value"),
+        ("reference", [CONFIG, "--output=x.npz", "--import=README.md", "--count=9"], "README.md: got a file that"),
+        ("reference", [CONFIG, "--output=x.npz", "--config.eval.network=dinov2"], "got no weights of the network"),
+        ("reference", [CONFIG, "--output=x.npz", "--config.eval.reference_split=b"], "split of 'digits': got 'b'"),
+        ("selfcheck", ["--network=dinov2"], "dinov2_vitl14_pretrain.pth of the DINOv2 project"),
+        ("selfcheck", ["--network=vgg"], "--network: got 'vgg', expected one of inception, dinov2"),
+    ],
+)
+def test_a_mistake_is_one_sentence(name, flags, sentence, tmp_path):
+    flags = [flag.replace("x.npz", str(tmp_path / "x.npz")) for flag in flags]
+    assert sentence in command(name, *flags, code=2, XDG_CACHE_HOME=str(tmp_path))
+    assert not (tmp_path / "x.npz").exists()

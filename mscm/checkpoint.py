@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import LatestN
+from orbax.checkpoint.options import MultiprocessingOptions
 
 from mscm.training.step import TrainState
 from mscm.types import Params
@@ -33,8 +34,11 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, *, keep: int | None = None):
         """`keep` is the number of newest checkpoints to keep when saving; None for reading only."""
         self._directory = epath.Path(workdir).absolute() / "checkpoints"
+        # Readers do not wait for each other: what one process sees of a directory, another may not see yet.
+        alone = MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
         options = ocp.CheckpointManagerOptions(
             preservation_policy=LatestN(keep),
+            multiprocessing_options=MultiprocessingOptions() if keep is not None else alone,
             cleanup_tmp_directories=keep is not None,  # a reader must not touch what a trainer is writing
             create=keep is not None,
         )

@@ -33,12 +33,14 @@ def main() -> None:
     """Scores what is new, prints all."""
     from mscm import distributed, evaluation  # here and not above: --help must not wait for jax
     from mscm.checkpoint import reading
+    from mscm.config import ConfigError
     from mscm.evaluation_loop import Evaluation
     from mscm.experiment import build
 
     if run_flags.DISTRIBUTED.value:
         distributed.start(run_flags.DISTRIBUTED.value)
     experiment, workdir = build(run_flags.CONFIG.value), run_flags.WORKDIR.value
+    experiment.mesh  # noqa: B018 refuses devices that do not fit before hours of reference statistics
     if IMAGES.value:
         _score_images(experiment, workdir)
         return
@@ -50,6 +52,8 @@ def main() -> None:
         if CHECKPOINT.value is not None:
             step = CHECKPOINT.value
             rows = job.score(experiment, workdir, step, evaluation.default_samplers(experiment))
+            if not rows:
+                raise ConfigError(f"--checkpoint: got step {step}, which was deleted before it had a score")
         else:
             job.watch(once=ONCE.value)
             step, rows = job.newest()
@@ -70,6 +74,8 @@ def _score_images(experiment, workdir: str) -> None:
         images = loose.open_images(IMAGES.value, resolution=data.resolution, channels=data.channels)
     except ValueError as error:
         raise ConfigError(f"--images: {error}") from error
+    if len(images) < 4:
+        raise ConfigError(f"--images: got {len(images)} images, expected at least 4 to compare with others")
     with Evaluation(experiment, workdir, allow_mismatch=ALLOW_MISMATCH.value) as job:
         row = job.score_images(images.batches(experiment.eval.batch_size), len(images), IMAGES.value)
         rows = [row, *job.real_rows()]

@@ -1,7 +1,8 @@
 """Sampling and scoring of trained models: what `mscm.main`, `mscm.eval` and `mscm.sample` share.
 
-Image i of an evaluation starts from fold_in(key(seed), i) and has the label i modulo the number of classes (balanced),
-so that it is the same image whatever the batch size, and two models sample from common noise.
+Image i of an evaluation starts from fold_in(key(seed), i) and has the label i modulo the number of classes, or one that
+is drawn from the seed (`labels_of_images`): it is the same image whatever the batch size, and two models sample from
+common noise.
 """
 
 import contextlib
@@ -33,8 +34,8 @@ GRID_IMAGES, _GRID_COLUMNS = 50, 10
 
 # What a row of scores says of how it was made; all else in it is a metric.
 NO_METRICS = (
-    "step", "run", "model", "sampler", "nfe", "seed", "num_images", "labels", "network", "reference", "identity",
-    "mismatch",
+    "step", "run", "model", "sampler", "nfe", "seed", "num_images", "labels", "network", "reference", "num_kept",
+    "identity", "mismatch",
 )
 
 # (params, key, indices of the images, labels) -> images, whole on every device
@@ -173,14 +174,16 @@ class Scorer:
         reference = self.reference
         of_file = files.fingerprint(reference.statistics.to_arrays()) if reference.imported_from else None
         kept = None if reference.statistics.kept is None else len(reference.statistics.kept)
-        parts = [self.network.fingerprint, reference.data, of_file, kept, self.spec.num_kept]
+        parts = [self.network.fingerprint, reference.data, reference.network, of_file, kept, self.spec.num_kept]
+        parts += self.mismatch
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
         """What every score says of how it was made."""
         described = {
-            "network": f"{self.network.name} {self.network.fingerprint[:12]}",
+            "network": references.label(self.network.name, self.network.fingerprint),
             "reference": str(self.reference),
+            "num_kept": self.spec.num_kept,
             "identity": self.identity,
         }
         return described | ({"mismatch": self.mismatch} if self.mismatch else {})
@@ -246,10 +249,10 @@ def _reference(experiment: Experiment, network: FeatureNetwork, directory: str) 
     stored = None
     with contextlib.suppress(FileNotFoundError, ValueError):  # absent, damaged or of another kind: made again
         stored = references.load(path)
-    distributed.barrier()  # nobody writes before all have looked
     wanted = references.describe(source), {"name": network.name, "fingerprint": network.fingerprint}
     num_kept = min(spec.num_kept, len(source))
-    if stored and (stored.data, stored.network) == wanted and len(stored.statistics.kept) == num_kept:
+    usable = stored and (stored.data, stored.network) == wanted and len(stored.statistics.kept) == num_kept
+    if distributed.everyone(bool(usable)):  # all compute, or none
         return stored
     reference = compute_reference(experiment, network)
     if distributed.is_main():

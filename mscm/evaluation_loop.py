@@ -32,6 +32,12 @@ _Read = TypeVar("_Read")
 _POLL_SECONDS = 10.0
 _PARTIAL_KIND = "mscm evaluation under way 1"
 
+# Of a config: where and how fast a training runs, and what it writes.
+_DECIDES_NOTHING = (
+    "eval", "mesh", "path", "num_threads", "num_workers", "workdir", "attention", "remat", "num_microbatches",
+    "steps_per_dispatch", "log_every_steps", "save_every_steps", "keep_checkpoints",
+)
+
 # Of a row: what it is a score of. A row is written once for each.
 _KEY = ("identity", "run", "model", "step", "sampler", "nfe", "seed", "num_images", "labels")
 
@@ -63,8 +69,15 @@ class Evaluation:
 
     def rows(self) -> list[dict[str, Any]]:
         """The scores that are there and comparable with new ones, in the order in which they were made."""
-        rows = cli.read_json_lines(self.scores_file)
-        return [row for row in rows if row["identity"] == self.scorer.identity]
+        spec = self.scorer.spec
+        settings = (spec.num_images, spec.labels)
+        return [
+            row
+            for row in cli.read_json_lines(self.scores_file)
+            if row["identity"] == self.scorer.identity
+            # The row of real images has no labels.
+            if row["labels"] is None or ((row["num_images"], row["labels"]) == settings and row["seed"] in spec.seeds)
+        ]
 
     def watch(self, *, once: bool) -> None:
         """Scores the checkpoints of the work directory as they appear, until training has ended.
@@ -72,11 +85,14 @@ class Evaluation:
         Args:
           once: end when all that are there have scores.
         """
-        waiting = False
+        waiting, scored = False, set()
         while True:
             steps = distributed.agree(self._steps())
             for step in steps:
-                self.score(self.experiment, self._workdir, step, evaluation.default_samplers(self.experiment))
+                if step not in scored and self.score(
+                    self.experiment, self._workdir, step, evaluation.default_samplers(self.experiment)
+                ):
+                    scored.add(step)
             if once or distributed.agree(bool(steps) and self._is_last(steps[-1])):
                 return
             if not waiting:
@@ -126,7 +142,7 @@ class Evaluation:
             for key in missing:
                 done[_key_of(key)] = self._make(model, params, key)
             if keeps and distributed.agree(self._lacks_best(run, step)):
-                self._keep_best(params, step)
+                self._keep_best(params, step, run, config)
         return [done[_key_of(key)] for key in wanted]
 
     def _key(self, model: Experiment, run: str, step: int, spec: SamplerSpec, seed: int) -> dict[str, Any]:
@@ -146,9 +162,8 @@ class Evaluation:
     def _make(self, model: Experiment, params: Params, key: dict[str, Any]) -> dict[str, Any]:
         """One row: generates the images, going on where an interrupted evaluation of it stopped, and writes it."""
         spec = SamplerSpec(key["sampler"], key["nfe"])
-        accumulator, samples = self._restored(key)
-        distributed.barrier()  # nobody writes before all have looked
-        start = accumulator.count
+        accumulator, samples = self._restored(key)  # of the main process; the others only take part
+        start = distributed.agree(accumulator.count)
         what = f"{model.name}, step {key['step']}, {spec}" + (f", seed {key['seed']}" if key["seed"] else "")
         if start:
             logging.info("%s: continuing after %d images", what, start)
@@ -164,10 +179,13 @@ class Evaluation:
         )
         meter, saved = cli.Meter(what, key["num_images"], start), time.monotonic()
         for images in batches:
+            outputs = self.scorer.network(images)
+            if not distributed.is_main():
+                continue
             samples = np.concatenate([samples, images[: evaluation.GRID_IMAGES - len(samples)]])
-            accumulator.add(self.scorer.network(images))
+            accumulator.add(outputs)
             meter(len(images))
-            if distributed.is_main() and time.monotonic() - saved >= self._save_every_seconds:
+            if time.monotonic() - saved >= self._save_every_seconds:
                 arrays = accumulator.to_arrays() | {"samples": samples}
                 files.save(self._partial, arrays, {"kind": _PARTIAL_KIND, "key": key})
                 saved = time.monotonic()
@@ -175,6 +193,7 @@ class Evaluation:
         logging.info("%s: %s %.4g", what, self.scorer.metric, row[self.scorer.metric])
         if distributed.is_main():
             self._write(row, samples)
+        distributed.barrier()  # who reads what belongs to the row finds it
         return row
 
     def score_images(self, batches: Iterable[np.ndarray], num_images: int, name: str) -> dict[str, Any]:
@@ -187,21 +206,35 @@ class Evaluation:
         return {"model": name, "num_images": num_images, **self.scorer.describe(), **self._compare(accumulator)}
 
     def newest(self) -> tuple[int, list[dict[str, Any]]]:
-        """Step and rows of the newest checkpoint that has scores."""
+        """Step and rows of the newest checkpoint that has scores.
+
+        Raises:
+          CheckpointError: none has.
+        """
         rows = [row for row in distributed.agree(self.rows()) if row["model"] == self.experiment.name]
+        if not rows:
+            raise CheckpointError(
+                f"{self._workdir}: got no checkpoint that stayed long enough to be scored; keep more of them with "
+                "config.train.keep_checkpoints"
+            )
         rows = [row for row in rows if row["run"] == rows[-1]["run"]]
         step = max(row["step"] for row in rows)
         return step, [row for row in rows if row["step"] == step]
 
     def teacher_rows(self, specs: list[SamplerSpec]) -> list[dict[str, Any]]:
-        """The rows of the newest checkpoint of the teacher; none without one."""
+        """The rows of the newest checkpoint of the teacher; none without one, or where it is not here."""
         teacher = self.experiment.teacher
         if teacher is None:
             return []
         workdir = evaluation.teacher_workdir_of(self.experiment, self._workdir)
-        with reading(workdir) as checkpoints:
-            step = checkpoints.check(teacher.experiment.facts())
-        return self.score(teacher.experiment, workdir, step, specs)
+        step = None
+        try:
+            with reading(workdir) as checkpoints:
+                step = checkpoints.check(teacher.experiment.facts())
+        except CheckpointError as error:
+            logging.warning("No scores of the teacher: %s", error)
+        step = distributed.agree(step)
+        return [] if step is None else self.score(teacher.experiment, workdir, step, specs)
 
     def real_rows(self) -> list[dict[str, Any]]:
         """The reference point of a table, half of the data against the other half; none where only a reference is."""
@@ -227,6 +260,8 @@ class Evaluation:
         settings, data = self.scorer.spec, self.experiment.data
         fresh = statistics.Accumulator(settings.num_images, num_kept=settings.num_kept)
         nothing = fresh, np.zeros((0, data.resolution, data.resolution, data.channels), np.uint8)
+        if not distributed.is_main():
+            return nothing
         try:
             arrays, card = files.load(self._partial)
         except FileNotFoundError:
@@ -247,6 +282,7 @@ class Evaluation:
         metrics = {key: value for key, value in row.items() if key not in evaluation.NO_METRICS}
         name = _name_of(row)
         self._writer.write_scalars(row["step"], {f"{metric}/{name}": value for metric, value in metrics.items()})
+        self._writer.flush()
         if _key_of(row) not in map(_key_of, self.rows()):  # another evaluator may have been faster
             cli.append_json_line(self.scores_file, row)
         epath.Path(self._partial).unlink(missing_ok=True)
@@ -255,17 +291,23 @@ class Evaluation:
         """Whether `step` is the best of its run so far and its copy is not there."""
         if self.best(run)[0] != step:
             return False
+        return not self._has_copy(run, step)
+
+    def _has_copy(self, run: str, step: int) -> bool:
         try:
             with reading(self.best_workdir(step)) as checkpoints:
-                return step not in checkpoints.steps()
+                return step in checkpoints.steps() and _run_of(checkpoints.facts(step)["config"]) == run
         except CheckpointError:
-            return True
+            return False
 
-    def _keep_best(self, params: Params, step: int) -> None:
+    def _keep_best(self, params: Params, step: int, run: str, config: dict[str, Any]) -> None:
         """Copies a checkpoint that is better than all before, because training keeps only its newest."""
         where = self.best_workdir(step)
+        if distributed.is_main() and epath.Path(where).exists():  # of another run, or of a copy that was cut
+            epath.Path(where).rmtree()
+        distributed.barrier()
         with Checkpoints(where, keep=1) as checkpoints:
-            checkpoints.save_ema(step, params, self.experiment.facts())
+            checkpoints.save_ema(step, params, self.experiment.facts() | {"config": config})
         logging.info("Best so far by %s: step %d, kept in %s", self.scorer.metric, step, where)
         if distributed.is_main():
             for other in epath.Path(where).parent.iterdir():
@@ -288,13 +330,21 @@ class Evaluation:
         return os.path.join(self.directory, "samples", f"{_name_of(row)}_{row['step']:08d}")
 
     def best(self, run: str) -> tuple[int | None, float]:
-        """Step and distance of a run's best checkpoint under the sampler of `mscm.sample`, a mean over seeds."""
+        """Step and distance of a run's best checkpoint under the sampler of `mscm.sample`, a mean over seeds.
+
+        Of those that are still there or have a copy: one that training deleted before it was copied is lost.
+        """
         spec, metric = evaluation.default_samplers(self.experiment)[-1], self.scorer.metric
         values: dict[int, list[float]] = {}
         for row in self.rows():
             if (row["run"], row["sampler"], row["nfe"]) == (run, spec.name, spec.num_steps):
                 values.setdefault(row["step"], []).append(row[metric])
-        means = {step: float(np.mean(distances)) for step, distances in values.items()}
+        there = self._steps()
+        means = {
+            step: float(np.mean(distances))
+            for step, distances in values.items()
+            if step in there or self._has_copy(run, step)
+        }
         best = min(means, key=means.__getitem__, default=None)
         return best, means.get(best, np.inf)
 
@@ -307,8 +357,13 @@ def _config_of(workdir: str, step: int) -> dict[str, Any]:
 
 def _run_of(config: dict[str, Any]) -> str:
     """Hash of what decides the parameters: another training in the same directory is another run."""
-    decides = {name: section for name, section in config.items() if name not in ("eval", "mesh")}
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(_decides(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _decides(section: Any) -> Any:
+    if not isinstance(section, dict):
+        return section
+    return {name: _decides(value) for name, value in section.items() if name not in _DECIDES_NOTHING}
 
 
 def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:

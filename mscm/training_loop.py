@@ -227,7 +227,8 @@ def finish(experiment: Experiment, workdir: str, teacher_params: Params) -> None
         if teacher is not None:
             rows += job.teacher_rows(evaluation.short_teacher_samplers(experiment))
             shown += rows[-1:]
-        _write_grid(report, experiment, job.grid(shown))
+        if distributed.is_main():  # the others need not see its files
+            _write_grid(report, experiment, job.grid(shown))
         rows += job.real_rows()
     if distributed.is_main():
         cli.write_text(os.path.join(report, "scores.json"), json.dumps(rows, indent=2) + "\n")

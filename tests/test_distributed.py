@@ -73,6 +73,21 @@ def test_two_processes_are_one_run(run_both, config, tmp_path):
     )
 
 
+def test_two_processes_train_and_score_a_student_of_a_teacher(run_both, config, tmp_path):
+    """The grid shows samples of both models, which one process has written."""
+    student = tmp_path / "student.py"
+    text = CONFIG.replace("digits.teacher()", "digits.student(student_steps=2, distil=True)")
+    changes = f"config.teacher.config = {str(tmp_path / 'config.py')!r}"
+    student.write_text(text.replace("    return config", f"    {changes}\n    return config"))
+    flags = [f"--config={student}", f"--workdir={tmp_path / 'run'}"]
+    (code, output, errors), (other_code, _, other_errors) = run_both("main", flags, flags)
+    assert (code, other_code) == (0, 0), errors + other_errors
+    rows = json.loads((tmp_path / "run" / "report" / "scores.json").read_text())
+    models = ["digits_cd2", "digits_teacher", "real, half against half"]
+    assert [row["model"] for row in rows] == models and all(model in output for model in models)
+    assert (tmp_path / "run" / "report" / "samples.png").exists()
+
+
 def test_an_error_of_one_ends_all(run_both, config, tmp_path):
     """With its sentence and its number, in every process."""
     (tmp_path / "file").write_text("")

@@ -2,7 +2,7 @@
 
     moments = empty(64)
     for batch in batches:
-        moments = add(moments, classifier.features(batch))  # any number of rows, the last partial batch included
+        moments = add(moments, network(batch).features)  # any number of rows, the last partial batch included
 """
 
 from typing import NamedTuple

@@ -138,14 +138,17 @@ def import_npz(
             raise ValueError(f"{os.fspath(path)}: got non-finite numbers in {mean} or {cov}, expected finite ones")
         return Moments(data["count"], mu, sigma)
 
+    shape = (data["resolution"], data["resolution"], data["channels"])
     kept = None
     if "arr_0" in arrays:  # in random order, as ADM's are
-        try:
-            kept = network(arrays["arr_0"][:num_kept]).features
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: arr_0: {error}") from error
+        images = arrays["arr_0"]
+        if images.dtype != np.uint8 or images.shape[1:] != shape:
+            raise ValueError(
+                f"{os.fspath(path)}: got {images.dtype} images of shape {images.shape} in arr_0, expected uint8 of "
+                f"shape (n, {', '.join(map(str, shape))}) as the config has"
+            )
+        kept = network(images[:num_kept]).features
     features, spatial = moments("mu", "sigma"), moments("mu_s", "sigma_s")
-    shape = network.shape or (data["resolution"], data["resolution"], data["channels"])
     expected = jax.eval_shape(network.forward, network.params, jax.ShapeDtypeStruct((1, *shape), np.uint8))
     for got, rows in ((features, expected.features), (spatial, expected.spatial)):
         if got is not None and rows is not None and len(got.mean) != rows.shape[1]:
@@ -169,8 +172,13 @@ def differences(reference: Reference, data: Mapping[str, Any], network: FeatureN
         if key in data and reference.data[key] != data[key]
         if not (reference.imported_from and reference.data[key] is None)
     ]
-    theirs = (reference.network["name"], reference.network["fingerprint"])
-    if theirs != (network.name, network.fingerprint):
-        ours = f"{network.name} {network.fingerprint[:12]}"
-        found.append(f"network {theirs[0]} {theirs[1][:12]} in the reference, {ours} in what is scored")
+    theirs, ours = reference.network, {"name": network.name, "fingerprint": network.fingerprint}
+    if theirs != ours:
+        found.append(f"network {label(**theirs)} in the reference, {label(**ours)} in what is scored")
     return found
+
+
+def label(name: str, fingerprint: str) -> str:
+    """A network as a person reads it: its name, the start of its weights' hash, and its precision if not float32."""
+    sha256, dash, precision = fingerprint.partition("-")
+    return f"{name} {sha256[:12]}{dash}{precision}"

@@ -27,6 +27,10 @@ class Writer:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def flush(self) -> None:
+        """Writes what there is."""
+        self._writer.flush()
+
     def close(self) -> None:
         """Writes what is left."""
         self._writer.close()

@@ -18,13 +18,15 @@ def with_shared(**sections) -> ConfigDict:
                 mlp_ratio=4,
                 patch_size=1,
                 logsnr_input="linear",
+                fourier_scale=placeholder(float),  # of random time features, as in NCSN++; by default sinusoids
+                guidance_input=False,  # whether the weight of guidance is an input: guided distillation
                 remat=placeholder(str),
                 attention="auto",  # or xla, one_by_one, splash (TPU), cudnn (GPU)
             ),
             schedule=dict(logsnr_min=-15.0, logsnr_max=15.0),
             prediction="v",
             # simple diffusion's Adam, arXiv:2301.11093.
-            optimizer=dict(b1=0.9, b2=0.99, eps=1e-12, weight_decay=0.0, clip_norm=1.0),
+            optimizer=dict(name="adam", b1=0.9, b2=0.99, eps=1e-12, weight_decay=0.0, clip_norm=1.0),
             train=dict(keep_checkpoints=3, num_microbatches=1),
             mesh=dict(data=-1, fsdp=1, tensor=1),
             eval=dict(

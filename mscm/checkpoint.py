@@ -79,7 +79,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 ema=ocp.args.StandardSave(state.ema),
-                opt=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+                opt=ocp.args.StandardSave(_rest(state)),
                 facts=ocp.args.JsonSave(facts),
             ),
         )
@@ -109,11 +109,11 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(abstract.params),
                 ema=ocp.args.StandardRestore(abstract.ema),
-                opt=ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+                opt=ocp.args.StandardRestore(_rest(abstract)),
             ),
         )
         opt = restored["opt"]
-        return TrainState(opt["step"], restored["params"], restored["ema"], opt["opt_state"])
+        return TrainState(opt["step"], restored["params"], restored["ema"], opt["opt_state"], opt.get("target", {}))
 
     def restore_ema(self, abstract: Params, step: int | None = None) -> Params:
         """The averaged parameters alone."""
@@ -160,6 +160,12 @@ class Checkpoints:
                 f"{self._directory}/{step}: got another architecture than the config's: parameter {name} has shape "
                 f"{got}, expected {expected}; use the config that it was trained with"
             )
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """What only training needs; without a target network as before there was one."""
+    target = {"target": state.target} if state.target else {}
+    return {"step": state.step, "opt_state": state.opt_state} | target
 
 
 def parameter_shapes(params: Params) -> dict[str, list[int]]:

@@ -7,43 +7,40 @@ typing error is one sentence from here, before anything is compiled.
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from mscm import compilation
 from mscm.checkpoint import first_mismatch, parameter_shapes
 from mscm.config import ConfigError, Section, load_config
-from mscm.data import sources, transforms
+from mscm.data import sources
 from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import sampler
 from mscm.diffusion import schedule as schedules
+from mscm.methods import OBJECTIVES, Method, Parts, network
 from mscm.metrics import weights
 from mscm.models import attention, uvit
-from mscm.objectives import curriculum
-from mscm.objectives import distance as distances
-from mscm.objectives.diffusion import diffusion_loss
-from mscm.objectives.multistep_consistency import consistency_loss
 from mscm.training import optimizer as optimizers
 from mscm.training import partition
 from mscm.training.step import Averages, Batch, LossFn, TrainState, init_state, make_train_steps
-from mscm.types import Array, Denoiser, Distance, Int, Key, Labels, Metrics, Params, PerExample, Schedule, Teacher
+from mscm.types import Denoiser, Key, Labels, Params, Schedule, Teacher, Times
 
 SCHEDULES: dict[str, Callable[..., Any]] = {
     "cosine": schedules.cosine,
     "interpolated": schedules.interpolated,
+    "karras": schedules.karras,
 }
-DIFFUSION_LOSSES: dict[str, Distance] = {"v_mse": distances.v_mse, "eps_mse": distances.eps_mse}
-CONSISTENCY_DISTANCES: dict[str, Callable[..., PerExample]] = {
-    "pseudo_huber": distances.pseudo_huber,
-    "pseudo_huber_weighted": distances.pseudo_huber_weighted,
-    "charbonnier": distances.charbonnier,
-    "v_mse": lambda diff, lvl_t, *, epsilon: distances.v_mse(diff, lvl_t),
+PREDICTIONS: dict[str, Callable[[Schedule], denoisers.Prediction]] = {
+    **{name: lambda schedule, of=of: of for name, of in denoisers.PREDICTIONS.items()},
+    "consistency": denoisers.consistency_prediction,
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MODELS = ("uvit",)
@@ -51,7 +48,6 @@ SAMPLERS: dict[str, Callable[..., Any]] = {"ddim": sampler.sample, "addim": samp
 LABELS = ("balanced", "uniform")  # in turn, or drawn independently
 FEATURE_NETWORKS = ("classifier", *weights.NETWORKS)
 _EVAL_NUMBERS = {"num_images": 4, "batch_size": 1, "num_kept": 4}  # and the least that each may be
-OBJECTIVES = ("diffusion", "multistep_consistency")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +120,19 @@ class EvalSpec:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSpec:
-    """The diffusion model that a student starts from and, in distillation, learns from."""
+    """The model that a student starts from and, in distillation, learns from."""
 
     experiment: "Experiment"
     workdir: str | None  # None: trained first, below the student's work directory
+    phase: int | None = None  # of a phase before the student's: its number of steps
+
+
+class Member(NamedTuple):
+    """One model of a lineage."""
+
+    experiment: "Experiment"
+    workdir: str
+    is_given: bool  # trained elsewhere: its work directory is only read
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # eq: compiled samplers are cached by identity
@@ -140,20 +145,33 @@ class Experiment:
     data: DataSpec
     model: nn.Module
     schedule: Schedule
-    to_x: denoisers.ToX
-    loss_fn: LossFn
+    prediction: denoisers.Prediction
+    method: Method
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
     ema_decay: float
     ema_warmup: bool
     train: TrainSpec
     eval: EvalSpec
-    student_steps: int | None  # None: a diffusion model
-    distil: bool  # whether training calls the teacher
     teacher: TeacherSpec | None
     mesh_sizes: partition.MeshSizes
     guidance: float = 0.0  # of a teacher: classifier-free guidance in all that it answers
     devices: tuple[jax.Device, ...] | None = None  # of the mesh; None: those that are there
+
+    @property
+    def loss_fn(self) -> LossFn:
+        """What training minimises."""
+        return self.method.loss_fn
+
+    @property
+    def student_steps(self) -> int | None:
+        """Of a student: the steps that it samples in. None: a diffusion model."""
+        return self.method.student_steps
+
+    @property
+    def distil(self) -> bool:
+        """Whether training calls the teacher."""
+        return self.method.distil
 
     def on(self, devices: Sequence[jax.Device]) -> "Experiment":
         """The same on other devices, which need not exist: a topology to compile for."""
@@ -192,9 +210,20 @@ class Experiment:
         """Shapes and types of the parameters, without computing them."""
         return nn.meta.unbox(self._boxed_params)
 
+    @property
+    def adds_guidance(self) -> bool:
+        """Whether the weight of guidance is an input that the teacher's network has not."""
+        return self.model.guidance_input and not self.teacher.experiment.model.guidance_input
+
+    def from_teacher(self, params: Params, key: Key) -> Params:
+        """The teacher's parameters, and those of an input of guidance that it has not: it is the same function."""
+        if not self.adds_guidance:
+            return params
+        return unflatten_dict(flatten_dict(self.init_params(key)) | flatten_dict(params))
+
     def init_state(self, params: Params) -> TrainState:
         """Training state before the first step."""
-        return init_state(params, self.optimizer)
+        return init_state(params, self.optimizer, has_target=self.method.target_decay is not None)
 
     def boxed_state(self) -> TrainState:
         """Shapes and types of the training state, boxed with the logical names of the axes."""
@@ -212,6 +241,22 @@ class Experiment:
         """The same with the places on the mesh: what a checkpoint is restored to."""
         return partition.placed(self.abstract_state(), self.state_shardings())
 
+    def frozen_shardings(self) -> Params:
+        """Where the parameters that training reads and does not change lie: a teacher's, in distillation."""
+        return partition.shardings(self.teacher.experiment._boxed_params, self.mesh) if self.distil else {}
+
+    def placed_frozen(self) -> Params:
+        """The same with shapes and types."""
+        if not self.distil:
+            return {}
+        return partition.placed(self.teacher.experiment.abstract_params(), self.frozen_shardings())
+
+    def random_frozen(self, key: Key) -> Params:
+        """The same as arrays, at random."""
+        if not self.distil:
+            return {}
+        return jax.jit(self.teacher.experiment.init_params, out_shardings=self.frozen_shardings())(key)
+
     def random_state(self, key: Key) -> TrainState:
         """Training state before the first step of parameters at random, on the mesh."""
         make_state = jax.jit(lambda key: self.init_state(self.init_params(key)), out_shardings=self.state_shardings())
@@ -220,34 +265,53 @@ class Experiment:
     def train_steps(self) -> Callable[[TrainState, Params, Batch, Key], tuple[TrainState, Averages]]:
         """The jitted step; batches carry a leading axis of `train.steps_per_dispatch`."""
         state, whole = self.state_shardings(), partition.replicated(self.mesh)
-        frozen = state.params if self.distil else {}
         return make_train_steps(
             partition.on_mesh(self.loss_fn, self.mesh),
             self.optimizer,
             self.learning_rate,
             ema_decay=self.ema_decay,
             ema_warmup=self.ema_warmup,
-            num_segments=self.student_steps,
+            num_segments=self.student_steps if self.method.has_segments else None,
+            target_decay=self.method.target_decay,
             num_microbatches=self.train.num_microbatches,
-            in_shardings=(state, frozen, partition.batch_sharding(self.mesh, leading=1), whole),
+            in_shardings=(state, self.frozen_shardings(), partition.batch_sharding(self.mesh, leading=1), whole),
             out_shardings=(state, whole),
             compiler_options=compilation.options(self.platform),
         )
 
-    def answer(self, params: Params, labels: Labels) -> Teacher:
-        """Without dropout; with its guidance, and then beside the conditional output."""
-        network = _network(self.model, params)
+    def answer(self, params: Params, labels: Labels, weights: Times | None = None) -> Teacher:
+        """Without dropout; with its guidance, and then beside the conditional output.
+
+        `weights`: of guidance, where they are an input of the network; None there: 0, the conditional model.
+        """
+        if self.method.guidance_range is not None and weights is None:
+            weights = jnp.zeros(labels.shape)
+        function = network(self.model, params, guidance=weights)
         if not self.guidance:
-            return denoisers.make_denoiser(network, self.schedule, self.to_x, labels=labels)
+            return denoisers.make_denoiser(function, self.schedule, self.prediction, labels=labels)
         null_label, guidance = self.data.num_classes, self.guidance
         return denoisers.make_guided(
-            network, self.schedule, self.to_x, labels=labels, null_label=null_label, guidance=guidance
+            function, self.schedule, self.prediction, labels=labels, null_label=null_label, guidance=guidance
         )
 
     def denoiser(self, params: Params, labels: Labels) -> Denoiser:
         """Deterministic denoiser for sampling."""
         answer = self.answer(params, labels)
         return answer if not self.guidance else lambda z_t, t: answer(z_t, t).x_hat
+
+    def lineage(self, workdir: str) -> list[Member]:
+        """This model in `workdir` and all that it comes from, oldest first: its teacher, then the phases before it.
+
+        Nothing is older than a model whose work directory the config names.
+        """
+        members, home = [Member(self, workdir, is_given=False)], workdir
+        while (spec := members[-1].experiment.teacher) is not None and not members[-1].is_given:
+            if spec.phase is not None:
+                below = os.path.join(home, "phases", str(spec.phase))
+            else:
+                below = home = spec.workdir or os.path.join(home, "teacher")
+            members.append(Member(spec.experiment, below, is_given=spec.workdir is not None))
+        return members[::-1]
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint says of its model."""
@@ -289,7 +353,7 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
     schedule_section = root.section("schedule")
     schedule = schedule_section.bind(schedule_section.choose("name", SCHEDULES))
     schedule_section.refuse_unread()  # now: a misspelt key is not a difference from the teacher's schedule
-    to_x = root.choose("prediction", denoisers.PREDICTIONS)
+    prediction = root.choose("prediction", PREDICTIONS)(schedule)
     train = _train(root.section("train"))
     eval_section = root.section("eval")
     spec = EvalSpec(
@@ -308,35 +372,45 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
     learning_rate = bind_rate()
     ema = root.section("ema")
     mesh = root.section("mesh")
-    teacher = _teacher(root.optional_section("teacher"), config)
     objective = root.section("objective")
-    kind = objective.choose("name", OBJECTIVES)
-    _check_teacher(config, teacher, needs_teacher=kind != "diffusion")
-    student_steps, distil = None, False
-    if kind == "diffusion":
-        loss_fn = _diffusion_objective(objective, data, model, schedule, to_x)
-    else:
-        student_steps, distil = objective.number("student_steps", minimum=1), bool(objective.take("distil"))
-        if teacher.experiment.guidance and not distil:
-            raise ConfigError("config.teacher.guidance: expected 0.0, because objective.distil = False asks no teacher")
-        loss_fn = _consistency_objective(objective, data, model, schedule, to_x, teacher, student_steps, distil)
+    phases = objective.whole_numbers("phase_steps") if "phase_steps" in config.objective else ()
+    teacher = _teacher(root.optional_section("teacher"), config, phases)
+    make_method = objective.choose("name", OBJECTIVES)
+    _check_teacher(config, teacher, needs_teacher=config.objective.name != "diffusion")
+    parts = Parts(
+        model=model,
+        schedule=schedule,
+        prediction=prediction,
+        resolution=data.resolution,
+        num_classes=data.num_classes,
+        flip=data.flip,
+        num_steps=train.num_steps,
+        teacher=None if teacher is None else teacher.experiment.answer,
+        guidance_range=None if teacher is None else teacher.experiment.method.guidance_range,
+    )
+    method = make_method(objective, parts)
+    if (method.guidance_range is not None) != model.guidance_input:
+        raise ConfigError(
+            f"config.model.guidance_input: got {model.guidance_input}, expected {not model.guidance_input} because the "
+            f"weight of guidance is {'no' if method.guidance_range is None else 'an'} input of what is trained"
+        )
+    if teacher is not None and teacher.experiment.guidance and not method.distil:
+        raise ConfigError("config.teacher.guidance: expected 0.0, because objective.distil = False asks no teacher")
     experiment = Experiment(
-        name=root.take("name"),
+        name="_".join([root.take("name"), *map(str, phases[-1:])]),
         seed=root.number("seed", minimum=0),
         config=json.loads(config.to_json_best_effort()),
         data=data,
         model=model,
         schedule=schedule,
-        to_x=to_x,
-        loss_fn=loss_fn,
+        prediction=prediction,
+        method=method,
         optimizer=optimizer_section.bind(optimizers.make_optimizer)(learning_rate),
         learning_rate=learning_rate,
         ema_decay=ema.number("decay", minimum=0.0, below=1.0),
         ema_warmup=bool(ema.take("warmup")),
         train=train,
         eval=spec,
-        student_steps=student_steps,
-        distil=distil,
         teacher=teacher,
         mesh_sizes=partition.MeshSizes(**_fields(mesh, partition.MeshSizes)),
     )
@@ -344,6 +418,8 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
     ours = parameter_shapes(experiment.abstract_params())  # shapes that do not fit are errors of the config
     if teacher is not None:
         theirs = parameter_shapes(teacher.experiment.abstract_params())
+        if experiment.adds_guidance:
+            ours = {name: shape for name, shape in ours.items() if name in theirs}
         mismatch = first_mismatch(ours, theirs)
         if mismatch:
             name, got, expected = mismatch
@@ -392,6 +468,8 @@ def _model(section: Section, data: DataSpec) -> uvit.UViT:
         remat_policy=section.take("remat"),
         logsnr_input=section.take("logsnr_input"),
         scan_blocks=bool(section.take("scan_blocks")),
+        fourier_scale=section.take("fourier_scale"),
+        guidance_input=bool(section.take("guidance_input")),
         attention=section.choose("attention", attention.IMPLEMENTATIONS),
         **{key: section.number(key, minimum=1) for key in ("emb_dim", "head_dim", "mlp_ratio", "patch_size")},
     )
@@ -400,29 +478,24 @@ def _model(section: Section, data: DataSpec) -> uvit.UViT:
 def _init(model: nn.Module, data: DataSpec, key: Key) -> Params:
     """Parameters boxed with the logical names of their axes."""
     images = jnp.zeros((1, data.resolution, data.resolution, data.channels))
-    variables = model.init(key, images, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32), train=False)
+    guidance = (jnp.zeros((1,)),) if model.guidance_input else ()
+    variables = model.init(key, images, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32), *guidance, train=False)
     return variables["params"]
 
 
-def _network(model: nn.Module, params: Params, *, dropout_key: Key | None = None) -> denoisers.Network:
-    """The network as a function; with a key it drops out, the same units in every call (synchronised dropout)."""
-
-    def network(z_t, logsnr, labels):
-        rngs = None if dropout_key is None else {"dropout": dropout_key}
-        return model.apply({"params": params}, z_t, logsnr, labels, train=dropout_key is not None, rngs=rngs)
-
-    return network
-
-
-def _teacher(section: Section | None, config: ConfigDict) -> TeacherSpec | None:
+def _teacher(section: Section | None, config: ConfigDict, phases: tuple[int, ...]) -> TeacherSpec | None:
     if section is None:
         return None
-    of_teacher = load_config(section.take("config"))
+    file, workdir, guidance = section.take("config"), section.take("workdir"), section.number("guidance", minimum=0.0)
+    if len(phases) > 2:  # the phase before this one, with the same teacher before it
+        before = config.copy_and_resolve_references()
+        before.objective.phase_steps = phases[:-1]
+        return TeacherSpec(build(before), None, phase=phases[-2])
+    of_teacher = load_config(file)
     of_teacher.data = config.data  # so that --config.data.path is said once
     of_teacher.mesh = config.mesh
     of_teacher.model.attention = config.model.attention  # it runs on the same devices
     experiment = build(of_teacher)
-    guidance = section.number("guidance", minimum=0.0)
     if guidance:
         if not experiment.config["objective"].get("label_dropout"):
             raise ConfigError(
@@ -431,7 +504,7 @@ def _teacher(section: Section | None, config: ConfigDict) -> TeacherSpec | None:
             )
         name = f"{experiment.name}, guidance {guidance:g}"
         experiment = dataclasses.replace(experiment, name=name, guidance=guidance)
-    return TeacherSpec(experiment, section.take("workdir"))
+    return TeacherSpec(experiment, workdir)
 
 
 def _check_teacher(config: ConfigDict, teacher: TeacherSpec | None, *, needs_teacher: bool) -> None:
@@ -441,7 +514,7 @@ def _check_teacher(config: ConfigDict, teacher: TeacherSpec | None, *, needs_tea
         return
     if teacher is None:
         raise ConfigError("config.teacher: got None, expected a section naming the diffusion model to start from")
-    if teacher.experiment.student_steps is not None:
+    if teacher.experiment.student_steps is not None and teacher.phase is None:
         got = teacher.experiment.name
         raise ConfigError(f"config.teacher.config: got {got!r}, expected the config of a diffusion model")
     ours = json.loads(config.to_json_best_effort())
@@ -451,92 +524,9 @@ def _check_teacher(config: ConfigDict, teacher: TeacherSpec | None, *, needs_tea
         ("prediction", ours["prediction"], theirs["prediction"]),
         ("model.logsnr_input", ours["model"]["logsnr_input"], theirs["model"]["logsnr_input"]),
     ):
-        if got != expected:
+        # A consistency model's preconditioning is EDM's, shifted to be the identity at t = 0.
+        if got != expected and (path, got, expected) != ("prediction", "consistency", "edm"):
             raise ConfigError(
                 f"config.{path}: got {got}, expected the teacher's {expected}, "
                 "because the student starts from the teacher's weights"
             )
-
-
-def _scaled(section: Section, distance: Distance, data: DataSpec) -> Distance:
-    if section.take("multiscale") is None:
-        return distance
-    resolutions = section.whole_numbers("multiscale")
-    odd = [resolution for resolution in resolutions if data.resolution % resolution]
-    if odd:
-        raise ConfigError(
-            f"config.objective.multiscale: got {odd[0]}, expected divisors of data.resolution = {data.resolution}"
-        )
-    return distances.multiscale(distance, resolutions)
-
-
-def _inputs(data: DataSpec, batch: Batch, key: Key):
-    x = transforms.to_float(batch["image"])
-    return (transforms.random_flip(x, key) if data.flip else x), batch["label"]
-
-
-def _diffusion_objective(
-    section: Section, data: DataSpec, model: nn.Module, schedule: Schedule, to_x: denoisers.ToX
-) -> LossFn:
-    distance = _scaled(section, section.choose("loss", DIFFUSION_LOSSES), data)
-    label_dropout = section.number("label_dropout", minimum=0.0, below=1.0)
-
-    def loss_fn(params: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]):
-        del frozen, step
-        k_flip, k_dropout, k_label, k_loss = jax.random.split(key, 4)
-        x, labels = _inputs(data, batch, k_flip)
-        if label_dropout:
-            dropped = jax.random.bernoulli(k_label, label_dropout, labels.shape)
-            labels = jnp.where(dropped, data.num_classes, labels)
-        network = _network(model, params, dropout_key=k_dropout)
-        return diffusion_loss(
-            denoisers.make_denoiser(network, schedule, to_x, labels=labels), schedule, x, k_loss, distance=distance
-        )
-
-    return loss_fn
-
-
-def _consistency_objective(
-    section: Section,
-    data: DataSpec,
-    model: nn.Module,
-    schedule: Schedule,
-    to_x: denoisers.ToX,
-    teacher: TeacherSpec,
-    student_steps: int,
-    distil: bool,
-) -> LossFn:
-    distance = functools.partial(
-        section.choose("distance", CONSISTENCY_DISTANCES), epsilon=section.number("huber_epsilon", minimum=0.0)
-    )
-    distance = _scaled(section, distance, data)
-    grows = section.section("teacher_steps")
-    teacher_steps = functools.partial(
-        curriculum.teacher_steps,
-        start=grows.number("start", minimum=1),
-        end=grows.number("end", minimum=1),
-        anneal_steps=grows.number("anneal_steps", minimum=0),
-    )
-    x_var_frac = section.number("x_var_frac", minimum=0.0)
-
-    def loss_fn(
-        params: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]
-    ) -> tuple[PerExample, Metrics]:
-        k_flip, k_dropout, k_loss = jax.random.split(key, 3)
-        x, labels = _inputs(data, batch, k_flip)
-        network = _network(model, params, dropout_key=k_dropout)
-        current_steps = teacher_steps(step)
-        loss, metrics = consistency_loss(
-            denoisers.make_denoiser(network, schedule, to_x, labels=labels),
-            teacher.experiment.answer(frozen, labels) if distil else None,
-            schedule,
-            x,
-            k_loss,
-            student_steps=student_steps,
-            teacher_steps=current_steps,
-            x_var_frac=x_var_frac,
-            distance=distance,
-        )
-        return loss, {**metrics, "teacher_steps": current_steps}
-
-    return loss_fn

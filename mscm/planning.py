@@ -141,7 +141,7 @@ def model_flops(experiment: Experiment) -> tuple[int, int]:
         return experiment.denoiser(params, labels)(z_t, t)
 
     once = flops.count(jax.make_jaxpr(forward)(state.params, batch["label"], z_t, t))
-    loss = flops.count(jax.make_jaxpr(experiment.loss_fn)(state.params, frozen, batch, key, state.step))
+    loss = flops.count(jax.make_jaxpr(experiment.loss_fn)(state.params, state.target, frozen, batch, key, state.step))
     return once, loss + 2 * once
 
 
@@ -157,7 +157,7 @@ def abstract_inputs(experiment: Experiment) -> tuple[Any, Any, Any, Any]:
         "label": jax.ShapeDtypeStruct(rows, jnp.int32, sharding=place),
     }
     key = partition.placed(jax.eval_shape(lambda: jax.random.key(0)), partition.replicated(mesh))
-    return state, state.params if experiment.distil else {}, batch, key
+    return state, experiment.placed_frozen(), batch, key
 
 
 def random_inputs(experiment: Experiment) -> tuple[Any, Any, Any, Any]:
@@ -167,7 +167,7 @@ def random_inputs(experiment: Experiment) -> tuple[Any, Any, Any, Any]:
     images = rng.integers(0, 256, image.shape, dtype=np.uint8)
     labels = rng.integers(0, experiment.data.num_classes, label.shape, dtype=np.int32)
     state = experiment.random_state(jax.random.key(0))
-    frozen = jax.tree.map(jnp.copy, state.params) if experiment.distil else {}  # the state is donated
+    frozen = experiment.random_frozen(jax.random.key(0))
     inputs = jax.device_put({"image": images, "label": labels}, image.sharding)
     return state, frozen, inputs, jax.device_put(jax.random.key(1), key.sharding)
 

@@ -22,26 +22,24 @@ from mscm.report import grid
 from mscm.report.writer import Writer
 from mscm.training import partition
 from mscm.training.step import Averages, Batch, TrainState
-from mscm.types import Params
+from mscm.types import Key, Params
 
 
 def run(experiment: Experiment, workdir: str) -> None:
-    """Trains the teacher if there is none, then the experiment, then scores both.
+    """Trains the teacher if there is none, the phases if there are some, then the experiment, and scores all.
 
     Raises:
       ConfigError, CheckpointError: before anything is compiled.
     """
     started = time.monotonic()
     source = check(experiment, workdir)
-    teacher_params = {}
-    if experiment.teacher is not None:
-        teacher_workdir = evaluation.teacher_workdir_of(experiment, workdir)
-        if experiment.teacher.workdir is None:
-            logging.info("Teacher %s in %s", experiment.teacher.experiment.name, teacher_workdir)
-            train(experiment.teacher.experiment, teacher_workdir, source, {})
-        teacher_params = evaluation.read_ema(experiment.teacher.experiment, teacher_workdir)
-    logging.info("Training %s in %s", experiment.name, workdir)
-    train(experiment, workdir, source, teacher_params)
+    params = {}
+    for member in experiment.lineage(workdir):
+        teacher_params = params
+        if not member.is_given:
+            logging.info("Training %s in %s", member.experiment.name, member.workdir)
+            train(member.experiment, member.workdir, source, teacher_params)
+        params = evaluation.read_ema(member.experiment, member.workdir)
     finish(experiment, workdir, teacher_params)
     logging.info("Done in %s", cli.duration(time.monotonic() - started))
 
@@ -56,13 +54,14 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
         os.makedirs(workdir, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--workdir: got {workdir!r}, expected a directory to write to: {error.strerror}") from error
-    if os.path.isdir(os.path.join(workdir, "checkpoints")):
-        with reading(workdir) as checkpoints:
-            if checkpoints.steps():
-                checkpoints.check(checkpoint_facts(experiment, source))
-    if experiment.teacher is not None and experiment.teacher.workdir is not None:
-        with reading(experiment.teacher.workdir) as checkpoints:
-            checkpoints.check(experiment.teacher.experiment.facts())
+    for member in experiment.lineage(workdir):
+        if member.is_given:
+            with reading(member.workdir) as checkpoints:
+                checkpoints.check(member.experiment.facts())
+        elif os.path.isdir(os.path.join(member.workdir, "checkpoints")):
+            with reading(member.workdir) as checkpoints:
+                if checkpoints.steps():
+                    checkpoints.check(checkpoint_facts(member.experiment, source))
     if experiment.eval.at_end:
         evaluation.check_weights(experiment)
     distributed.barrier()  # nobody has written yet: all have seen the same
@@ -110,7 +109,12 @@ def initial_state(experiment: Experiment, checkpoints: Checkpoints, teacher_para
         logging.info("%s: continuing from step %d", experiment.name, checkpoints.latest())
         return checkpoints.restore(experiment.placed_state())
     if experiment.teacher is not None:
-        return jax.jit(experiment.init_state, out_shardings=experiment.state_shardings())(teacher_params)
+
+        def from_teacher(params: Params, key: Key) -> TrainState:
+            return experiment.init_state(experiment.from_teacher(params, key))
+
+        make_state = jax.jit(from_teacher, out_shardings=experiment.state_shardings())
+        return make_state(teacher_params, jax.random.key(experiment.seed))
     count = parameter_overview.count_parameters(experiment.abstract_params())
     logging.info("%s: %d parameters", experiment.name, count)
     return experiment.random_state(jax.random.key(experiment.seed))

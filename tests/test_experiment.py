@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from mscm import experiment as experiments
+from mscm import methods
 from mscm.config import ConfigError
 from mscm.diffusion import denoiser as denoisers
 from mscm.evaluation import SamplerSpec, make_sample_fn
@@ -35,19 +35,19 @@ def calls(monkeypatch):
     """What the network is asked in a loss: (z_t, log-SNR, labels); it answers with zeros."""
     asked = []
 
-    def make(model, params, *, dropout_key=None):
+    def make(model, params, *, guidance=None, dropout_key=None):
         def network(z_t, logsnr, labels):
             asked.append(tuple(np.asarray(array) for array in (z_t, logsnr, labels)))
             return jnp.zeros_like(z_t)
 
         return network
 
-    monkeypatch.setattr(experiments, "_network", make)
+    monkeypatch.setattr(methods, "network", make)
     return asked
 
 
 def _loss(config):
-    return build(config).loss_fn({}, {}, _batch(), jax.random.key(0), jnp.int32(0))
+    return build(config).loss_fn({}, {}, {}, _batch(), jax.random.key(0), jnp.int32(0))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25])
@@ -111,7 +111,7 @@ def test_guidance_reaches_the_teacher_and_its_samples(guided):
         def network(z_t, logsnr, labels):
             return experiment.model.apply({"params": params}, z_t, logsnr, labels, train=False)
 
-        return denoisers.make_denoiser(network, experiment.schedule, experiment.to_x, labels=labels)
+        return denoisers.make_denoiser(network, experiment.schedule, experiment.prediction, labels=labels)
 
     z_t, t = jax.random.normal(key, (8, 8, 8, 1)), jnp.linspace(0.1, 0.9, 8)
     x_cond, x_null = plain(labels)(z_t, t), plain(jnp.full_like(labels, 10))(z_t, t)
@@ -119,14 +119,14 @@ def test_guidance_reaches_the_teacher_and_its_samples(guided):
     assert np.abs(expected - x_cond).max() > 1e-3
     np.testing.assert_allclose(teacher.denoiser(params, labels)(z_t, t), expected, atol=1e-4)
 
-    loss, _ = experiment.loss_fn(params, params, batch, key, jnp.int32(0))
+    loss, _ = experiment.loss_fn(params, {}, params, batch, key, jnp.int32(0))
     k_loss = jax.random.split(key, 3)[2]
     x = jnp.asarray(batch["image"]) / 127.5 - 1
     by_hand, _ = consistency_loss(
         plain(labels),
         denoisers.make_guided(
             lambda *inputs: experiment.model.apply({"params": params}, *inputs, train=False),
-            experiment.schedule, experiment.to_x, labels=labels, null_label=10, guidance=1.5,
+            experiment.schedule, experiment.prediction, labels=labels, null_label=10, guidance=1.5,
         ),
         experiment.schedule, x, k_loss, student_steps=2, teacher_steps=16.0,
     )

@@ -3,7 +3,9 @@
 Everything outside this file is float32 whatever the network computes in.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -14,33 +16,51 @@ from mscm.types import Array, Denoiser, Float, Guided, Images, Labels, Level, Sc
 Network = Callable[[Images, Times, Labels | None], Images]
 ToX = Callable[[Images, Images, Level], Images]
 
-PREDICTIONS: dict[str, ToX] = {
-    "x": prediction.x_from_x,
-    "eps": prediction.x_from_eps,
-    "v": prediction.x_from_v,
+class Prediction(NamedTuple):
+    """What a network's output means."""
+
+    to_x: ToX
+    c_in: Callable[[Level], Float[Array, "b 1 1 1"]] | None = None  # scale of its input; None: z_t as it is
+
+
+PREDICTIONS: dict[str, Prediction] = {
+    "x": Prediction(prediction.x_from_x),
+    "eps": Prediction(prediction.x_from_eps),
+    "v": Prediction(prediction.x_from_v),
+    "edm": Prediction(prediction.x_from_edm, prediction.c_in),
 }
 
 
-def make_denoiser(network: Network, schedule: Schedule, to_x: ToX, *, labels: Labels | None = None) -> Denoiser:
-    """Denoiser (z_t, t) -> x_hat of a network that predicts what `to_x` converts; labels are fixed."""
+def consistency_prediction(schedule: Schedule) -> Prediction:
+    """EDM's preconditioning shifted so that the output at t = 0 is the input, as a consistency model's must be."""
+    lvl_0 = schedule(jnp.zeros((1,)))
+    u_0 = float((lvl_0.sigma / lvl_0.alpha)[0, 0, 0, 0])
+    return Prediction(functools.partial(prediction.x_from_edm, u_0=u_0), prediction.c_in)
+
+
+def make_denoiser(
+    network: Network, schedule: Schedule, predicted: Prediction, *, labels: Labels | None = None
+) -> Denoiser:
+    """Denoiser (z_t, t) -> x_hat of a network whose output means what `predicted` says; labels are fixed."""
 
     def denoiser(z_t: Images, t: Times) -> Images:
         lvl_t = schedule(t)
-        output = network(z_t.astype(jnp.float32), lvl_t.logsnr[:, 0, 0, 0], labels)
-        return to_x(output.astype(jnp.float32), z_t, lvl_t)
+        scaled = z_t if predicted.c_in is None else predicted.c_in(lvl_t) * z_t
+        output = network(scaled.astype(jnp.float32), lvl_t.logsnr[:, 0, 0, 0], labels)
+        return predicted.to_x(output.astype(jnp.float32), z_t, lvl_t)
 
     return denoiser
 
 
 def make_guided(
-    network: Network, schedule: Schedule, to_x: ToX, *, labels: Labels, null_label: int, guidance: float
+    network: Network, schedule: Schedule, predicted: Prediction, *, labels: Labels, null_label: int, guidance: float
 ) -> Teacher:
     """Classifier-free guidance x = (1 + g) x_cond - g x_null with both forwards in one batch.
 
     Returns `Guided`, because the variance of aDDIM is that of the conditional output.
     """
     both_labels = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
-    both = make_denoiser(network, schedule, to_x, labels=both_labels)
+    both = make_denoiser(network, schedule, predicted, labels=both_labels)
 
     def teacher(z_t: Images, t: Times) -> Guided:
         x_cond, x_null = jnp.split(both(jnp.concatenate([z_t, z_t]), jnp.concatenate([t, t])), 2)

@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -43,7 +44,26 @@ def logsnr_inv_cos(logsnr: Times) -> Times:
     return jnp.arctan(jnp.exp(-0.5 * jnp.clip(logsnr, -20.0, 20.0))) / (0.5 * math.pi)
 
 
-LOGSNR_INPUTS = {"linear": logsnr_linear, "inv_cos": logsnr_inv_cos}
+def logsnr_log_sigma(logsnr: Times) -> Times:
+    """log(sigma / alpha) / 4 = -logsnr / 8.
+
+    EDM's c_noise, arXiv:2206.00364.
+    """
+    return -0.125 * logsnr
+
+
+LOGSNR_INPUTS = {"linear": logsnr_linear, "inv_cos": logsnr_inv_cos, "log_sigma": logsnr_log_sigma}
+
+
+def fourier_features(x: Times, num_features: int, scale: float) -> Embedding:
+    """Sines and cosines of 2 pi f x at frequencies f ~ N(0, scale^2) that are drawn once and never trained.
+
+    Time features of NCSN++; improved consistency training (arXiv:2310.14189) takes a scale of 0.02 instead of 16, so
+    that neighbouring noise levels stay close.
+    """
+    frequencies = scale * jax.random.normal(jax.random.key(0), (num_features // 2,))
+    angles = 2 * math.pi * x[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 def sinusoids(x: Times, num_features: int) -> Embedding:
@@ -117,7 +137,7 @@ def layer_norm(axis: str, *, dtype: Any, name: str, use_bias: bool = True) -> nn
 
 
 class ConditionEmbedding(nn.Module):
-    """Embedding of the noise level plus, where there are classes, of the label.
+    """Embedding of the noise level, of the label where there are classes, and of the guidance where it is an input.
 
     Computed in float32 whatever the network computes in: neighbouring teacher steps differ by less than bfloat16's
     resolution, and the cost is one vector per example.
@@ -126,16 +146,24 @@ class ConditionEmbedding(nn.Module):
     features: int
     num_classes: int | None
     logsnr_input: str
+    fourier_scale: float | None = None  # None: sinusoids
 
     @nn.compact
-    def __call__(self, logsnr: Times, labels: Labels | None) -> Embedding:
+    def __call__(self, logsnr: Times, labels: Labels | None, guidance: Times | None = None) -> Embedding:
         time = LOGSNR_INPUTS[self.logsnr_input](logsnr.astype(jnp.float32))
-        emb = sinusoids(1000.0 * time, self.features)
+        if self.fourier_scale is None:
+            emb = sinusoids(1000.0 * time, self.features)
+        else:
+            emb = fourier_features(time, self.features, self.fourier_scale)
         emb = dense(self.features, ("freq", "mlp"), dtype=jnp.float32, name="time_in")(emb)
         emb = dense(self.features, ("mlp", "cond"), dtype=jnp.float32, name="time_out")(nn.swish(emb))
         if self.num_classes is not None:
             init = nn.with_logical_partitioning(nn.linear.default_embed_init, ("classes", "cond"))
             emb += nn.Embed(self.num_classes + 1, self.features, embedding_init=init, name="classes")(labels)
+        if guidance is not None:
+            # [0, infinity) becomes [0, 1); zero at first, so that a teacher's weights are still its function.
+            bounded = sinusoids(1000.0 * jnp.arctan(guidance) / (0.5 * math.pi), self.features)
+            emb += dense(self.features, ("freq", "cond"), dtype=jnp.float32, name="guidance", zero=True)(bounded)
         return emb
 
 

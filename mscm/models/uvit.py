@@ -138,23 +138,33 @@ class UViT(nn.Module):
     mlp_ratio: int = 4
     patch_size: int = 1
     logsnr_input: str = "linear"  # one of layers.LOGSNR_INPUTS
+    fourier_scale: float | None = None  # of random time features; None: sinusoids
+    guidance_input: bool = False  # whether the guidance weight is an input, as in guided distillation
     dtype: Any = jnp.float32  # of the computation; the embedding and the output layer stay in float32
     scan_blocks: bool = True  # False runs small networks faster on a CPU
     remat_policy: str | None = None  # one of REMAT_POLICIES; None keeps all activations
     attention: str = "auto"  # one of attention.IMPLEMENTATIONS
 
     @nn.compact
-    def __call__(self, z: Images, logsnr: Times, labels: Labels | None = None, *, train: bool) -> Output:
+    def __call__(
+        self, z: Images, logsnr: Times, labels: Labels | None = None, guidance: Times | None = None, *, train: bool
+    ) -> Output:
         """Raw output (x, eps or v is the caller's reading) for z at log-SNR `logsnr`.
 
+        `guidance`: the weight w of (1 + w) conditional - w unconditional that a guided student stands for.
         Consumes the `dropout` key when `train` and a stage has dropout; the same key gives the same masks.
 
         Raises:
             ValueError: resolution, widths, names or labels that do not fit the fields; the sentence says which.
         """
         self._check(z, labels)
-        condition = layers.ConditionEmbedding(self.emb_dim, self.num_classes, self.logsnr_input, name="condition")
-        emb = place(condition(logsnr, labels).astype(self.dtype), "batch", None)
+        if (guidance is not None) != self.guidance_input:
+            got = "no guidance" if guidance is None else "a guidance"
+            raise ValueError(f"got {got}, expected the opposite because guidance_input={self.guidance_input}")
+        condition = layers.ConditionEmbedding(
+            self.emb_dim, self.num_classes, self.logsnr_input, self.fourier_scale, name="condition"
+        )
+        emb = place(condition(logsnr, labels, guidance).astype(self.dtype), "batch", None)
         levels = (*self.stages, self.middle)
 
         x = layers.space_to_depth(z, self.patch_size) if self.patch_size > 1 else z
@@ -214,6 +224,9 @@ class UViT(nn.Module):
         if self.logsnr_input not in layers.LOGSNR_INPUTS:
             raise ValueError(f"got logsnr_input {self.logsnr_input!r}, expected one of "
                              f"{', '.join(layers.LOGSNR_INPUTS)}")
+        if self.fourier_scale is not None and not self.fourier_scale > 0:
+            raise ValueError(f"got fourier_scale={self.fourier_scale}, expected a number above 0, or None for "
+                             "sinusoids")
         if self.remat_policy is not None and self.remat_policy not in REMAT_POLICIES:
             raise ValueError(f"got remat_policy {self.remat_policy!r}, expected None or one of "
                              f"{', '.join(REMAT_POLICIES)}")

@@ -14,11 +14,13 @@ import optax
 from clu import metrics as clu_metrics
 
 from mscm.training import ema as ema_lib
-from mscm.types import Array, Int, Key, Metrics, Params, PerExample
+from mscm.types import Array, Float, Int, Key, Metrics, Params, PerExample
 
 Batch = Mapping[str, Array]
-# (params, frozen, batch, key, step) -> (one loss per example, per-example metrics)
-LossFn = Callable[[Params, Params, Batch, Key, Int[Array, ""]], tuple[PerExample, Metrics]]
+# (params, target, frozen, batch, key, step) -> (one loss per example, per-example metrics)
+LossFn = Callable[[Params, Params, Params, Batch, Key, Int[Array, ""]], tuple[PerExample, Metrics]]
+# step -> how much of the target network stays when the parameters of that step are averaged in
+TargetDecay = Callable[[Int[Array, ""]], Float[Array, ""]]
 Averages = dict[str, clu_metrics.Average]
 
 # Edges of the log-SNR bands in which the loss is reported.
@@ -30,13 +32,15 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     params: Params
-    ema: Params
+    ema: Params  # from which images are sampled
     opt_state: Any
+    target: Params = {}  # of the loss: a short average; nothing where the loss has none of its own
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first step; the average is a copy, because the state is donated as a whole."""
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+def init_state(params: Params, optimizer: optax.GradientTransformation, *, has_target: bool = False) -> TrainState:
+    """State before the first step; the averages are copies, because the state is donated as a whole."""
+    ema, target = (jax.tree.map(jnp.copy, params) if wanted else {} for wanted in (True, has_target))
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), target)
 
 
 def make_train_steps(
@@ -47,6 +51,7 @@ def make_train_steps(
     ema_decay: float,
     ema_warmup: bool,
     num_segments: int | None,
+    target_decay: TargetDecay | None = None,
     num_microbatches: int = 1,
     **jit_options: Any,
 ) -> Callable[[TrainState, Params, Batch, Key], tuple[TrainState, Averages]]:
@@ -61,7 +66,7 @@ def make_train_steps(
         key = jax.random.fold_in(root, state.step)
 
         def mean_loss(params: Params, batch: Batch, key: Key) -> tuple[Array, tuple[PerExample, Metrics]]:
-            loss, metrics = loss_fn(params, frozen, batch, key, state.step)
+            loss, metrics = loss_fn(params, state.target, frozen, batch, key, state.step)
             return jnp.mean(loss), (loss, metrics)
 
         gradient_of = jax.grad(mean_loss, has_aux=True)
@@ -75,7 +80,10 @@ def make_train_steps(
         averages = summarize(loss, metrics, num_segments=num_segments)
         averages["gradient_norm"] = _average(optax.tree.norm(gradient))
         averages["learning_rate"] = _average(learning_rate(state.step))
-        return TrainState(state.step + 1, params, ema_lib.update(state.ema, params, decay), opt_state), averages
+        ema, target = ema_lib.update(state.ema, params, decay), state.target
+        if target_decay is not None:
+            target = ema_lib.update(target, params, target_decay(state.step))
+        return TrainState(state.step + 1, params, ema, opt_state, target), averages
 
     def accumulate(gradient_of: Callable[[Batch, Key], Any], batch: Batch, key: Key) -> Any:
         # Part j takes every k-th row from the j-th, so that it lies on the devices as the whole batch does.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mscm.diffusion import denoiser, schedule
+from mscm.diffusion import denoiser, prediction, schedule
 from mscm.types import Level
 
 X = jax.random.uniform(jax.random.key(0), (3, 4, 4, 1), minval=-1.0)
@@ -18,7 +18,11 @@ def network_that_knows_x(name):
     """A network whose output, of type `name`, stands for X at the level it is told by its log-SNR."""
 
     def network(z_t, logsnr, labels):
-        alpha, sigma = schedule.level_from_logsnr(logsnr)
+        alpha, sigma = lvl = schedule.level_from_logsnr(logsnr)
+        if name == "edm":  # its input is scaled, and x_hat is affine in its output
+            z_t = z_t / prediction.c_in(lvl)
+            skip, with_one = (prediction.x_from_edm(jnp.full_like(z_t, value), z_t, lvl) for value in (0.0, 1.0))
+            return (X - skip) / (with_one - skip)
         eps = (z_t - alpha * X) / sigma
         return {"x": X, "eps": eps, "v": alpha * eps - sigma * X}[name]
 
@@ -30,6 +34,14 @@ def test_denoiser_of_each_prediction_type(name):
     """The denoiser undoes the parametrisation, and the network's log-SNR is that of the schedule."""
     denoise = denoiser.make_denoiser(network_that_knows_x(name), schedule.cosine, denoiser.PREDICTIONS[name])
     np.testing.assert_allclose(denoise(Z, T), X, rtol=0, atol=5e-6)
+
+
+def test_a_consistency_model_is_the_identity_where_its_schedule_begins():
+    """At t = 0 the answer is the input, whatever the network says; at t = 1 it is not."""
+    predicted = denoiser.consistency_prediction(schedule.karras)
+    denoise = denoiser.make_denoiser(lambda z_t, logsnr, labels: 7 * jnp.ones_like(z_t), schedule.karras, predicted)
+    np.testing.assert_allclose(denoise(Z, jnp.zeros(3)), Z, rtol=1e-6)
+    assert np.abs(denoise(Z, jnp.ones(3)) - Z).min() > 0.1
 
 
 def test_low_precision_stops_at_the_network():

@@ -54,29 +54,23 @@ def test_weights_of_the_squared_errors(x64):
     np.testing.assert_allclose(squared(prediction.v_from_x), (lvl.snr + 1) * (x - other) ** 2, rtol=1e-10)
 
 
-def edm_coefficients(sigma, sigma_data):
-    """Reads c_skip, c_out, c_in, c_noise off the function by probing it with networks."""
-    lvl = Level(jnp.ones((1, 1, 1, 1)), jnp.full((1, 1, 1, 1), sigma))
-    one = jnp.ones((1, 1, 1, 1))
-    seen = {}
-
-    def network(z, c_noise):
-        seen.update(c_in=float(z[0, 0, 0, 0]), c_noise=float(c_noise[0, 0, 0, 0]))
-        return jnp.ones_like(z)
-
-    total = prediction.edm_preconditioned(network, one, lvl, sigma_data=sigma_data)
-    skip = prediction.edm_preconditioned(lambda z, _: jnp.zeros_like(z), one, lvl, sigma_data=sigma_data)
-    return float(skip[0, 0, 0, 0]), float((total - skip)[0, 0, 0, 0]), seen["c_in"], seen["c_noise"]
+def edm_coefficients(sigma, sigma_data, u_0=0.0):
+    """c_skip, c_out and c_in of a level with alpha = 1, read off by what constant networks give."""
+    lvl, one = Level(jnp.ones((1, 1, 1, 1)), jnp.full((1, 1, 1, 1), sigma)), jnp.ones((1, 1, 1, 1))
+    skip, total = (
+        prediction.x_from_edm(output, one, lvl, u_0=u_0, sigma_data=sigma_data) for output in (jnp.zeros_like(one), one)
+    )
+    c_in = prediction.c_in(lvl, sigma_data=sigma_data)
+    return tuple(float(c[0, 0, 0, 0]) for c in (skip, total - skip, c_in))
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.5, 3.0, 80.0])
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 def test_edm_unit_variance_of_input_and_target(x64, sigma, sigma_data):
     """c_in^2 (sigma^2 + sigma_data^2) = 1, and the network's target (x - c_skip z) / c_out has variance 1."""
-    c_skip, c_out, c_in, c_noise = edm_coefficients(sigma, sigma_data)
+    c_skip, c_out, c_in = edm_coefficients(sigma, sigma_data)
     assert c_in**2 * (sigma**2 + sigma_data**2) == pytest.approx(1, rel=1e-12)
     assert ((1 - c_skip) ** 2 * sigma_data**2 + c_skip**2 * sigma**2) / c_out**2 == pytest.approx(1, rel=1e-9)
-    assert c_noise == pytest.approx(np.log(sigma) / 4, rel=1e-12)
 
 
 def test_edm_limits(x64):
@@ -89,5 +83,25 @@ def test_edm_without_a_network_is_the_gaussian_denoiser(x64):
     """c_skip z is E[x | z] for data N(0, sigma_data^2)."""
     lvl, z = level("ve"), images(0)
     oracle = gaussian_oracle(lambda t: lvl, 0.25)
-    actual = prediction.edm_preconditioned(lambda z, _: jnp.zeros_like(z), z, lvl, sigma_data=0.5)
+    actual = prediction.x_from_edm(jnp.zeros_like(z), z, lvl, sigma_data=0.5)
     np.testing.assert_allclose(actual, oracle(z, jnp.zeros(4)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.01, 0.5, 80.0])
+def test_preconditioning_of_a_consistency_model(x64, sigma):
+    """C1 of the paper: c_skip = 1 and c_out = 0 at the smallest sigma, elsewhere its formulas."""
+    c_skip, c_out, _ = edm_coefficients(sigma, 0.5, u_0=0.002)
+    assert c_skip == pytest.approx(0.25 / ((sigma - 0.002) ** 2 + 0.25), rel=1e-12)
+    assert c_out == pytest.approx(0.5 * (sigma - 0.002) / np.sqrt(sigma**2 + 0.25), rel=1e-12)
+    if sigma == 0.002:
+        assert (c_skip, c_out) == (1, 0)
+
+
+@pytest.mark.parametrize("u_0", [0.0, 0.05])
+def test_preconditioned_networks_are_the_same_on_levels_of_either_kind(x64, u_0):
+    """The input c_in z and x_hat depend on z / alpha and sigma / alpha: scaling a level and its z changes nothing."""
+    vp, output, z_vp = level("vp"), images(0), images(1)
+    ve, z_ve = Level(jnp.ones_like(vp.alpha), vp.sigma / vp.alpha), z_vp / vp.alpha
+    np.testing.assert_allclose(prediction.c_in(ve) * z_ve, prediction.c_in(vp) * z_vp, rtol=1e-12)
+    x_vp, x_ve = (prediction.x_from_edm(output, z, lvl, u_0=u_0) for z, lvl in ((z_vp, vp), (z_ve, ve)))
+    np.testing.assert_allclose(x_ve, x_vp, rtol=1e-9)

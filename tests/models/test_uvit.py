@@ -310,6 +310,35 @@ def test_time_inputs():
     np.testing.assert_allclose(features[1], [*np.sin(angles), *np.cos(angles)], rtol=1e-5)
 
 
+def test_fourier_features_are_of_the_scale():
+    """Means of 0 and squares of 1/2 where the scale is large, near (0, 1) where it is small; a pair for a frequency."""
+    x = jnp.linspace(-2.0, 2.0, 64)
+    wide, narrow = (layers.fourier_features(x, 256, scale) for scale in (16.0, 1e-5))
+    assert wide.shape == (64, 256)
+    np.testing.assert_allclose(jnp.square(wide[:, :128]) + jnp.square(wide[:, 128:]), 1.0, rtol=1e-5)
+    assert abs(float(wide.mean())) < 0.03
+    np.testing.assert_allclose(narrow[:, :128], 0.0, atol=1e-3)
+    # The phase is 2 pi f x, f of standard deviation 16.
+    phase = jnp.arctan2(*jnp.split(layers.fourier_features(jnp.array([1e-4]), 4096, 16.0), 2, axis=1))
+    np.testing.assert_allclose(jnp.std(phase), 2 * np.pi * 16e-4, rtol=0.06)
+
+
+def test_guidance_is_an_input_that_begins_without_effect():
+    """With the weights of a network without it, and zeros for its own, the function is the same for every weight."""
+    net, weights = TINY.copy(guidance_input=True), jnp.array([0.0, 0.5, 2.0, 4.0])
+    params = random_params(net, Z, LOGSNR, LABELS, weights, train=False)["params"]
+    condition = params["condition"]
+    guidance = condition["guidance"]
+    without = params | {"condition": {name: leaf for name, leaf in condition.items() if name != "guidance"}}
+    plain = apply(TINY, {"params": without})
+    for scale, is_same in ((0.0, True), (1.0, False)):
+        condition["guidance"] = jax.tree.map(lambda leaf, scale=scale: scale * leaf, guidance)
+        output = jit(lambda p: net.apply({"params": p}, Z, LOGSNR, LABELS, weights, train=False))(params)
+        assert bool(jnp.allclose(output, plain, rtol=1e-5, atol=1e-5)) == is_same
+    fresh = net.init(jax.random.key(0), Z, LOGSNR, LABELS, weights, train=False)["params"]["condition"]["guidance"]
+    assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(nn.meta.unbox(fresh)))
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -317,7 +346,9 @@ def test_time_inputs():
         ({"head_dim": 12}, "got transformer width 16, expected a multiple of head_dim=12"),
         ({"patch_size": 4}, "got images of 8 x 8 pixels, expected multiples of 16"),
         ({"emb_dim": 15}, "got emb_dim=15, expected an even number"),
-        ({"logsnr_input": "linaer"}, "got logsnr_input 'linaer', expected one of linear, inv_cos"),
+        ({"logsnr_input": "linaer"}, "got logsnr_input 'linaer', expected one of linear, inv_cos, log_sigma"),
+        ({"fourier_scale": 0.0}, "got fourier_scale=0.0, expected a number above 0"),
+        ({"guidance_input": True}, "got no guidance, expected the opposite because guidance_input=True"),
         ({"remat_policy": "all"}, "got remat_policy 'all', expected None or one of full, dots"),
         ({"attention": "splash"}, "got attention 'splash' for 16 tokens of float32 with head_dim=8, expected"),
         ({"num_classes": None}, "got labels, expected None because num_classes=None"),

@@ -23,17 +23,43 @@ def test_no_warm_up_starts_at_the_peak(decay):
     assert float(rate(jnp.int32(8))) == (0.5 if decay == "constant" else 0.0)
 
 
+def test_linear_decay_ends_at_zero():
+    """As within a phase of progressive distillation: half the peak halfway, 0 at the end."""
+    rate = optimizers.make_learning_rate(learning_rate=2.0, warmup_steps=0, decay="linear", num_steps=100)
+    for step, expected in ((0, 2.0), (50, 1.0), (75, 0.5), (100, 0.0)):
+        np.testing.assert_allclose(rate(jnp.int32(step)), expected, atol=1e-6)
+
+
+def test_radam_begins_without_a_second_moment():
+    """With b2 = 0.999 its variance is intractable for five steps, in which it is momentum alone; Adam's is not."""
+    gradient = {"a": jnp.array([3.0])}
+    steps = {}
+    for name in optimizers.RULES:
+        optimizer = optimizers.make_optimizer(
+            optax.constant_schedule(0.1), name=name, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=None
+        )
+        updates, _ = optimizer.update(gradient, optimizer.init(gradient), gradient)
+        steps[name] = float(updates["a"][0])
+    np.testing.assert_allclose([steps["adam"], steps["radam"]], [-0.1, -0.3], rtol=1e-5)
+
+
 def test_refusals_are_sentences():
     """An unknown decay names the choices, a warm-up longer than the training both numbers."""
-    with pytest.raises(ValueError, match="optimizer.decay: got 'linear', expected one of constant, cosine"):
-        optimizers.make_learning_rate(learning_rate=1.0, warmup_steps=0, decay="linear", num_steps=8)
+    with pytest.raises(ValueError, match="optimizer.decay: got 'exponential', expected one of constant, cosine, lin"):
+        optimizers.make_learning_rate(learning_rate=1.0, warmup_steps=0, decay="exponential", num_steps=8)
     with pytest.raises(ValueError, match="optimizer.warmup_steps: got 9, expected 0 to train.num_steps = 8"):
         optimizers.make_learning_rate(learning_rate=1.0, warmup_steps=9, decay="cosine", num_steps=8)
+    with pytest.raises(ValueError, match="optimizer.name: got 'sgd', expected one of adam, radam"):
+        optimizers.make_optimizer(
+            optax.constant_schedule(0.1), name="sgd", b1=0.9, b2=0.9, eps=0.0, weight_decay=0.0, clip_norm=None
+        )
 
 
 def _optimizer(*, weight_decay=0.0, clip_norm=1.0, eps=1.0):
     rate = optax.constant_schedule(0.1)
-    return optimizers.make_optimizer(rate, b1=0.0, b2=0.0, eps=eps, weight_decay=weight_decay, clip_norm=clip_norm)
+    return optimizers.make_optimizer(
+        rate, name="adam", b1=0.0, b2=0.0, eps=eps, weight_decay=weight_decay, clip_norm=clip_norm
+    )
 
 
 @pytest.mark.parametrize(("clip_norm", "scale"), [(None, 1.0), (1.0, 0.2), (10.0, 1.0)])

@@ -8,6 +8,7 @@ import pytest
 
 from configs import digits
 from mscm import experiment as experiments
+from mscm import methods
 from mscm.checkpoint import Checkpoints
 from mscm.training.step import LOGSNR_EDGES, band_names, init_state, make_train_steps, summarize
 from mscm.training_loop import initial_state
@@ -15,7 +16,7 @@ from mscm.training_loop import initial_state
 ROOT_KEY = jax.random.key(3)
 
 
-def _loss_fn(params, frozen, batch, key, step):
+def _loss_fn(params, target, frozen, batch, key, step):
     noise = jax.random.normal(key, batch["x"].shape)
     loss = jnp.mean(jnp.square(params["w"][None] * batch["x"] - batch["x"] - frozen["shift"] - noise), axis=1)
     return loss, {"logsnr": batch["x"][:, 0], "noise": jnp.mean(noise), "step": step.astype(jnp.float32)}
@@ -66,7 +67,7 @@ def test_randomness_depends_on_the_number_of_the_step_only():
 def test_microbatches_are_one_batch():
     """Parts of a batch, each under a key of its own: where the loss draws nothing, the whole batch's step and sums."""
 
-    def loss_fn(params, frozen, batch, key, step):
+    def loss_fn(params, target, frozen, batch, key, step):
         loss = jnp.mean(jnp.square(params["w"][None] * batch["x"] - 1.0), axis=1)
         return loss, {"logsnr": batch["x"][:, 0], "draw": jax.random.uniform(key), "step": step.astype(jnp.float32)}
 
@@ -92,6 +93,37 @@ def test_the_average_follows_with_the_decay_of_its_step():
     first = np.linspace(0.0, 1.0, 4, dtype=np.float32)
     state, _ = steps(_state(optimizer), {"shift": jnp.zeros(())}, {"x": jnp.ones((1, 5, 4))}, ROOT_KEY)
     np.testing.assert_allclose(state.ema["w"], 0.1 * first + 0.9 * np.asarray(state.params["w"]), rtol=1e-5)
+
+
+def test_the_target_network_follows_with_a_decay_of_its_own():
+    """It is handed to the loss, moves after the parameters, and gets no gradient; without a decay there is none."""
+
+    def loss_fn(params, target, frozen, batch, key, step):
+        loss = jnp.sum(jnp.square(params["w"] - target["w"] - 1.0)) * jnp.ones(batch["x"].shape[0])
+        return loss, {"logsnr": batch["x"][:, 0], "target": target["w"][1]}
+
+    optimizer = optax.sgd(0.25)  # the gradient is 2 (w - target - 1), so a step goes half of the way
+    steps = make_train_steps(
+        loss_fn,
+        optimizer,
+        optax.linear_schedule(0.0, 1.0, 10),  # of the metric only
+        ema_decay=0.0,
+        ema_warmup=False,
+        num_segments=None,
+        target_decay=lambda step: 0.9 - 0.4 * step,
+    )
+    state = init_state({"w": jnp.array([2.0, 3.0])}, optimizer, has_target=True)
+    state, averages = steps(state, {}, {"x": jnp.ones((2, 5, 4))}, ROOT_KEY)
+    params, target = np.array([2.0, 3.0]), np.array([2.0, 3.0])
+    seen = []
+    for decay in (0.9, 0.5):
+        seen.append(target[1])
+        params = params - 0.5 * (params - target - 1.0)
+        target = decay * target + (1 - decay) * params
+    np.testing.assert_allclose(state.params["w"], params, rtol=1e-5)
+    np.testing.assert_allclose(state.target["w"], target, rtol=1e-5)
+    np.testing.assert_allclose(averages["target"].compute(), np.mean(seen), rtol=1e-5)
+    assert _state(optimizer).target == {}
 
 
 def test_parts_recombine_to_the_loss():
@@ -137,12 +169,12 @@ def test_dropout_is_the_same_in_both_calls_of_the_student(student, monkeypatch):
         outputs.append((student(x, t), student(x, t), teacher(x, t), teacher(x, t)))
         return jnp.zeros(x.shape[0]), {}
 
-    monkeypatch.setattr(experiments, "consistency_loss", loss)
+    monkeypatch.setattr(methods, "consistency_loss", loss)
     # The last layer of a new network is 0, and with it every output.
     params = jax.tree.map(lambda p: p + 0.1, jax.jit(student.init_params)(jax.random.key(0)))
     batch = {"image": jnp.zeros((2, 8, 8, 1), jnp.uint8), "label": jnp.zeros(2, jnp.int32)}
     for seed in (0, 1):
-        student.loss_fn(params, params, batch, jax.random.key(seed), jnp.int32(0))
+        student.loss_fn(params, {}, params, batch, jax.random.key(seed), jnp.int32(0))
     (first, second, teacher, teacher_again), (other, *_, teacher_other, _) = outputs
     np.testing.assert_array_equal(first, second)
     assert not np.allclose(first, other)

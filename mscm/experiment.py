@@ -376,7 +376,7 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
     phases = objective.whole_numbers("phase_steps") if "phase_steps" in config.objective else ()
     teacher = _teacher(root.optional_section("teacher"), config, phases)
     make_method = objective.choose("name", OBJECTIVES)
-    _check_teacher(config, teacher, needs_teacher=config.objective.name != "diffusion")
+    _check_teacher(config, teacher)
     parts = Parts(
         model=model,
         schedule=schedule,
@@ -386,6 +386,7 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
         flip=data.flip,
         num_steps=train.num_steps,
         teacher=None if teacher is None else teacher.experiment.answer,
+        has_null_class=teacher is not None and bool(teacher.experiment.config["objective"].get("label_dropout")),
         guidance_range=None if teacher is None else teacher.experiment.method.guidance_range,
     )
     method = make_method(objective, parts)
@@ -507,12 +508,14 @@ def _teacher(section: Section | None, config: ConfigDict, phases: tuple[int, ...
     return TeacherSpec(experiment, workdir)
 
 
-def _check_teacher(config: ConfigDict, teacher: TeacherSpec | None, *, needs_teacher: bool) -> None:
-    if not needs_teacher:
-        if teacher is not None:
-            raise ConfigError("config.teacher: got a teacher, expected None because config.objective is 'diffusion'")
-        return
+def _check_teacher(config: ConfigDict, teacher: TeacherSpec | None) -> None:
+    name = config.objective.name
+    if name == "diffusion" and teacher is not None:
+        raise ConfigError("config.teacher: got a teacher, expected None because config.objective is 'diffusion'")
     if teacher is None:
+        # A consistency model may be trained from nothing; all else starts from the weights of a diffusion model.
+        if name == "diffusion" or (name == "consistency" and not config.objective.get("distil")):
+            return
         raise ConfigError("config.teacher: got None, expected a section naming the diffusion model to start from")
     if teacher.experiment.student_steps is not None and teacher.phase is None:
         got = teacher.experiment.name

@@ -6,6 +6,7 @@ denoisers in `mscm/objectives/`.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,10 +17,15 @@ import jax.numpy as jnp
 from mscm.config import ConfigError, Section
 from mscm.data import transforms
 from mscm.diffusion import denoiser as denoisers
-from mscm.objectives import curriculum
+from mscm.objectives import curriculum, solvers
 from mscm.objectives import distance as distances
+from mscm.objectives.consistency import consistency_model_loss, lognormal_log_weights
 from mscm.objectives.diffusion import diffusion_loss
+from mscm.objectives.guidance import guidance_loss, sample_guidance
 from mscm.objectives.multistep_consistency import consistency_loss
+from mscm.objectives.progressive import progressive_loss
+from mscm.objectives.tract import tract_loss
+from mscm.training import ema
 from mscm.training.step import Batch, LossFn, TargetDecay
 from mscm.types import Array, Denoiser, Distance, Images, Int, Key, Labels, Params, PerExample, Schedule, Teacher, Times
 
@@ -29,6 +35,29 @@ CONSISTENCY_DISTANCES: dict[str, Callable[..., PerExample]] = {
     "pseudo_huber_weighted": distances.pseudo_huber_weighted,
     "charbonnier": distances.charbonnier,
     "v_mse": lambda diff, lvl_t, *, epsilon: distances.v_mse(diff, lvl_t),
+}
+
+# Squared distances in x, one weight each.
+SQUARED: dict[str, Distance] = {
+    "v_mse": distances.v_mse,
+    "truncated_snr_mse": distances.truncated_snr_mse,
+    "edm_mse": distances.edm_mse,
+}
+IMAGE_DISTANCES: dict[str, Callable[..., PerExample]] = {
+    "l2": distances.squared_l2,
+    "pseudo_huber": distances.norm_pseudo_huber,
+}
+INTERVAL_WEIGHTS: dict[str, distances.IntervalWeight | None] = {"one": None, "inverse_gap": distances.inverse_gap}
+SOLVERS: dict[str, Callable[..., solvers.Solver]] = {
+    "addim": lambda *, x_var_frac: functools.partial(solvers.addim, x_var_frac=x_var_frac),
+    "clipped_ddim": lambda: solvers.clipped_ddim,
+    "ddim": lambda: solvers.ddim,  # Euler's step in sigma / alpha
+    "heun": lambda: solvers.heun,
+}
+GRIDS: dict[str, Callable[..., Array]] = {
+    "constant": lambda step, *, points: jnp.full_like(step, points),
+    "cm": curriculum.cm_grid_points,
+    "ict": curriculum.ict_grid_points,
 }
 
 # (parameters, labels, guidance weights where they are an input) -> what the teacher answers
@@ -47,6 +76,7 @@ class Parts:
     flip: bool
     num_steps: int  # of the training
     teacher: Answer | None  # None: there is none
+    has_null_class: bool  # whether the teacher was trained with dropped labels
     guidance_range: tuple[float, float] | None  # of the weights that are an input of the teacher; None: they are not
 
 
@@ -92,7 +122,7 @@ def _example(parts: Parts, guidance_range: tuple[float, float] | None, batch: Ba
     guidance = None
     if guidance_range is not None:
         low, high = guidance_range
-        guidance = jax.random.uniform(k_guidance, x.shape[:1], minval=low, maxval=high)
+        guidance = sample_guidance(k_guidance, x.shape[0], low=low, high=high)
     return Example(x, batch["label"], guidance, k_dropout, tuple(keys))
 
 
@@ -168,7 +198,156 @@ def _multistep_consistency(section: Section, parts: Parts) -> Method:
     return Method(loss_fn, student_steps, distil, has_segments=True, guidance_range=parts.guidance_range)
 
 
+def _phase(section: Section) -> tuple[int, int]:
+    """Steps of the teacher and of the student of the last phase of the section."""
+    phases = section.whole_numbers("phase_steps")
+    if len(phases) < 2 or any(before % after or before == after for before, after in itertools.pairwise(phases)):
+        raise ConfigError(
+            f"config.objective.phase_steps: got {phases}, expected the teacher's steps and those of the student after "
+            "each phase, each a divisor of the one before, such as (64, 32, 16)"
+        )
+    return phases[-2], phases[-1]
+
+
+def _solver(section: Section) -> solvers.Solver:
+    solver = section.section("solver")
+    return solver.bind(solver.choose("name", SOLVERS))()
+
+
+def _progressive(section: Section, parts: Parts) -> Method:
+    teacher_steps, student_steps = _phase(section)
+    if teacher_steps != 2 * student_steps:
+        raise ConfigError(
+            f"config.objective.phase_steps: got {student_steps} steps after {teacher_steps}, expected half of them: "
+            "progressive distillation makes one step of two"
+        )
+    distance, solver = _scaled(section, section.choose("distance", SQUARED), parts), _solver(section)
+
+    def loss_fn(params: Params, target: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]):
+        del target, step
+        example = _example(parts, parts.guidance_range, batch, key)
+        return progressive_loss(
+            _denoiser(parts, params, example),
+            parts.teacher(frozen, example.labels, example.guidance),
+            parts.schedule,
+            example.x,
+            example.keys[0],
+            student_steps=student_steps,
+            solver=solver,
+            distance=distance,
+        )
+
+    return Method(loss_fn, student_steps, distil=True, has_segments=True, guidance_range=parts.guidance_range)
+
+
+def _tract(section: Section, parts: Parts) -> Method:
+    teacher_steps, student_steps = _phase(section)
+    distance, solver = _scaled(section, section.choose("distance", SQUARED), parts), _solver(section)
+    decay = section.number("self_teacher_decay", minimum=0.0, below=1.0)
+
+    def loss_fn(params: Params, target: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]):
+        del step
+        example = _example(parts, parts.guidance_range, batch, key)
+        return tract_loss(
+            _denoiser(parts, params, example),
+            parts.teacher(frozen, example.labels, example.guidance),
+            _denoiser(parts, target, example),
+            parts.schedule,
+            example.x,
+            example.keys[0],
+            student_steps=student_steps,
+            teacher_steps=teacher_steps,
+            solver=solver,
+            distance=distance,
+        )
+
+    return Method(
+        loss_fn,
+        student_steps,
+        distil=True,
+        has_segments=True,
+        target_decay=functools.partial(ema.bias_corrected_decay, decay=decay),
+        guidance_range=parts.guidance_range,
+    )
+
+
+def _consistency(section: Section, parts: Parts) -> Method:
+    distil = bool(section.take("distil"))
+    solver = _solver(section) if distil else solvers.ddim  # training on the data asks no solver
+    grid = section.section("grid")
+    points_at = grid.bind(functools.partial(grid.choose("name", GRIDS), num_steps=parts.num_steps))
+    noise, image, decays = (section.optional_section(key) for key in ("noise", "distance", "target_decay"))
+    # A grid only grows.
+    draw = noise and noise.bind(
+        functools.partial(
+            lognormal_log_weights, parts.schedule, max_points=int(points_at(jnp.int32(parts.num_steps)))
+        )
+    )
+    distance = image.bind(image.choose("name", IMAGE_DISTANCES))
+    weight = section.choose("weight", INTERVAL_WEIGHTS)
+    target_decay = decays and _consistency_target_decay(decays, grid, points_at)
+
+    def loss_fn(params: Params, target: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]):
+        example = _example(parts, parts.guidance_range, batch, key)
+        points = points_at(step)
+        loss, metrics = consistency_model_loss(
+            _denoiser(parts, params, example),
+            parts.teacher(frozen, example.labels, example.guidance) if distil else None,
+            parts.schedule,
+            example.x,
+            example.keys[0],
+            grid_points=points,
+            reference=_denoiser(parts, target, example) if target_decay else None,
+            solver=solver,
+            log_weights=draw(points) if draw else None,
+            weight=weight,
+            distance=distance,
+        )
+        return loss, {**metrics, "grid_points": points.astype(jnp.float32)}
+
+    return Method(loss_fn, 1, distil, target_decay=target_decay, guidance_range=parts.guidance_range)
+
+
+def _consistency_target_decay(section: Section, grid: Section, points_at: Callable[..., Array]) -> TargetDecay:
+    if section.choose("name", ("constant", "cm")) == "constant":
+        decay = section.number("decay", minimum=0.0, below=1.0)
+        return lambda step: jnp.float32(decay)
+    start, start_decay = grid.number("start", minimum=2), section.number("start_decay", minimum=0.0, below=1.0)
+    return lambda step: curriculum.cm_target_decay(points_at(step), start=start, start_decay=start_decay)
+
+
+def _guided(section: Section, parts: Parts) -> Method:
+    low, high = section.number("guidance_low", minimum=0.0), section.number("guidance_high", minimum=0.0)
+    distance = _scaled(section, section.choose("distance", SQUARED), parts)
+    if not parts.has_null_class:
+        raise ConfigError(
+            "config.teacher: got a teacher that was trained with objective.label_dropout = 0.0, expected one that knows "
+            "the null class: without it there is nothing to guide away from"
+        )
+
+    def loss_fn(params: Params, target: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]):
+        del target, step
+        example = _example(parts, (low, high), batch, key)
+        null = jnp.full_like(example.labels, parts.num_classes)
+        return guidance_loss(
+            _denoiser(parts, params, example),
+            parts.teacher(frozen, example.labels, None),
+            parts.teacher(frozen, null, None),
+            parts.schedule,
+            example.x,
+            example.guidance,
+            example.keys[0],
+            distance=distance,
+        )
+
+    return Method(loss_fn, distil=True, guidance_range=(low, high))
+
+
 OBJECTIVES: dict[str, Callable[[Section, Parts], Method]] = {
     "diffusion": _diffusion,
     "multistep_consistency": _multistep_consistency,
+    "consistency": _consistency,
+    "tract": _tract,
+    "progressive": _progressive,
+    "guided": _guided,
 }

@@ -8,10 +8,15 @@ With A(t, s) = alpha_s - alpha_t sigma_s / sigma_t:
                      with eps = (z_t - alpha_t x) / sigma_t
   (4) ancestral      q(z_s | z_t, x), c = -expm1(lambda_t - lambda_s):
                      z_s = (1 - c) (alpha_s / alpha_t) z_t + c alpha_s x + std xi
+  (5) Heun           z_s = DDIM with x = x_t + (u_t / 2 u_s) (x_s - x_t),  u = sigma / alpha,
+                     x_t = f(z_t, t),  x_s = f(DDIM(x_t, z_t), s)
 
 A(t, s) equals sin(phi_t - phi_s) / sin(phi_t) for variance-preserving levels with phi = atan2(sigma, alpha), and for
 any level r_s times that (r = hypot(alpha, sigma)): a difference of angles does not cancel where t and s are close, but
 the literal expression does. Every step keeps its arithmetic per example and in the precision of its arguments.
+
+(5) is EDM's y_s = y_t + (u_s - u_t) (d_t + d_s) / 2 with y = z / alpha and slopes d = (y - x) / u: the slope of a DDIM
+step with x is (y_t - x) / u_t, and d_s = d_t + (x_t - x_s) / u_s, because Euler's y_s is x_t + u_s d_t.
 """
 
 import jax
@@ -90,13 +95,19 @@ def heun(denoiser: Denoiser, z_t: Images, t: Times, s: Times, lvl_t: Level, lvl_
 
     To u_s = 0 it is the Euler step, as there.
     """
-    u_t, u_s = lvl_t.sigma / lvl_t.alpha, lvl_s.sigma / lvl_s.alpha
-    y_t = z_t / lvl_t.alpha
-    slope_t = (y_t - denoiser(z_t, t)) / u_t
-    y_s = y_t + (u_s - u_t) * slope_t
-    slope_s = (y_s - denoiser(lvl_s.alpha * y_s, s)) / jnp.where(u_s > 0, u_s, 1)
-    slope = jnp.where(u_s > 0, (slope_t + slope_s) / 2, slope_t)
-    return lvl_s.alpha * (y_t + (u_s - u_t) * slope)
+    return ddim(heun_prediction(denoiser, z_t, t, s, lvl_t, lvl_s), z_t, lvl_t, lvl_s)
+
+
+def heun_prediction(denoiser: Denoiser, z_t: Images, t: Times, s: Times, lvl_t: Level, lvl_s: Level) -> Images:
+    """The x whose DDIM step from z_t is the Heun step, equation (5); two evaluations of `denoiser`.
+
+    To u_s = 0 it is x_t.
+    """
+    x_t = denoiser(z_t, t)
+    x_s = denoiser(ddim(x_t, z_t, lvl_t, lvl_s), s)
+    is_noisy = lvl_s.sigma > 0
+    ratio = lvl_t.sigma / jnp.where(is_noisy, lvl_s.sigma, 1) * (lvl_s.alpha / lvl_t.alpha)
+    return x_t + jnp.where(is_noisy, ratio / 2, 0) * (x_s - x_t)
 
 
 def dpm_solver_pp_2m(

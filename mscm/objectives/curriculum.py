@@ -1,6 +1,9 @@
-"""How the number of teacher steps grows during training."""
+"""How the number of teacher steps, or of grid points, changes during training."""
+
+import math
 
 import jax.numpy as jnp
+import numpy as np
 
 from mscm.types import Array, Float, Int
 
@@ -14,3 +17,49 @@ def teacher_steps(
     """
     fraction = jnp.clip(step / anneal_steps, 0.0, 1.0) if anneal_steps else jnp.float32(1.0)
     return jnp.exp(jnp.log(start) + fraction * (jnp.log(end) - jnp.log(start)))
+
+
+def cm_grid_points(step: int | Int[Array, ""], *, start: int, end: int, num_steps: int) -> Int[Array, ""]:
+    """N(k) of consistency training: ceil(sqrt(k / K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1; arXiv:2303.01469.
+
+    From s0 = `start` grid points to s1 + 1 = `end` + 1 at k = K = `num_steps`, then constant.
+    """
+    if not 2 <= start <= end:
+        raise ValueError(f"got start={start} and end={end} grid points, expected 2 <= start <= end")
+    # N(k) is the root rounded up: s0 plus the number of j in s0 .. s1 below the root, which j is for
+    # k > K (j^2 - s0^2) / span. Integers on the host: a root that rounding puts just above j would count j too early.
+    span = (end + 1) ** 2 - start**2
+    passed_after = [num_steps * (j**2 - start**2) // span for j in range(start, end + 1)]
+    return start + jnp.searchsorted(jnp.asarray(np.array(passed_after, np.int32)), step, side="left")
+
+
+def cm_target_decay(grid_points: int | Int[Array, ""], *, start: int, start_decay: float) -> Float[Array, ""]:
+    """mu(k) = exp(s0 log(mu0) / N(k)), the decay of f_ref's average; arXiv:2303.01469. mu = mu0 where N = s0."""
+    return jnp.exp(start * math.log(start_decay) / jnp.asarray(grid_points, jnp.float32))
+
+
+def ict_grid_points(step: int | Int[Array, ""], *, start: int, end: int, num_steps: int) -> Int[Array, ""]:
+    """N(k) = min(s0 2^floor(k / K'), s1) + 1, K' = floor(K / (log2 floor(s1 / s0) + 1)); arXiv:2310.14189.
+
+    s0 = `start` and s1 = `end` are numbers of intervals, K = `num_steps`.
+    """
+    if not 1 <= start <= end:
+        raise ValueError(f"got start={start} and end={end} intervals, expected 1 <= start <= end")
+    stage_steps = math.floor(num_steps / (math.log2(end // start) + 1))
+    if stage_steps < 1:
+        raise ValueError(f"got num_steps={num_steps}, expected at least one step for each doubling of {start} to {end}")
+    num_doublings = (-(-end // start) - 1).bit_length()  # the least that reach the end
+    doublings = jnp.minimum(jnp.asarray(step) // stage_steps, num_doublings)
+    return jnp.minimum(start * 2**doublings, end) + 1
+
+
+def halvings(start: int, end: int) -> tuple[int, ...]:
+    """Student steps of the phases of progressive distillation: `start` / 2, `start` / 4, ..., `end`.
+
+    Raises:
+      ValueError: `start` is not `end` times a power of two, at least two.
+    """
+    ratio = start // end if end > 0 else 0
+    if ratio < 2 or ratio & (ratio - 1) or ratio * end != start:
+        raise ValueError(f"got {start} teacher steps to halve to {end}, expected {end} times 2, 4, 8, ...")
+    return tuple(start >> phase for phase in range(1, ratio.bit_length()))

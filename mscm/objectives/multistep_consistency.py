@@ -7,6 +7,7 @@ n = max(1, round(N / S)) of them in each segment, and T = n S:
   (1) k ~ U{0..S-1},  m ~ U{1..n},  tau = k / S,  t = tau + m / T,  s = t - 1 / T          (m is the paper's n_rel)
   (2) z_s = aDDIM_{t->s}(x_T, z_t, x_var),  x_var = 0.75 mean (x_T - x)^2
       x_T = x in consistency training (then x_var = 0), x_T = teacher(z_t, t) in distillation
+      (or what another solver's step from z_t to s amounts to: solvers.py)
   (3) x_ref = sg f(z_s, s),  x_hat = f(z_t, t)                                           same parameters, same dropout
   (4) target = invDDIM_{t->tau}(DDIM_{s->tau}(x_ref, z_s), z_t),  L = distance(x_hat - target)
 
@@ -28,12 +29,12 @@ import jax.numpy as jnp
 
 from mscm.diffusion import prediction, steps
 from mscm.objectives import distance as distances
+from mscm.objectives import solvers
 from mscm.types import (
     Array,
     Denoiser,
     Distance,
     Float,
-    Guided,
     Images,
     Int,
     Key,
@@ -65,7 +66,9 @@ def consistency_loss(
     *,
     student_steps: int,
     teacher_steps: float | Float[Array, ""],
+    self_teacher: Denoiser | None = None,
     x_var_frac: float = 0.75,
+    solver: solvers.Solver | None = None,
     huber_epsilon: float = 1e-4,
     distance: Distance | None = None,
 ) -> tuple[PerExample, Metrics]:
@@ -73,9 +76,13 @@ def consistency_loss(
 
     `teacher` None trains on the data itself (consistency training). The student must use the same dropout masks in both
     of its calls, i.e. be closed over one dropout key. Gradient flows through student(z_t, t) only. `teacher_steps` is
-    N(i), real and possibly traced. `distance` defaults to the pseudo-Huber of `huber_epsilon` (H1 of distance.py).
+    N(i), real and possibly traced. `self_teacher` gives x_ref: None is the student itself, TRACT takes an average of
+    it. `solver` is how the teacher steps from t to s, by default aDDIM with `x_var_frac`. `distance` defaults to the
+    pseudo-Huber of `huber_epsilon` (H1 of distance.py).
     Consumes `key`. Metrics are per example: `logsnr`, `segment`.
     """
+    self_teacher = self_teacher or student
+    solver = solver or functools.partial(solvers.addim, x_var_frac=x_var_frac)
     distance = distance or functools.partial(distances.pseudo_huber, epsilon=huber_epsilon)
     k_eps, k_grid = jax.random.split(key)
     grid = sample_grid(k_grid, x.shape[0], student_steps=student_steps, teacher_steps=teacher_steps)
@@ -85,12 +92,10 @@ def consistency_loss(
     if teacher is None:
         x_teacher, x_var = x, jnp.zeros(x.shape[0], x.dtype)
     else:
-        answer = jax.lax.stop_gradient(teacher(z_t, grid.t))
-        x_teacher, x_cond = answer if isinstance(answer, Guided) else (answer, answer)
-        x_var = x_var_frac * distances.mean_square(x_cond - x)
+        x_teacher, x_var = jax.lax.stop_gradient(solver(teacher, x, z_t, grid.t, grid.s, lvl_t, lvl_s))
     z_s = steps.addim(x_teacher, x_var, z_t, lvl_t, lvl_s)
 
-    x_ref = jax.lax.stop_gradient(student(z_s, grid.s))
+    x_ref = jax.lax.stop_gradient(self_teacher(z_s, grid.s))
     x_hat = student(z_t, grid.t)
     x_target = target(x_ref, x_teacher, x_var, z_t, lvl_t, lvl_s, lvl_step, is_first=grid.n_rel == 1)
     loss = distance(x_hat - x_target, lvl_t)
@@ -102,15 +107,20 @@ def sample_grid(key: Key, batch: int, *, student_steps: int, teacher_steps: floa
     if student_steps < 1:
         raise ValueError(f"got student_steps={student_steps}, expected at least 1 segment")
     per_segment = jnp.maximum(1, jnp.round(jnp.asarray(teacher_steps) / student_steps)).astype(jnp.int32)
-    # One T per example, behind a barrier: XLA turns division by a known or a shared number into a product with its
-    # rounded inverse.
-    total = jax.lax.optimization_barrier(jnp.broadcast_to(per_segment * student_steps, (batch,))).astype(jnp.float32)
     k_segment, k_rel = jax.random.split(key)
     segment = jax.random.randint(k_segment, (batch,), 0, student_steps)
     n_rel = jax.random.randint(k_rel, (batch,), 1, per_segment + 1)
     start = segment * per_segment
-    t, s, t_step = ((index / total).astype(jnp.float32) for index in (start + n_rel, start + n_rel - 1, start))
+    t, s, t_step = exact_times(per_segment * student_steps, start + n_rel, start + n_rel - 1, start)
     return Grid(t, s, t_step, segment, n_rel)
+
+
+def exact_times(total: int | Int[Array, ""], *indices: Int[Array, "b"]) -> tuple[Times, ...]:
+    """index / total, correctly rounded, for each of `indices`; `total` may be traced."""
+    # One total per example, behind a barrier: XLA turns division by a known or a shared number into a product with its
+    # rounded inverse.
+    total = jax.lax.optimization_barrier(jnp.broadcast_to(total, indices[0].shape)).astype(jnp.float32)
+    return tuple((index / total).astype(jnp.float32) for index in indices)
 
 
 def target(

@@ -295,6 +295,37 @@ def test_heun_is_edm_algorithm_1(x64):
     assert len(calls) == 2
 
 
+def test_heun_prediction_is_the_mean_slope(x64):
+    """In y = z / alpha, u = sigma / alpha: x = y_t - u_t (d_t + d_s) / 2; DDIM with it is EDM's step, as printed."""
+    t, s = jnp.array([0.9, 0.5, 0.3, 0.999]), jnp.array([0.7, 0.1, 0.29, 0.95])
+    lvl_t, lvl_s, z = trigonometric(t), trigonometric(s), images(0)
+
+    def denoise(z_t, t):
+        return 0.3 * z_t + jnp.sin(z_t) * t[:, None, None, None]
+
+    y_t, u_t, u_s = z / lvl_t.alpha, lvl_t.sigma / lvl_t.alpha, lvl_s.sigma / lvl_s.alpha
+    slope_t = (y_t - denoise(z, t)) / u_t
+    euler = y_t + (u_s - u_t) * slope_t
+    slope = (slope_t + (euler - denoise(lvl_s.alpha * euler, s)) / u_s) / 2
+    x_hat = steps.heun_prediction(denoise, z, t, s, lvl_t, lvl_s)
+    np.testing.assert_allclose(x_hat, y_t - u_t * slope, rtol=1e-9, atol=1e-9)
+    actual = steps.heun(denoise, z, t, s, lvl_t, lvl_s)
+    np.testing.assert_allclose(actual, lvl_s.alpha * (y_t + (u_s - u_t) * slope), rtol=0, atol=1e-10)
+
+
+def test_heun_to_no_noise_is_euler():
+    """u_s = 0: the prediction is x_t, finite, and so is its gradient."""
+    t, lvl_t, lvl_s, z = jnp.full(4, 0.3), trigonometric(jnp.full(4, 0.3)), level((0.0,) * 4), images(0)
+
+    def denoise(z_t, t):
+        return 0.3 * z_t * (1 + t)[:, None, None, None]
+
+    x_hat = steps.heun_prediction(denoise, z, t, jnp.zeros(4), lvl_t, lvl_s)
+    np.testing.assert_array_equal(x_hat, denoise(z, t))
+    gradient = jax.grad(lambda a: jnp.sum(steps.heun(denoise, a * z, t, jnp.zeros(4), lvl_t, lvl_s)))(1.0)
+    np.testing.assert_allclose(gradient, 0.39 * jnp.sum(z), rtol=1e-4)
+
+
 def integrate(solver, num_steps):
     """Error at t = 0.01 of the probability-flow ODE of N(0, 1/4) data from the unit quantile at t = 0.99."""
     denoise = gaussian_oracle(trigonometric, 0.25)

@@ -1,11 +1,13 @@
-"""The number of teacher steps: end points, log-linearity, and tracing."""
+"""Curricula: the tables of the papers, exact integers, and tracing."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mscm.objectives.curriculum import teacher_steps
+from mscm.objectives.curriculum import cm_grid_points, cm_target_decay, halvings, ict_grid_points, teacher_steps
 
 
 @pytest.mark.parametrize("step, expected", [
@@ -30,3 +32,64 @@ def test_no_annealing(step):
     """anneal_steps = 0 is `end` from the first step on; start = end is constant."""
     assert float(teacher_steps(step, start=64.0, end=256.0, anneal_steps=0)) == pytest.approx(256, rel=1e-6)
     assert float(teacher_steps(step, start=256.0, end=256.0, anneal_steps=10)) == pytest.approx(256, rel=1e-6)
+
+
+@pytest.mark.parametrize("step, expected", [(0, 2), (200_000, 76), (400_000, 107), (800_000, 151), (10**9, 151)])
+def test_grid_points_of_consistency_training(step, expected):
+    """s0 = 2, s1 = 150, K = 800 000: ceil(sqrt(k / K (151^2 - 2^2) + 2^2) - 1) + 1, evaluated by hand."""
+    grow = jax.jit(lambda k: cm_grid_points(k, start=2, end=150, num_steps=800_000))
+    assert int(grow(jnp.int32(step))) == int(cm_grid_points(step, start=2, end=150, num_steps=800_000)) == expected
+
+
+@pytest.mark.parametrize("start, end, num_steps", [(2, 150, 151**2 - 4), (2, 9, 1000), (3, 3, 10), (2, 200, 777)])
+def test_grid_points_are_exact_at_every_step(start, end, num_steps):
+    """The least N with N^2 K >= k (s1 + 1)^2 + (K - k) s0^2, in integers, squares among them, for all k."""
+    squares = [k * (end + 1) ** 2 + (num_steps - k) * start**2 for k in range(num_steps + 1)]
+    expected = [math.isqrt(-(-square // num_steps) - 1) + 1 for square in squares]
+    grow = jax.vmap(lambda k: cm_grid_points(k, start=start, end=end, num_steps=num_steps))
+    np.testing.assert_array_equal(grow(jnp.arange(num_steps + 1)), expected)
+
+
+def test_decay_of_the_target_network():
+    """mu(k) = exp(s0 log(mu0) / N(k)): mu0 at N = s0, its s0 / N-th power after."""
+    assert float(cm_target_decay(2, start=2, start_decay=0.9)) == pytest.approx(0.9, rel=1e-6)
+    assert float(cm_target_decay(jnp.int32(151), start=2, start_decay=0.9)) == pytest.approx(0.9 ** (2 / 151), rel=1e-6)
+    assert float(cm_target_decay(201, start=2, start_decay=0.95)) == pytest.approx(0.95 ** (2 / 201), rel=1e-6)
+
+
+def test_grid_points_of_improved_training():
+    """s0 = 10, s1 = 1280, K = 400 000: doubles every 50 000 steps, 11 to 1281, and stays there."""
+    grow = jax.jit(lambda k: ict_grid_points(k, start=10, end=1280, num_steps=400_000))
+    for stage, expected in enumerate((11, 21, 41, 81, 161, 321, 641, 1281, 1281)):
+        for step in (50_000 * stage, 50_000 * stage + 49_999):
+            assert int(grow(jnp.int32(step))) == expected
+            assert int(ict_grid_points(step, start=10, end=1280, num_steps=400_000)) == expected
+    assert int(grow(jnp.int32(2**31 - 1))) == 1281
+
+
+def test_grid_points_of_improved_training_that_do_not_divide():
+    """K' = floor(K / (log2 floor(s1 / s0) + 1)) is cut off, and so is the last doubling at s1."""
+    values = [int(ict_grid_points(k, start=3, end=20, num_steps=100)) for k in range(140)]
+    stage = math.floor(100 / (math.log2(20 // 3) + 1))
+    assert values == [min(3 * 2 ** (k // stage), 20) + 1 for k in range(140)]
+
+
+@pytest.mark.parametrize("start, end, expected", [
+    (1024, 1, (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)), (32, 4, (16, 8, 4)), (12, 6, (6,)), (12, 3, (6, 3)),
+])
+def test_phases_of_progressive_distillation(start, end, expected):
+    """Student steps of the phases: halves, down to the end."""
+    assert halvings(start, end) == expected
+
+
+def test_impossible_curricula_are_named():
+    """Ends before starts, fewer steps than stages, and what is not a power of two."""
+    with pytest.raises(ValueError, match="start=5 and end=4 grid points"):
+        cm_grid_points(0, start=5, end=4, num_steps=10)
+    with pytest.raises(ValueError, match="start=0 and end=4 intervals"):
+        ict_grid_points(0, start=0, end=4, num_steps=10)
+    with pytest.raises(ValueError, match="num_steps=7"):
+        ict_grid_points(0, start=10, end=1280, num_steps=7)
+    for start, end in ((12, 4), (4, 4), (4, 8), (9, 4), (8, 0)):
+        with pytest.raises(ValueError, match=f"{start} teacher steps to halve to {end}"):
+            halvings(start, end)

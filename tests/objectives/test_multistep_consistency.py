@@ -10,7 +10,7 @@ from scipy import stats
 
 from mscm.diffusion import schedule, steps
 from mscm.diffusion.denoiser import gaussian_oracle
-from mscm.objectives import distance
+from mscm.objectives import distance, solvers
 from mscm.objectives import multistep_consistency as msc
 from mscm.objectives.diffusion import diffusion_loss
 from mscm.types import Guided, Level
@@ -33,6 +33,11 @@ def trigonometric(t):
 def cosine(t):
     """The bounded cosine, in float64 where that is enabled."""
     return schedule.cosine(t.astype(jnp.result_type(float)))
+
+
+def karras(t):
+    """EDM's grid, in float64 where that is enabled."""
+    return schedule.karras(t.astype(jnp.result_type(float)))
 
 
 def images(seed, shape=(4, 3, 3, 2)):
@@ -380,7 +385,83 @@ def test_guided_teacher():
     np.testing.assert_allclose(z_s, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("schedule_", [cosine, karras])
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+def test_other_solver_and_self_teacher(x64, schedule_, solver):
+    """z_s is the solver's, x_ref the self-teacher's, and the loss that of the literal chain; both VP and VE."""
+    teacher = gaussian_oracle(schedule_, 0.25, 0.1)
+    student, self_teacher = Recorder(lambda z, t: jnp.tanh(z)), Recorder(lambda z, t: jnp.sin(z))
+    residuals, x = [], X.astype(jnp.float64)
+
+    def keeping(diff, lvl_t):
+        residuals.append(diff)
+        return distance.v_mse(diff, lvl_t)
+
+    _, metrics = msc.consistency_loss(
+        student, teacher, schedule_, x, KEY, student_steps=4, teacher_steps=20.0, self_teacher=self_teacher,
+        solver=getattr(solvers, solver), distance=keeping,
+    )
+    ((z_t, t),), ((z_s, s),) = student.calls, self_teacher.calls
+    lvl_t, lvl_s, lvl_step = schedule_(t), schedule_(s), schedule_(metrics["segment"] / 4)
+    expected = steps.ddim(teacher(z_t, t), z_t, lvl_t, lvl_s)
+    if solver == "heun":
+        expected = steps.heun(teacher, z_t, t, s, lvl_t, lvl_s)
+    np.testing.assert_allclose(z_s, expected, rtol=1e-6, atol=1e-6)
+    x_ref = jnp.sin(z_s)
+    z_ref = steps.ddim(x_ref, expected, lvl_s, lvl_step)
+    z_ref = jnp.where((s == metrics["segment"] / 4)[:, None, None, None], expected, z_ref)
+    literal = jnp.tanh(z_t) - steps.inv_ddim(z_ref, z_t, lvl_t, lvl_step)
+    np.testing.assert_allclose(residuals[0], literal, rtol=1e-5, atol=1e-5)
+
+
+def test_heun_teacher_converges_faster(x64):
+    """The exact student's residual under Heun is an order smaller in 1 / T than under DDIM, and T halves it by that."""
+    x = 0.5 * jax.random.normal(jax.random.key(3), (1024, 4, 4, 1))
+
+    @functools.partial(jax.jit, static_argnames="solver")
+    def residual(total, solver):
+        loss, _ = msc.consistency_loss(
+            exact_student(4), gaussian_oracle(trigonometric, 0.25), trigonometric, x, KEY,
+            student_steps=4, teacher_steps=total, solver=getattr(solvers, solver), distance=distance.v_mse,
+        )
+        return jnp.sqrt(jnp.mean(loss))
+
+    orders = {}
+    for solver in ("ddim", "heun"):
+        coarse, fine = residual(64.0, solver), residual(128.0, solver)
+        orders[solver] = float(jnp.log2(coarse / fine))
+    assert orders["heun"] > orders["ddim"] + 0.7
+
+
 # --------------------------------------------------------------------------------------------------- gradients and jit
+
+
+def test_gradient_does_not_reach_the_self_teacher():
+    """A self-teacher of the student's own parameter gets none, as if it were constant."""
+
+    def loss(theta, other):
+        return jnp.mean(msc.consistency_loss(
+            lambda z, t: theta * z, None, schedule.cosine, X, KEY, student_steps=2, teacher_steps=12.0,
+            self_teacher=lambda z, t: other * z,
+        )[0])
+
+    shared = jax.grad(lambda theta: loss(theta, theta))(0.8)
+    np.testing.assert_allclose(shared, jax.grad(loss)(0.8, 0.8), rtol=1e-6)
+
+
+@pytest.mark.parametrize("student_steps", [1, 4])
+def test_gradient_of_as_many_steps_as_the_teacher_is_that_of_diffusion(student_steps):
+    """S = N, squared: the gradient of (SNR + 1) mean (f(z_t, t) - x)^2."""
+    student = Recorder(lambda z, t: 0.8 * z)
+    options = {"student_steps": student_steps, "teacher_steps": float(student_steps), "distance": distance.v_mse}
+    msc.consistency_loss(student, None, schedule.cosine, X, KEY, **options)
+    z_t, t = student.calls[1]
+    lvl_t = schedule.cosine(t)
+    expected = jax.grad(lambda theta: jnp.mean(jnp.square((theta * z_t - X) / lvl_t.sigma)))(0.8)
+    actual = jax.grad(lambda theta: jnp.mean(
+        msc.consistency_loss(lambda z, t: theta * z, None, schedule.cosine, X, KEY, **options)[0]
+    ))(0.8)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["training", "distillation"])

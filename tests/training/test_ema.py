@@ -33,3 +33,25 @@ def test_update_is_the_convex_combination():
     got = ema.update(average, params, jnp.float32(0.75))
     assert jax.tree.structure(got) == jax.tree.structure(params)
     np.testing.assert_allclose(got["a"], 0.25, rtol=1e-6)
+
+
+def test_bias_corrected_average_weighs_by_age():
+    """After n updates the average is sum mu^age params / sum mu^age: the first update is a copy, whatever was before."""
+    rng = np.random.default_rng(0)
+    for decay in (0.0, 0.5, 0.9999):
+        values, average = rng.normal(size=20), jnp.float32(1e3)
+        for i, value in enumerate(values):
+            decay_i = ema.bias_corrected_decay(jnp.int32(i), decay=decay)
+            average = ema.update(average, jnp.float32(value), decay_i)
+            weights = decay ** np.arange(i, -1, -1.0)
+            expected = np.sum(weights * values[: i + 1]) / np.sum(weights)
+            np.testing.assert_allclose(average, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
+def test_bias_correction_fades(decay):
+    """1 - (1 - mu) / (1 - mu^i): 0 at first, `decay` at last, traced too."""
+    correct = jax.jit(lambda step: ema.bias_corrected_decay(step, decay=decay))
+    assert float(correct(jnp.int32(0))) == 0
+    np.testing.assert_allclose(correct(jnp.int32(10**6)), decay, rtol=1e-6)
+    np.testing.assert_allclose(correct(jnp.int32(1)), decay / (1 + decay), rtol=1e-5)

@@ -34,7 +34,8 @@ def preserving(t):
 def network(theta, y, sigma):
     """A small f with CM's preconditioning, so that f(y, 0.002) = y."""
     c_skip, c_out = 0.25 / ((sigma - 0.002) ** 2 + 0.25), 0.5 * (sigma - 0.002) / jnp.sqrt(sigma**2 + 0.25)
-    return c_skip * y + c_out * jnp.tanh(theta[0] * y / jnp.sqrt(sigma**2 + 0.25) + theta[1] * jnp.log(sigma) + theta[2])
+    scaled = y / jnp.sqrt(sigma**2 + 0.25)
+    return c_skip * y + c_out * jnp.tanh(theta[0] * scaled + theta[1] * jnp.log(sigma) + theta[2])
 
 
 def exploding_f(theta):
@@ -85,7 +86,7 @@ def test_intervals_follow_the_weights():
 @pytest.mark.parametrize("grid_points", [2, 11, 161, 1281])
 @pytest.mark.parametrize("schedule_", [schedule.karras, schedule.cosine])
 def test_lognormal_weights_are_the_normal_distribution(schedule_, grid_points):
-    """p(i) ~ erf((log u_{i+1} - m) / (sqrt 2 std)) - erf((log u_i - m) / ...) and sums to 1; float32 keeps both tails."""
+    """p(i) ~ erf((log u_{i+1} - m) / (sqrt 2 std)) - erf((log u_i - m) / ...), sum 1; float32 keeps both tails."""
     actual = np.exp(np.asarray(log_weights(grid_points, schedule_), np.float64))
     with jax.enable_x64(True):
         lvl = schedule_(jnp.arange(grid_points, dtype=jnp.float64) / (grid_points - 1))
@@ -238,8 +239,10 @@ def test_loss_does_not_see_batch_mates():
 
 @pytest.mark.parametrize("kind, order", [("training", 1), ("ddim", 2), ("heun", 3)])
 def test_exact_function_of_gaussian_data(x64, kind, order):
-    """f*(x, sigma) = x sqrt((v + sigma_0^2) / (v + sigma^2)): the rms residual vanishes as N^-1 (the noise of one sample
-    in training) or with the local order of the teacher's step."""
+    """f*(x, sigma) = x sqrt((v + sigma_0^2) / (v + sigma^2)): the rms residual vanishes as N grows.
+
+    It falls as 1 / N in training (one sample's noise is not the flow), else with the local order of the teacher's step.
+    """
     v, x = 0.25, 0.5 * jax.random.normal(jax.random.key(3), (4096, 2, 2, 1), jnp.float64)
     teacher = None if kind == "training" else gaussian_oracle(karras, v)
 
@@ -257,9 +260,9 @@ def test_exact_function_of_gaussian_data(x64, kind, order):
 
 
 def test_continuous_time_limit(x64):
-    """(N - 1) times the gradient of CT's squared loss tends to that of 2 sigma'(t) f^T sg(df/dsigma + df/dx (z - x) / sigma).
+    """(N - 1) gradient of CT's squared loss -> gradient of E 2 sigma' f^T sg(df/dsigma + df/dx (z - x) / sigma).
 
-    The difference falls as 1 / N.
+    sigma' = d sigma / dt is the 1 / omega of the paper's expression. The difference falls as 1 / N.
     """
     x = 0.5 * jax.random.normal(jax.random.key(3), (512, 2, 2, 1), jnp.float64)
 
@@ -286,7 +289,7 @@ def test_continuous_time_limit(x64):
     assert np.log2(coarse / fine) == pytest.approx(3, abs=0.5)
 
 
-# ---------------------------------------------------------------------------------------------------------- equivalences
+# --------------------------------------------------------------------------------------------------------- equivalences
 
 
 @pytest.mark.parametrize("kind", ["training", "ddim", "heun"])

@@ -76,7 +76,7 @@ def clipped_step(x, z, lvl_t, lvl_s):
 
 @pytest.mark.parametrize("student_steps, teacher_steps", [(1, 8), (4, 32), (8, 16)])
 def test_algorithm_as_printed(x64, student_steps, teacher_steps):
-    """Teacher one step, self-teacher to the end of the group, both clipped; the target solves DDIM for x; max(SNR, 1)."""
+    """Teacher one step, self-teacher to the end of the group, both clipped; the target is DDIM solved for x."""
     loss, metrics, residual, (z_t, t), (z_r, r) = run(cosine, student_steps=student_steps, teacher_steps=teacher_steps)
     index, group = np.rint(np.asarray(t) * teacher_steps).astype(int), teacher_steps // student_steps
     end = (index - 1) // group * group
@@ -96,8 +96,10 @@ def test_algorithm_as_printed(x64, student_steps, teacher_steps):
 
 @pytest.mark.parametrize("student_steps", [1, 4])
 def test_edm_variant(x64, student_steps):
-    """Heun's teacher unclipped, the self-teacher clipped, x = (sigma_t x_s - sigma_s x_t) / (sigma_t - sigma_s), where
-    s = r = 0 the teacher's x; EDM's weight."""
+    """Heun's teacher unclipped, the self-teacher clipped, x = (sigma_t x_s - sigma_s x_t) / (sigma_t - sigma_s).
+
+    Where r = s = 0 that is the teacher's x. The weight is EDM's.
+    """
     loss, _, residual, (z_t, t), (z_r, r) = run(
         exploding, student_steps=student_steps, teacher_steps=16, solver=solvers.heun, distance=distance.edm_mse
     )

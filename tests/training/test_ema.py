@@ -36,7 +36,7 @@ def test_update_is_the_convex_combination():
 
 
 def test_bias_corrected_average_weighs_by_age():
-    """After n updates the average is sum mu^age params / sum mu^age: the first update is a copy, whatever was before."""
+    """After n updates it is sum mu^age params / sum mu^age: the first update is a copy, whatever was before."""
     rng = np.random.default_rng(0)
     for decay in (0.0, 0.5, 0.9999):
         values, average = rng.normal(size=20), jnp.float32(1e3)

@@ -49,10 +49,15 @@ def with_shared(**sections) -> ConfigDict:
 
 
 def teacher(
-    config: ConfigDict, *, family: str, variant: str = "", multiscale: tuple[int, ...] | None = None
+    config: ConfigDict,
+    *,
+    family: str,
+    run: str = "teacher",
+    variant: str = "",
+    multiscale: tuple[int, ...] | None = None,
 ) -> ConfigDict:
     """The config of a diffusion model, from which the students of the family start."""
-    config.name = _join(family, "teacher", variant)
+    config.name = _join(family, run, variant)
     config.objective = dict(
         name="diffusion", loss="v_mse", multiscale=multiscale or placeholder(tuple), label_dropout=0.0
     )
@@ -71,7 +76,6 @@ def student(
     multiscale: tuple[int, ...] | None = None,
 ) -> ConfigDict:
     """A multistep consistency model: distilled (`distil=True`, CD) or trained on the data alone (CT)."""
-    config.name = _join(family, f'{"cd" if distil else "ct"}{student_steps}', variant)
     config.objective = dict(
         name="multistep_consistency",
         distil=distil,
@@ -82,9 +86,136 @@ def student(
         huber_epsilon=1e-4,
         multiscale=multiscale or placeholder(tuple),
     )
-    teacher_file = f"configs/{family}_teacher.py"
+    return _of_teacher(config, family=family, run=f'{"cd" if distil else "ct"}{student_steps}', variant=variant)
+
+
+def progressive(
+    config: ConfigDict,
+    *,
+    family: str,
+    phase_steps: tuple[int, ...],
+    num_steps_before: tuple[int, ...] | None = None,
+    variant: str = "",
+    multiscale: tuple[int, ...] | None = None,
+) -> ConfigDict:
+    """Progressive distillation, arXiv:2202.00512; `train.num_steps` is the last phase's, by default also all others'.
+
+    With the aDDIM teacher and the v-loss of the baseline in arXiv:2403.06807v3.
+    """
+    config.objective = dict(
+        name="progressive",
+        phase_steps=phase_steps,
+        num_steps_before=num_steps_before or placeholder(tuple),
+        solver=dict(name="addim", x_var_frac=0.75),
+        distance="v_mse",
+        multiscale=multiscale or placeholder(tuple),
+    )
+    # The rate ends each phase at 0, and nothing is averaged.
+    config.optimizer.update(dict(warmup_steps=0, decay="linear"))
+    config.ema.update(dict(decay=0.0, warmup=False))
+    return _of_teacher(config, family=family, run="pd", variant=variant)
+
+
+def tract(
+    config: ConfigDict,
+    *,
+    family: str,
+    phase_steps: tuple[int, ...],
+    run: str,
+    variant: str = "",
+    multiscale: tuple[int, ...] | None = None,
+) -> ConfigDict:
+    """TRACT in phases of `train.num_steps` each; arXiv:2303.04248."""
+    config.objective = dict(
+        name="tract",
+        phase_steps=phase_steps,
+        num_steps_before=placeholder(tuple),
+        self_teacher_decay=0.5,
+        solver=dict(name="clipped_ddim"),
+        distance="truncated_snr_mse",
+        multiscale=multiscale or placeholder(tuple),
+    )
+    # Over a phase the average forgets all but a thousandth of where it began.
+    config.ema.update(dict(decay=1e-3 ** (1 / config.train.num_steps), warmup=False))
+    return _of_teacher(config, family=family, run=run, variant=variant)
+
+
+def consistency_distillation(
+    config: ConfigDict, *, family: str, run: str, points: int, variant: str = ""
+) -> ConfigDict:
+    """A consistency model that learns from a teacher, with Heun's steps on `points` noise levels; arXiv:2303.01469."""
+    config.objective = dict(
+        name="consistency",
+        distil=True,
+        solver=dict(name="heun"),
+        grid=dict(name="constant", points=points),
+        noise=None,
+        weight="one",
+        distance=dict(name="l2"),
+        target_decay=dict(name="constant", decay=0.95),
+    )
+    return _of_teacher(config, family=family, run=run, variant=variant)
+
+
+def consistency_training(
+    config: ConfigDict, *, family: str, run: str, start: int, end: int, start_decay: float, variant: str = ""
+) -> ConfigDict:
+    """A consistency model from data alone, on a grid that grows from `start` to `end` + 1; arXiv:2303.01469."""
+    config.name = _join(family, run, variant)
+    config.objective = dict(
+        name="consistency",
+        distil=False,
+        grid=dict(name="cm", start=start, end=end),
+        noise=None,
+        weight="one",
+        distance=dict(name="l2"),
+        target_decay=dict(name="cm", start_decay=start_decay),
+    )
+    config.teacher = None
+    return config
+
+
+def improved_consistency_training(
+    config: ConfigDict, *, family: str, run: str, start: int, end: int, variant: str = ""
+) -> ConfigDict:
+    """The improved techniques of arXiv:2310.14189 (iCT), from data alone, on EDM's noise levels."""
+    config.name = _join(family, run, variant)
+    config.objective = dict(
+        name="consistency",
+        distil=False,
+        grid=dict(name="ict", start=start, end=end),
+        noise=dict(mean=-1.1, std=2.0),
+        weight="inverse_gap",
+        distance=dict(name="pseudo_huber", scale=0.00054),
+        target_decay=None,
+    )
+    config.prediction = "consistency"
+    config.schedule = ConfigDict(dict(name="karras", sigma_min=0.002, sigma_max=80.0, rho=7.0))
+    config.model.update(dict(logsnr_input="log_sigma", fourier_scale=0.02))
+    config.optimizer.update(dict(name="radam", b2=0.999, eps=1e-8, clip_norm=placeholder(float)))
+    config.teacher = None
+    return config
+
+
+def guided(config: ConfigDict, *, family: str, variant: str = "") -> ConfigDict:
+    """A diffusion model with the weight of guidance as an input, which its teacher's guidance taught it."""
+    config.objective = dict(
+        name="guided",
+        guidance_low=0.0,
+        guidance_high=4.0,
+        distance="truncated_snr_mse",
+        multiscale=placeholder(tuple),
+    )
+    config.model.guidance_input = True
+    return _of_teacher(config, family=family, run="guided", variant=variant, teacher="guidable")
+
+
+def _of_teacher(config: ConfigDict, *, family: str, run: str, variant: str, teacher: str = "teacher") -> ConfigDict:
+    """Name and teacher of a run."""
+    config.name = _join(family, run, variant)
+    file = f"configs/{family}_{teacher}.py"
     config.teacher = dict(
-        config=f"{teacher_file}:{variant}" if variant else teacher_file, workdir=placeholder(str), guidance=0.0
+        config=f"{file}:{variant}" if variant else file, workdir=placeholder(str), guidance=0.0
     )
     return config
 

@@ -65,3 +65,21 @@ def student(*, student_steps: int, distil: bool, variant: str) -> ConfigDict:
         teacher_steps=dict(start=64.0, end=1280.0, anneal_steps=config.train.num_steps // 2),
         variant=variant,
     )
+
+
+def improved_consistency_training(*, variant: str) -> ConfigDict:
+    """iCT with the paper's settings for CIFAR-10, on this family's network."""
+    config = _base(variant)
+    config.model.middle.dropout = 0.3
+    config = base.improved_consistency_training(
+        config, family="cifar10", run="ict", start=10, end=1280, variant=variant
+    )
+    config.optimizer.update(dict(learning_rate=1e-4, warmup_steps=0, decay="constant"))
+    config.ema.update(dict(decay=0.99993, warmup=False))
+    config.train.update(dict(num_steps=400_000, batch_size=1024))
+    if variant == "small":
+        config.model.middle.dropout = 0.0
+        config.optimizer.update(dict(learning_rate=1e-3, decay="cosine"))
+        config.ema.update(dict(decay=0.999, warmup=True))
+        config.train.update(dict(num_steps=4000, batch_size=32))
+    return config

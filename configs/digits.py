@@ -34,13 +34,70 @@ def teacher() -> ConfigDict:
     return base.teacher(_base(), family="digits")
 
 
-def student(*, student_steps: int, distil: bool) -> ConfigDict:
-    """CD or CT with `student_steps` steps."""
+def guidable() -> ConfigDict:
+    """The same with dropped labels, for guidance."""
+    config = base.teacher(_base(), family="digits", run="guidable")
+    config.objective.label_dropout = 0.1
+    return config
+
+
+def _student() -> ConfigDict:
     config = _base()
     config.optimizer.learning_rate = 2e-3
     config.train.num_steps = 2400
+    return config
+
+
+def student(*, student_steps: int, distil: bool) -> ConfigDict:
+    """CD or CT with `student_steps` steps."""
     # The paper's schedule in small: most of the run anneals, the rest trains at the finest grid.
     teacher_steps = dict(start=16.0, end=256.0, anneal_steps=1800)
     return base.student(
-        config, family="digits", student_steps=student_steps, distil=distil, teacher_steps=teacher_steps
+        _student(), family="digits", student_steps=student_steps, distil=distil, teacher_steps=teacher_steps
     )
+
+
+def progressive() -> ConfigDict:
+    """PD from 64 steps down to 1 in six phases."""
+    config = _student()
+    config.train.update(dict(num_steps=800, save_every_steps=400))
+    return base.progressive(config, family="digits", phase_steps=(64, 32, 16, 8, 4, 2, 1))
+
+
+def tract(*, student_steps: int) -> ConfigDict:
+    """TRACT in two phases."""
+    config = _student()
+    config.train.update(dict(num_steps=1200, save_every_steps=400))
+    return base.tract(config, family="digits", phase_steps=(256, 16, student_steps), run=f"tract{student_steps}")
+
+
+def consistency_distillation() -> ConfigDict:
+    """CM by distillation, on the family's schedule: 18 noise levels as on CIFAR-10."""
+    return base.consistency_distillation(_student(), family="digits", run="cm_cd", points=18)
+
+
+def consistency_training() -> ConfigDict:
+    """CM on the data alone, on the family's schedule and without a teacher's weights."""
+    config = _base()
+    return base.consistency_training(config, family="digits", run="cm_ct", start=2, end=150, start_decay=0.9)
+
+
+def improved_consistency_training() -> ConfigDict:
+    """iCT on EDM's noise levels, without a teacher's weights."""
+    config = base.improved_consistency_training(_base(), family="digits", run="ict", start=10, end=1280)
+    config.optimizer.learning_rate = 1e-3
+    return config
+
+
+def guided() -> ConfigDict:
+    """Stage 1 of guided distillation."""
+    return base.guided(_student(), family="digits")
+
+
+def guided_student(*, student_steps: int) -> ConfigDict:
+    """CD of a teacher whose weight of guidance is an input: so is the student's."""
+    config = student(student_steps=student_steps, distil=True)
+    config.name = f"digits_guided_cd{student_steps}"
+    config.model.guidance_input = True
+    config.teacher.config = "configs/digits_guided.py"
+    return config

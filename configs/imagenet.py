@@ -106,3 +106,33 @@ def student(*, resolution: int, student_steps: int, distil: bool, variant: str) 
         variant=variant,
         multiscale=_multiscale(resolution),
     )
+
+
+def improved_consistency_training(*, resolution: int, variant: str) -> ConfigDict:
+    """iCT with the settings of arXiv:2310.14189 for 64 pixels, on this family's network."""
+    config = base.improved_consistency_training(
+        _base(resolution=resolution, variant=variant),
+        family=f"imagenet{resolution}",
+        run="ict",
+        start=10,
+        end=1280,
+        variant=variant,
+    )
+    config.optimizer.update(dict(warmup_steps=0))
+    config.ema.decay = 0.99997
+    config.train.update(dict(num_steps=800_000, batch_size=4096))
+    return config
+
+
+def progressive(*, resolution: int, variant: str) -> ConfigDict:
+    """PD of the family's teacher, with the phases of arXiv:2202.00512."""
+    config = _base(resolution=resolution, variant=variant)
+    config.train.num_steps = 100_000
+    return base.progressive(
+        config,
+        family=f"imagenet{resolution}",
+        phase_steps=(1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1),
+        num_steps_before=(*(50_000 for _ in range(8)), 100_000),
+        variant=variant,
+        multiscale=_multiscale(resolution),
+    )

@@ -6,6 +6,7 @@ typing error is one sentence from here, before anything is compiled.
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ PREDICTIONS: dict[str, Callable[[Schedule], denoisers.Prediction]] = {
     **{name: lambda schedule, of=of: of for name, of in denoisers.PREDICTIONS.items()},
     "consistency": denoisers.consistency_prediction,
 }
+PRECONDITIONED = ("edm", "consistency")  # those that scale the network's input
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MODELS = ("uvit",)
 SAMPLERS: dict[str, Callable[..., Any]] = {"ddim": sampler.sample, "addim": sampler.sample_addim}
@@ -201,10 +203,9 @@ class Experiment:
         """Parameters at random; compile it with jit."""
         return nn.meta.unbox(_init(self.model, self.data, key))
 
-    @functools.cached_property
+    @property
     def _boxed_params(self) -> Params:
-        # Kept: it traces the whole network, and shapes, shardings and facts are all asked for several times.
-        return jax.eval_shape(functools.partial(_init, self.model, self.data), jax.random.key(0))
+        return _boxed_shapes(self.model, self.data)
 
     def abstract_params(self) -> Params:
         """Shapes and types of the parameters, without computing them."""
@@ -354,6 +355,11 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
     schedule = schedule_section.bind(schedule_section.choose("name", SCHEDULES))
     schedule_section.refuse_unread()  # now: a misspelt key is not a difference from the teacher's schedule
     prediction = root.choose("prediction", PREDICTIONS)(schedule)
+    if config.schedule.name == "karras" and config.prediction not in PRECONDITIONED:
+        raise ConfigError(
+            f"config.prediction: got {config.prediction!r}, expected one of {', '.join(PRECONDITIONED)} with the "
+            "schedule 'karras': its noise has a standard deviation of up to sigma_max, which only these scale"
+        )
     train = _train(root.section("train"))
     eval_section = root.section("eval")
     spec = EvalSpec(
@@ -373,7 +379,7 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
     ema = root.section("ema")
     mesh = root.section("mesh")
     objective = root.section("objective")
-    phases = objective.whole_numbers("phase_steps") if "phase_steps" in config.objective else ()
+    phases = _phases(objective) if "phase_steps" in config.objective else ()
     teacher = _teacher(root.optional_section("teacher"), config, phases)
     make_method = objective.choose("name", OBJECTIVES)
     _check_teacher(config, teacher)
@@ -398,7 +404,7 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
     if teacher is not None and teacher.experiment.guidance and not method.distil:
         raise ConfigError("config.teacher.guidance: expected 0.0, because objective.distil = False asks no teacher")
     experiment = Experiment(
-        name="_".join([root.take("name"), *map(str, phases[-1:])]),
+        name=root.take("name"),
         seed=root.number("seed", minimum=0),
         config=json.loads(config.to_json_best_effort()),
         data=data,
@@ -484,6 +490,12 @@ def _init(model: nn.Module, data: DataSpec, key: Key) -> Params:
     return variables["params"]
 
 
+@functools.lru_cache(maxsize=8)
+def _boxed_shapes(model: nn.Module, data: DataSpec) -> Params:
+    # Kept: it traces the whole network, and shapes, shardings and facts of all phases are asked for several times.
+    return jax.eval_shape(functools.partial(_init, model, data), jax.random.key(0))
+
+
 def _teacher(section: Section | None, config: ConfigDict, phases: tuple[int, ...]) -> TeacherSpec | None:
     if section is None:
         return None
@@ -491,7 +503,12 @@ def _teacher(section: Section | None, config: ConfigDict, phases: tuple[int, ...
     if len(phases) > 2:  # the phase before this one, with the same teacher before it
         before = config.copy_and_resolve_references()
         before.objective.phase_steps = phases[:-1]
-        return TeacherSpec(build(before), None, phase=phases[-2])
+        lengths = config.objective.get("num_steps_before")
+        if lengths:
+            before.objective.num_steps_before, before.train.num_steps = lengths[:-1], lengths[-1]
+        experiment = build(before)
+        experiment = dataclasses.replace(experiment, name=f"{config.name}_{phases[-2]}")
+        return TeacherSpec(experiment, None, phase=phases[-2])
     of_teacher = load_config(file)
     of_teacher.data = config.data  # so that --config.data.path is said once
     of_teacher.mesh = config.mesh
@@ -506,6 +523,24 @@ def _teacher(section: Section | None, config: ConfigDict, phases: tuple[int, ...
         name = f"{experiment.name}, guidance {guidance:g}"
         experiment = dataclasses.replace(experiment, name=name, guidance=guidance)
     return TeacherSpec(experiment, workdir)
+
+
+def _phases(objective: Section) -> tuple[int, ...]:
+    """Steps of the teacher, and of the student after each phase."""
+    phases = objective.whole_numbers("phase_steps")
+    if len(phases) < 2 or any(before <= after or before % after for before, after in itertools.pairwise(phases)):
+        raise ConfigError(
+            f"config.objective.phase_steps: got {phases}, expected the teacher's steps and those of the student after "
+            "each phase, each a divisor of the one before, such as (64, 32, 16)"
+        )
+    if objective.take("num_steps_before") is not None:
+        lengths = objective.whole_numbers("num_steps_before") if len(phases) > 2 else ()
+        if len(lengths) != len(phases) - 2:
+            raise ConfigError(
+                f"config.objective.num_steps_before: got {objective.take('num_steps_before')}, expected None, or the "
+                f"training steps of each of the {len(phases) - 2} phases before the last"
+            )
+    return phases
 
 
 def _check_teacher(config: ConfigDict, teacher: TeacherSpec | None) -> None:

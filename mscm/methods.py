@@ -6,7 +6,6 @@ denoisers in `mscm/objectives/`.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -55,7 +54,7 @@ SOLVERS: dict[str, Callable[..., solvers.Solver]] = {
     "heun": lambda: solvers.heun,
 }
 GRIDS: dict[str, Callable[..., Array]] = {
-    "constant": lambda step, *, points: jnp.full_like(step, points),
+    "constant": lambda step, *, points, num_steps: jnp.full_like(step, points),
     "cm": curriculum.cm_grid_points,
     "ict": curriculum.ict_grid_points,
 }
@@ -199,14 +198,8 @@ def _multistep_consistency(section: Section, parts: Parts) -> Method:
 
 
 def _phase(section: Section) -> tuple[int, int]:
-    """Steps of the teacher and of the student of the last phase of the section."""
-    phases = section.whole_numbers("phase_steps")
-    if len(phases) < 2 or any(before % after or before == after for before, after in itertools.pairwise(phases)):
-        raise ConfigError(
-            f"config.objective.phase_steps: got {phases}, expected the teacher's steps and those of the student after "
-            "each phase, each a divisor of the one before, such as (64, 32, 16)"
-        )
-    return phases[-2], phases[-1]
+    """Steps of the teacher and of the student in this phase, the last that the section names."""
+    return section.whole_numbers("phase_steps")[-2:]
 
 
 def _solver(section: Section) -> solvers.Solver:
@@ -321,8 +314,8 @@ def _guided(section: Section, parts: Parts) -> Method:
     distance = _scaled(section, section.choose("distance", SQUARED), parts)
     if not parts.has_null_class:
         raise ConfigError(
-            "config.teacher: got a teacher that was trained with objective.label_dropout = 0.0, expected one that knows "
-            "the null class: without it there is nothing to guide away from"
+            "config.teacher: got a teacher that was trained with objective.label_dropout = 0.0, expected one that "
+            "knows the null class: without it there is nothing to guide away from"
         )
 
     def loss_fn(params: Params, target: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]):

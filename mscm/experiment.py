@@ -396,6 +396,10 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
         guidance_range=None if teacher is None else teacher.experiment.method.guidance_range,
     )
     method = make_method(objective, parts)
+    if method.guidance_range is not None and not method.distil:
+        raise ConfigError(
+            "config.objective.distil: got False, expected True: what the weight of guidance means only its teacher says"
+        )
     if (method.guidance_range is not None) != model.guidance_input:
         raise ConfigError(
             f"config.model.guidance_input: got {model.guidance_input}, expected {not model.guidance_input} because the "

@@ -269,13 +269,9 @@ def _consistency(section: Section, parts: Parts) -> Method:
     solver = _solver(section) if distil else solvers.ddim  # training on the data asks no solver
     grid = section.section("grid")
     points_at = grid.bind(functools.partial(grid.choose("name", GRIDS), num_steps=parts.num_steps))
+    max_points = int(points_at(jnp.int32(parts.num_steps)))  # a grid only grows
     noise, image, decays = (section.optional_section(key) for key in ("noise", "distance", "target_decay"))
-    # A grid only grows.
-    draw = noise and noise.bind(
-        functools.partial(
-            lognormal_log_weights, parts.schedule, max_points=int(points_at(jnp.int32(parts.num_steps)))
-        )
-    )
+    draw = noise and noise.bind(functools.partial(lognormal_log_weights, parts.schedule, max_points=max_points))
     distance = image.bind(image.choose("name", IMAGE_DISTANCES))
     weight = section.choose("weight", INTERVAL_WEIGHTS)
     target_decay = decays and _consistency_target_decay(decays, grid, points_at)

@@ -58,7 +58,9 @@ def test_the_files_that_the_readme_promises_exist():
         for side in (64, 128)
         for run in ("teacher", *(f"{kind}{s}" for kind in ("cd", "ct") for s in (1, 2, 4, 8, 16)))
     }
-    assert {path.stem for path in FILES} == small | imagenet
+    others = {f"digits_{run}" for run in ("pd", "cm_cd", "cm_ct", "ict", "guidable", "guided", "guided_cd4")}
+    others |= {f"digits_tract{s}" for s in (1, 2, 4, 8)} | {"cifar10_ict", "imagenet64_ict", "imagenet64_pd"}
+    assert {path.stem for path in FILES} == small | imagenet | others
 
 
 @pytest.mark.parametrize("name", ALL_CONFIGS)
@@ -77,12 +79,17 @@ def test_a_caller_cannot_change_the_next_one(name):
 
 
 def test_every_config_has_the_keys_of_its_kind():
-    # The parameters of a schedule and the number of stages may differ; everything else is one schema.
+    # The parameters of a schedule and the number of stages may differ; everything else is one schema for an objective,
+    # of which consistency models from data alone read less.
     differs = ("model.stages", "schedule.")
-    for teacher in (True, False):
-        names = [name for name in ALL_CONFIGS if ("teacher" in name) == teacher]
-        schemas = [{path for path in paths(load(name)) if not path.startswith(differs)} for name in names]
-        assert all(schema == schemas[0] for schema in schemas)
+    schemas = {}
+    for name in ALL_CONFIGS:
+        config = load(name)
+        found = {path for path in paths(config) if not path.startswith(differs)}
+        if config.objective.name == "consistency":
+            found = {path for path in found if not path.startswith(("objective.", "teacher"))}
+        assert schemas.setdefault(config.objective.name, found) == found
+    assert len(schemas) == 6
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -115,9 +122,10 @@ def test_header_names_command_hardware_cost_and_expected_result(path):
     if path.stem.startswith("imagenet"):
         assert f"--config=configs/{path.name}:large" in header
         # A number that this project has not measured is not presented as its own.
-        assert expected.startswith("FID") and "the paper's" in expected and "not reproduced" in expected
+        assert expected.startswith("FID") and "the paper's" in expected and "not reproduced here" in expected
     else:
         assert "fd_classifier" in expected and "FID" not in expected
+        assert "the paper's" not in expected or "not reproduced here" in expected
 
 
 # FID of Table 1, arXiv:2403.06807v3: by number of steps, (small, large) of CT and of CD.
@@ -173,12 +181,61 @@ def test_imagenet_network_is_the_papers(name, stages, middle):
     assert model.emb_dim == 1024 and model.mlp_ratio == 4
 
 
-@pytest.mark.parametrize("name", [n for n in ALL_CONFIGS if "teacher" not in n])
+@pytest.mark.parametrize("name", [n for n in ALL_CONFIGS if load(n).teacher is not None])
 def test_student_differs_from_its_teacher_only_in_the_method(name):
     student = load(name)
     teacher = load(student.teacher.config)
+    if student.objective.name == "guided":  # the weight of guidance becomes an input
+        teacher.model.guidance_input = True
     for part in ("data", "model", "schedule", "prediction"):
         assert student[part] == teacher[part]
+
+
+# Of C4 and C5 of the papers' tables: images in a step, steps, rate, average.
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("configs/cifar10_ict.py", (1024, 400_000, 1e-4, 0.99993)),
+        ("configs/imagenet64_ict.py", (4096, 800_000, 1e-4, 0.99997)),
+    ],
+)
+def test_improved_consistency_training_is_the_papers(name, numbers):
+    config = load(name)
+    assert numbers == (
+        config.train.batch_size, config.train.num_steps, config.optimizer.learning_rate, config.ema.decay
+    )
+    assert config.schedule.to_dict() == dict(name="karras", sigma_min=0.002, sigma_max=80, rho=7)
+    assert config.objective.grid.to_dict() == dict(name="ict", start=10, end=1280)
+    assert config.objective.noise.to_dict() == dict(mean=-1.1, std=2.0)
+    assert config.objective.distance.scale == 0.00054 and config.objective.weight == "inverse_gap"
+    assert config.objective.target_decay is None and config.teacher is None
+    assert config.optimizer.name == "radam" and config.model.fourier_scale == 0.02
+
+
+def test_progressive_distillation_is_the_papers():
+    """Halves 1024 steps to 1, the phases of 2 steps and 1 step twice as long."""
+    lineage = build(load("configs/imagenet64_pd.py")).lineage("DIR")
+    students = [member.experiment for member in lineage[1:]]
+    assert [student.student_steps for student in students] == [512 >> i for i in range(10)]
+    assert [student.train.num_steps for student in students] == [50_000] * 8 + [100_000] * 2
+    assert all(float(student.learning_rate(student.train.num_steps)) == 0 for student in students)
+    assert [member.workdir for member in lineage[:3]] == ["DIR/teacher", "DIR/phases/512", "DIR/phases/256"]
+    assert lineage[-1].workdir == "DIR" and not any(member.is_given for member in lineage)
+
+
+def test_a_lineage_begins_with_what_the_config_names():
+    """A teacher's own teacher is looked for beside it, and not where the teacher is given."""
+    config = load("configs/digits_guided_cd4.py")
+    names = ["digits_guidable", "digits_guided", "digits_guided_cd4"]
+    lineage = build(config).lineage("DIR")
+    assert [(m.experiment.name, m.workdir) for m in lineage] == list(
+        zip(names, ["DIR/teacher/teacher", "DIR/teacher", "DIR"], strict=True)
+    )
+    config.teacher.workdir = "THERE"
+    lineage = build(config).lineage("DIR")
+    assert [(m.experiment.name, m.workdir, m.is_given) for m in lineage] == [
+        ("digits_guided", "THERE", True), ("digits_guided_cd4", "DIR", False)
+    ]
 
 
 def test_imagenet_schedules_and_teacher():
@@ -268,7 +325,11 @@ def test_builds(name):
     assert facts["config"] == json.loads(load(name).to_json_best_effort())
     assert facts["parameters"] == parameter_shapes(experiment.abstract_params())
     if experiment.teacher is not None:
-        assert facts["parameters"] == parameter_shapes(experiment.teacher.experiment.abstract_params())
+        theirs = parameter_shapes(experiment.teacher.experiment.abstract_params())
+        added = facts["parameters"].keys() - theirs.keys()
+        assert all(name.startswith("condition/guidance/") for name in added)
+        assert bool(added) == (experiment.config["objective"]["name"] == "guided")
+        assert {name: facts["parameters"][name] for name in theirs} == theirs
 
 
 # The files of a family differ in numbers that no shape depends on, so one of each kind of run and of each network.
@@ -292,7 +353,8 @@ def test_a_training_step_keeps_the_shapes_of_the_state(name):
     assert all(leaf.shape == () for leaf in jax.tree.leaves(averages))
     segments = [key for key in averages if key.startswith("loss_segment/")]
     config = load(name)
-    assert len(segments) == config.objective.get("student_steps", 0)
+    phases = config.objective.get("phase_steps", (0,))
+    assert len(segments) == config.objective.get("student_steps", phases[-1])
 
 
 def _changed(name: str, **changes) -> ConfigDict:
@@ -356,10 +418,11 @@ def test_a_missing_key_is_named(path):
     [
         ("schedule__name", "cosin", "config.schedule.name: got 'cosin' .did you mean 'cosine'"),
         ("prediction", "w", "config.prediction: got 'w'"),
-        ("objective__name", "consistency", "config.objective.name: got 'consistency'"),
+        ("objective__name", "consistancy", "config.objective.name: got 'consistancy' .did you mean 'consistency'"),
         ("objective__distance", "huber", "config.objective.distance: got 'huber'"),
         ("objective__student_steps", 0, "config.objective.student_steps: got 0, expected a number of at least 1"),
-        ("optimizer__decay", "linear", "optimizer.decay: got .linear., expected one of constant, cosine"),
+        ("optimizer__decay", "linaer", "optimizer.decay: got .linaer., expected one of constant, cosine, linear"),
+        ("optimizer__name", "sgd", "optimizer.name: got 'sgd', expected one of adam, radam"),
         ("train__num_steps", 15, "config.train.num_steps: got 15, expected a multiple of"),
         ("eval__teacher_steps", (), "config.eval.teacher_steps: got .., expected whole numbers from 1"),
         ("eval__teacher_steps", (4, 0), "config.eval.teacher_steps: got .4, 0., expected whole numbers from 1"),
@@ -387,12 +450,43 @@ def test_a_missing_key_is_named(path):
         # The student starts from the teacher's weights, which mean nothing under another schedule.
         ("schedule__shift", 1.0, "config.schedule: got .* expected the teacher's"),
         ("prediction", "x", "config.prediction: got x, expected the teacher's v"),
+        ("prediction", "consistency", "config.prediction: got consistency, expected the teacher's v"),
+        ("model__guidance_input", True, "config.model.guidance_input: got True, expected False because"),
     ],
 )
 def test_an_impossible_value_is_refused(path, value, sentence):
     """One sentence with the path of the key, what was got and what was expected."""
     with pytest.raises(ConfigError, match=sentence):
         build(_changed("configs/digits_cd2.py", **{path: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "sentence"),
+    [
+        ("digits_pd", "objective__phase_steps", (64, 16), "got 16 steps after 64, expected half of them"),
+        ("digits_pd", "objective__phase_steps", (64,), r"phase_steps: got \(64,\), expected the teacher's steps"),
+        ("digits_pd", "objective__phase_steps", (8, 8), r"phase_steps: got \(8, 8\), expected .* each a divisor"),
+        ("digits_tract4", "objective__phase_steps", (256, 48), "each a divisor of the one before"),
+        ("digits_tract4", "objective__num_steps_before", (1, 2), "expected None, or .* each of the 1 phases before"),
+        ("digits_tract4", "objective__self_teacher_decay", 1.0, "self_teacher_decay: got 1.0, expected a number"),
+        ("digits_tract4", "objective__solver__name", "euler", "solver.name: got 'euler'.*, expected one of addim, cl"),
+        ("digits_pd", "objective__solver__x_var", 0.5, "solver.x_var: nothing reads this key"),
+        ("digits_pd", "objective__distance", "l2", "objective.distance: got 'l2', expected one of v_mse, trunc"),
+        ("digits_cm_ct", "objective__grid__name", "edm", "grid.name: got 'edm', expected one of constant, cm, ict"),
+        ("digits_cm_ct", "objective__grid__start", 1, "got start=1 and end=150 grid points, expected 2 <= start"),
+        ("digits_cm_ct", "objective__solver", {"name": "heun"}, "objective.solver: nothing reads this key"),
+        ("digits_cm_cd", "teacher", None, "config.teacher: got None, expected a section naming the diffusion model"),
+        ("digits_cm_cd", "objective__weight", "two", "objective.weight: got 'two', expected one of one, inverse_gap"),
+        ("digits_ict", "prediction", "v", "got 'v', expected one of edm, consistency with the schedule 'karras'"),
+        ("digits_ict", "schedule__sigma_min", 0.0, "got sigma_min=0.0 and sigma_max=80.0, expected 0 < sigma_min"),
+        ("digits_guided", "teacher__config", "configs/digits_teacher.py", "expected one that knows the null class"),
+        ("digits_guided", "model__guidance_input", False, "guidance_input: got False, expected True because"),
+        ("digits_guided_cd4", "objective__distil", False, "objective.distil: got False, expected True"),
+    ],
+)
+def test_an_impossible_value_of_the_other_methods_is_refused(name, path, value, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        build(_changed(f"configs/{name}.py", **{path: value}))
 
 
 def test_a_diffusion_model_has_no_teacher():

@@ -203,7 +203,11 @@ def test_analytic_variance_is_a_tenth_of_the_gaussian_posterior(x64):
 def ancestral_line(lvl_t, lvl_s, mix, shape=(1, 256, 256, 1)):
     """Weights of z_t and x in the mean, and the noise, by differences under one key."""
     step = functools.partial(
-        steps.ancestral, lvl_t=lvl_t, lvl_s=lvl_s, key=jax.random.key(5), log_variance_mix=mix
+        steps.ancestral,
+        lvl_t=lvl_t,
+        lvl_s=lvl_s,
+        xi=jax.random.normal(jax.random.key(5), shape),
+        log_variance_mix=mix,
     )
     zero, one = jnp.zeros(shape), jnp.ones(shape)
     noise = step(zero, zero)

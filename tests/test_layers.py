@@ -30,7 +30,7 @@ LAYERS = (
     (4, "report", ("mscm.report.*",)),
     (4, "cost", ("mscm.cost.*",)),
     (5, "build", ("mscm.experiment", "mscm.evaluation", "mscm.cli", "mscm.run_flags", "mscm.training_loop",
-                 "mscm.distributed", "mscm.planning", "mscm.evaluation_loop")),
+                 "mscm.distributed", "mscm.planning", "mscm.evaluation_loop", "mscm.sampling")),
     (6, "main", ("mscm.main",)),
     (6, "eval", ("mscm.eval",)),
     (6, "sample", ("mscm.sample",)),

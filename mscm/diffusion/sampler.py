@@ -13,6 +13,7 @@ which step j draws the noise of that image by fold_in(key, j): it does not depen
 Samplers without noise have the argument too, and ignore it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ def karras_times(
       ValueError: the schedule has nothing of the range, or less than `num_steps` different times.
     """
     _check_num_steps(num_steps)
-    least, most = np.exp(-0.5 * _host_logsnr(schedule, np.float32([0, 1])))
+    most, least = (math.exp(-logsnr / 2) for logsnr in schedules.logsnr_range(schedule))
     low, high = max(sigma_min, least), min(sigma_max, most)
     if not low < high:
         raise ValueError(
@@ -67,15 +68,11 @@ def churned_times(schedule: Schedule, times: Grid, *, s_churn: float, s_min: flo
     gamma = min(s_churn / n, sqrt(2) - 1) where s_min <= sigma <= s_max, else 0; sigma means sigma / alpha. What would
     be noisier than the schedule becomes t = 1. To be called outside of jit.
     """
-    logsnr = _host_logsnr(schedule, times)
+    logsnr = np.asarray(schedule(jnp.asarray(times)).logsnr, np.float64)[:, 0, 0, 0]
     sigma = np.exp(-0.5 * logsnr)
     gamma = min(s_churn / len(times), np.sqrt(2) - 1)
     raised = schedules.times_of_logsnr(schedule, (logsnr - 2 * np.log1p(gamma)).astype(np.float32))
     return np.where((s_min <= sigma) & (sigma <= s_max), raised, times)
-
-
-def _host_logsnr(schedule: Schedule, times: Grid) -> Float[np.ndarray, "n"]:
-    return np.asarray(schedule(jnp.asarray(times)).logsnr, np.float64)[:, 0, 0, 0]
 
 
 def _check_num_steps(num_steps: int) -> None:
@@ -114,9 +111,7 @@ def sample_addim(
     return addim(denoiser, schedule, z_1, times=times, x_var=x_var, denoise_final=denoise_final)
 
 
-def ddim(
-    denoiser: Denoiser, schedule: Schedule, z_1: Images, keys: Keys | None = None, *, times: Grid
-) -> Images:
+def ddim(denoiser: Denoiser, schedule: Schedule, z_1: Images, keys: Keys | None = None, *, times: Grid) -> Images:
     """Deterministic DDIM, arXiv:2010.02502: of first order."""
     del keys
 
@@ -160,9 +155,7 @@ def addim(
     if x_var is None:
         x_var = steps.analytic_x_var
     if not callable(x_var) and x_var.shape != times.shape:
-        raise ValueError(
-            f"got x_var of shape {x_var.shape}, expected one number for each of the {len(times)} steps"
-        )
+        raise ValueError(f"got x_var of shape {x_var.shape}, expected one number for each of the {len(times)} steps")
     table = np.zeros_like(times) if callable(x_var) else x_var
 
     def step(z_t: Images, at: Step) -> Images:
@@ -211,9 +204,7 @@ def ancestral(
     return _run(step, denoiser, schedule, z_1, times)
 
 
-def heun(
-    denoiser: Denoiser, schedule: Schedule, z_1: Images, keys: Keys | None = None, *, times: Grid
-) -> Images:
+def heun(denoiser: Denoiser, schedule: Schedule, z_1: Images, keys: Keys | None = None, *, times: Grid) -> Images:
     """EDM's Algorithm 1, arXiv:2206.00364: of second order; the last step is Euler's, NFE = 2n - 1."""
     del keys
 

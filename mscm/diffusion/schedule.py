@@ -114,12 +114,18 @@ def times_of_logsnr(schedule: Schedule, logsnr: Float[np.ndarray, "n"]) -> Float
     """
     logsnr = np.asarray(logsnr, np.float32)
     low, high = np.zeros_like(logsnr), np.ones_like(logsnr)
-    ends = _host_logsnr(schedule, np.float32([0, 1]))
+    noisiest, cleanest = logsnr_range(schedule)
     for _ in range(50):
         middle = (low + high) / 2
         is_clean = _host_logsnr(schedule, middle) >= logsnr
         low, high = np.where(is_clean, middle, low), np.where(is_clean, high, middle)
-    return np.select([logsnr >= ends[0], logsnr <= ends[1]], [np.float32(0), np.float32(1)], low)
+    return np.select([logsnr >= cleanest, logsnr <= noisiest], [np.float32(0), np.float32(1)], low)
+
+
+def logsnr_range(schedule: Schedule) -> tuple[float, float]:
+    """lambda(1) and lambda(0); computed on the host and therefore outside of jit."""
+    cleanest, noisiest = _host_logsnr(schedule, np.float32([0, 1]))
+    return float(noisiest), float(cleanest)
 
 
 def _host_logsnr(schedule: Schedule, t: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:

@@ -74,9 +74,7 @@ def analytic_x_var(lvl_t: Level) -> Times:
     return (0.1 / (2 + lvl_t.snr))[:, 0, 0, 0]
 
 
-def noisy_ddim(
-    x: Images, x_var: Float[Array, "b"], z_t: Images, lvl_t: Level, lvl_s: Level, xi: Images
-) -> Images:
+def noisy_ddim(x: Images, x_var: Float[Array, "b"], z_t: Images, lvl_t: Level, lvl_s: Level, xi: Images) -> Images:
     """DDIM of x + sqrt(x_var) xi: what aDDIM is compared with in arXiv:2403.06807v3."""
     return ddim(x + jnp.sqrt(x_var)[:, None, None, None] * xi, z_t, lvl_t, lvl_s)
 

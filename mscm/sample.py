@@ -19,7 +19,7 @@ OUTPUT = flags.DEFINE_string("output", None, "FILE.png, FILE.npz or a folder. De
 NUM_IMAGES = flags.DEFINE_integer("num_images", 50, "Number of images.", lower_bound=1)
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps. Default: a student's own; a teacher's largest.")
 SAMPLER = flags.DEFINE_string(
-    "sampler", None, "Such as ddim:eta=0.5, see README. Default: ddim for a student, a teacher's first in config.eval."
+    "sampler", None, "Such as ddim:eta=0.5, see README. Default: ddim for a student, a teacher's last in config.eval."
 )
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read. Default: the newest.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)

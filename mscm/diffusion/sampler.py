@@ -68,6 +68,7 @@ def churned_times(schedule: Schedule, times: Grid, *, s_churn: float, s_min: flo
     gamma = min(s_churn / n, sqrt(2) - 1) where s_min <= sigma <= s_max, else 0; sigma means sigma / alpha. What would
     be noisier than the schedule becomes t = 1. To be called outside of jit.
     """
+    _check_times(times)
     logsnr = np.asarray(schedule(jnp.asarray(times)).logsnr, np.float64)[:, 0, 0, 0]
     sigma = np.exp(-0.5 * logsnr)
     gamma = min(s_churn / len(times), np.sqrt(2) - 1)
@@ -304,7 +305,6 @@ def _run(
 
 def _scan(step: Callable[[Any, Step], Any], schedule: Schedule, carry: Any, times: Grid, *tables: Any) -> Any:
     """`step(carry, at)` from each time to the next; the tables have an entry for each step."""
-    _check_times(times)
     batch = jax.tree.leaves(carry)[0].shape[0]
 
     def body(carry: Any, inputs: tuple[Array, ...]) -> tuple[Any, None]:
@@ -318,6 +318,7 @@ def _scan(step: Callable[[Any, Step], Any], schedule: Schedule, carry: Any, time
 
 
 def _start(schedule: Schedule, z_1: Images, times: Grid) -> Images:
+    _check_times(times)
     return schedule(_of_all(times[0], z_1)).sigma * z_1
 
 

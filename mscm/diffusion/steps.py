@@ -137,10 +137,8 @@ def heun(denoiser: Denoiser, z_t: Images, t: Times, s: Times, lvl_t: Level, lvl_
     euler = ddim(x_t, z_t, lvl_t, lvl_s)
     x_s = denoiser(euler, s)
     is_noisy = lvl_s.sigma > 0
-    half_ratio = jnp.where(
-        is_noisy, 0.5 * lvl_t.sigma * lvl_s.alpha / (lvl_t.alpha * jnp.where(is_noisy, lvl_s.sigma, 1)), 0
-    )
-    return ddim(x_t + half_ratio * (x_s - x_t), z_t, lvl_t, lvl_s)
+    half_ratio = 0.5 * lvl_t.sigma * lvl_s.alpha / (lvl_t.alpha * jnp.where(is_noisy, lvl_s.sigma, 1))
+    return ddim(jnp.where(is_noisy, x_t + half_ratio * (x_s - x_t), x_t), z_t, lvl_t, lvl_s)
 
 
 def dpm_solver_pp_2m(

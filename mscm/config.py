@@ -30,7 +30,7 @@ class Section:
     def take(self, key: str) -> Any:
         """The value of `key`; every key is required, so that a config shows all that it decides."""
         if key not in self._values:
-            raise ConfigError(f"{self._path}: got no key {key!r}{_nearest(key, self._values)}, expected it")
+            raise ConfigError(f"{self._path}: got no key {key!r}{nearest(key, self._values)}, expected it")
         self._unread.discard(key)
         return self._values[key]
 
@@ -38,7 +38,7 @@ class Section:
         """The choice that the value of `key` names: the value of a mapping, the name itself of a tuple."""
         name = self.take(key)
         if name not in choices:
-            hint = _nearest(str(name), choices)
+            hint = nearest(str(name), choices)
             raise ConfigError(f"{self._path}.{key}: got {name!r}{hint}, expected one of {', '.join(choices)}")
         return choices[name] if isinstance(choices, Mapping) else name
 
@@ -51,11 +51,11 @@ class Section:
             raise ConfigError(f"{self._path}.{key}: got {value!r}, expected a number of at least {minimum}{limit}")
         return value
 
-    def choose_some(self, key: str, choices: Mapping[str, Any]) -> tuple[str, ...]:
-        """The names of choices in the sequence `key`, at least one of them."""
+    def texts(self, key: str) -> tuple[str, ...]:
+        """The texts in the sequence `key`, at least one of them."""
         values = self.take(key)
-        if not isinstance(values, tuple | list) or not values or not set(values) <= set(choices):
-            raise ConfigError(f"{self._path}.{key}: got {values!r}, expected some of {', '.join(choices)}")
+        if not isinstance(values, tuple | list) or not values or not all(isinstance(text, str) for text in values):
+            raise ConfigError(f"{self._path}.{key}: got {values!r}, expected texts, such as ('addim', 'ddim')")
         return tuple(values)
 
     def whole_numbers(self, key: str, *, minimum: int = 1) -> tuple[int, ...]:
@@ -98,7 +98,7 @@ class Section:
         """Raises ConfigError for a key, here or below, that nobody took."""
         for key in sorted(self._unread):
             known = self._known | (self._values.keys() - self._unread)
-            raise ConfigError(f"{self._path}.{key}: nothing reads this key{_nearest(key, known)}; remove or rename it")
+            raise ConfigError(f"{self._path}.{key}: nothing reads this key{nearest(key, known)}; remove or rename it")
         for child in self._sections:
             child.refuse_unread()
 
@@ -114,7 +114,7 @@ def find_config(file: str) -> Path:
         if candidate.is_file():
             return candidate
     near = {path.stem for candidate in candidates for path in candidate.parent.glob("*.py")}
-    hint = _nearest(candidates[0].stem, near)
+    hint = nearest(candidates[0].stem, near)
     raise ConfigError(f"got config file {file!r}{hint}, expected an existing file; tried {candidates[0].absolute()}")
 
 
@@ -142,6 +142,7 @@ def load_config(path: str) -> ConfigDict:
         raise ConfigError(f"{file}: {error}") from error
 
 
-def _nearest(name: str, choices: Any) -> str:
+def nearest(name: str, choices: Any) -> str:
+    """A hint at the choice that was meant, or nothing."""
     close = difflib.get_close_matches(name, sorted(choices), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,8 +1,8 @@
 """Sampling and scoring of trained models: what `mscm.main`, `mscm.eval` and `mscm.sample` share.
 
 Image i of an evaluation starts from fold_in(key(seed), i) and has the label i modulo the number of classes, or one that
-is drawn from the seed (`labels_of_images`): it is the same image whatever the batch size, and two models sample from
-common noise.
+is drawn from the seed (`labels_of_images`); the noise of its steps is its own too: it is the same image whatever the
+batch size, and two models sample from common noise.
 """
 
 import contextlib
@@ -21,12 +21,13 @@ from mscm import cli, compilation, distributed
 from mscm.checkpoint import reading
 from mscm.config import ConfigError
 from mscm.data import sources, transforms
-from mscm.experiment import SAMPLERS, EvalSpec, Experiment
+from mscm.experiment import EvalSpec, Experiment
 from mscm.metrics import classifier as classifiers
 from mscm.metrics import files, references, statistics, weights
 from mscm.metrics.features import FeatureNetwork
 from mscm.metrics.statistics import Statistics
 from mscm.report import grid, table
+from mscm.sampling import SamplerSpec
 from mscm.training import partition
 from mscm.types import Images, Int, Key, Labels, Params
 
@@ -34,24 +35,15 @@ GRID_IMAGES, _GRID_COLUMNS = 50, 10
 
 # What a row of scores says of how it was made; all else in it is a metric.
 NO_METRICS = (
-    "step", "run", "model", "sampler", "nfe", "seed", "num_images", "labels", "network", "reference", "num_kept",
-    "identity", "mismatch",
+    "step", "run", "model", "sampler", "nfe", "num_steps", "seed", "num_images", "labels", "network", "reference",
+    "num_kept", "identity", "mismatch",
 )
+
+# Folded into the key of an evaluation for the noise of the steps: no image has this index.
+_STEPS = np.uint32(2**32 - 1)
 
 # (params, key, indices of the images, labels) -> images, whole on every device
 SampleFn = Callable[[Params, Key, Int[np.ndarray, "b"], Labels], Images]
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplerSpec:
-    """A sampler and its number of steps, which is its NFE."""
-
-    name: str  # "ddim": Algorithm 2, "addim": Algorithm 3
-    num_steps: int
-
-    def __str__(self) -> str:
-        steps = f"{self.num_steps} step" + ("s" if self.num_steps > 1 else "")
-        return f"{self.name} {steps}"
 
 
 def default_samplers(experiment: Experiment) -> list[SamplerSpec]:
@@ -64,7 +56,7 @@ def default_samplers(experiment: Experiment) -> list[SamplerSpec]:
 def diffusion_samplers(experiment: Experiment) -> list[SamplerSpec]:
     """`eval.teacher_samplers` with `eval.teacher_steps`: a diffusion model's own, or those of a student's teacher."""
     spec = experiment.eval
-    return [SamplerSpec(name, num_steps) for name in spec.teacher_samplers for num_steps in spec.teacher_steps]
+    return [SamplerSpec(text, num_steps) for text in spec.teacher_samplers for num_steps in spec.teacher_steps]
 
 
 def short_teacher_samplers(experiment: Experiment) -> list[SamplerSpec]:
@@ -72,30 +64,51 @@ def short_teacher_samplers(experiment: Experiment) -> list[SamplerSpec]:
 
     `mscm.eval` scores the teacher at all of `eval.teacher_steps`.
     """
-    name, largest = experiment.eval.teacher_samplers[0], max(experiment.eval.teacher_steps)
-    return [SamplerSpec(name, num_steps) for num_steps in sorted({experiment.student_steps, largest})]
+    text, largest = experiment.eval.teacher_samplers[0], max(experiment.eval.teacher_steps)
+    return [SamplerSpec(text, num_steps) for num_steps in sorted({experiment.student_steps, largest})]
 
 
 def check_sampler(experiment: Experiment, spec: SamplerSpec, *, force: bool = False) -> None:
-    """Refuses what a student was not trained for, unless `force`.
+    """Refuses what a model was not trained for, unless `force`, and what it cannot do.
 
     Raises:
-      ConfigError: the sentence says which numbers of steps are possible.
+      ConfigError: the sentence says what is possible.
     """
-    if spec.num_steps < 1:
-        raise ConfigError(f"num_steps: got {spec.num_steps}, expected at least 1")
+    num_evaluations(experiment, spec)
     possible = experiment.student_steps
-    if not force and possible is not None and (spec.num_steps != possible or spec.name != "ddim"):
+    if force:
+        return
+    if possible is None:
+        if spec.name == "consistency":
+            raise ConfigError(
+                f"got {spec} for {experiment.name!r}, expected another sampler: a diffusion model's x_hat is a mean of "
+                "images, not an image; use a consistency model, or --force"
+            )
+    elif not (spec.is_plain_ddim and spec.num_steps == possible) and not (possible == 1 and spec.name == "consistency"):
         raise ConfigError(
-            f"got {spec} for {experiment.name!r}, expected ddim with {possible} steps: a student jumps to the starts "
-            f"of its {possible} segments and knows no others; train one for {spec.num_steps} steps, or use --force"
+            f"got {spec} for {experiment.name!r}, expected ddim with {possible} steps"
+            f"{' or consistency' if possible == 1 else ''}: a student jumps to the starts of its {possible} segments "
+            f"and knows no others; train one for {spec.num_steps} steps, or use --force"
         )
+
+
+def num_evaluations(experiment: Experiment, spec: SamplerSpec) -> int:
+    """NFE: how often a model's network is asked for each image.
+
+    Raises:
+      ConfigError: the model does not have the noise levels or the guidance of the sampler.
+    """
+    model = experiment.for_sampler(spec)
+    if model.method.guidance_range is not None:  # guidance is an input, not a second pass
+        return len(spec.plan(experiment.schedule).evaluated)
+    return spec.num_evaluations(experiment.schedule, guided=bool(experiment.guidance))
 
 
 @functools.lru_cache(maxsize=64)
 def make_sample_fn(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
     """Jitted sampler; kept, so that a model is compiled once however many checkpoints are scored."""
-    data = experiment.data
+    data, schedule = experiment.data, experiment.schedule
+    model, plan = experiment.for_sampler(spec), spec.plan(schedule)
     shape = (data.resolution, data.resolution, data.channels)
     rows, whole = partition.batch_sharding(experiment.mesh), partition.replicated(experiment.mesh)
 
@@ -103,8 +116,9 @@ def make_sample_fn(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
         # Every process has all indices, and every device computes the images of its part.
         indices, labels = jax.lax.with_sharding_constraint((indices, labels), rows)
         z_1 = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
-        denoiser = experiment.denoiser(params, labels)
-        return SAMPLERS[spec.name](denoiser, experiment.schedule, z_1, num_steps=spec.num_steps)
+        of_steps = jax.random.fold_in(key, _STEPS)
+        keys = jax.vmap(lambda i: jax.random.fold_in(of_steps, i))(indices)
+        return plan.sample(spec.clip(model.denoiser(params, labels)), schedule, z_1, keys)
 
     sample = partition.on_mesh(sample, experiment.mesh)
     options = compilation.options(experiment.platform)
@@ -323,14 +337,14 @@ def labels_of_images(experiment: Experiment, seed: int) -> np.ndarray:
 
 def result_table(rows: list[dict[str, Any]]) -> str:
     """The scores as a person reads them: one line for each model and sampler, mean and deviation over seeds."""
-    known = ("model", "sampler", "nfe", "num_images")
+    known = ("model", "sampler", "nfe", "num_images", "num_steps")
     metrics = [name for name in rows[0] if name not in NO_METRICS and not name.endswith("_std")]
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(key) for key in known), []).append(row)
     body = [
         [model, sampler or "", nfe or "", count, *(_over_seeds([row.get(name) for row in group]) for name in metrics)]
-        for (model, sampler, nfe, count), group in groups.items()
+        for (model, sampler, nfe, count, _), group in groups.items()
     ]
     return table.format_table(["model", "sampler", "NFE", "images", *metrics], body)
 

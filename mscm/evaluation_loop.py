@@ -147,12 +147,14 @@ class Evaluation:
 
     def _key(self, model: Experiment, run: str, step: int, spec: SamplerSpec, seed: int) -> dict[str, Any]:
         settings = self.scorer.spec
+        nfe = evaluation.num_evaluations(model, spec)
         return {
             "step": step,
             "run": run,
             "model": model.name,
-            "sampler": spec.name,
-            "nfe": spec.num_steps,
+            "sampler": spec.sampler,
+            "nfe": nfe,
+            **({"num_steps": spec.num_steps} if spec.num_steps != nfe else {}),
             "seed": seed,
             "num_images": settings.num_images,
             "labels": settings.labels,
@@ -161,7 +163,7 @@ class Evaluation:
 
     def _make(self, model: Experiment, params: Params, key: dict[str, Any]) -> dict[str, Any]:
         """One row: generates the images, going on where an interrupted evaluation of it stopped, and writes it."""
-        spec = SamplerSpec(key["sampler"], key["nfe"])
+        spec = SamplerSpec.of_row(key)
         accumulator, samples = self._restored(key)  # of the main process; the others only take part
         start = distributed.agree(accumulator.count)
         what = f"{model.name}, step {key['step']}, {spec}" + (f", seed {key['seed']}" if key["seed"] else "")
@@ -323,7 +325,7 @@ class Evaluation:
         panels = {}
         for row in rows:
             with epath.Path(f"{self._samples_path(row)}.npz").open("rb") as handle, np.load(handle) as file:
-                panels[f"{row['model']}, {SamplerSpec(row['sampler'], row['nfe'])}"] = file["images"]
+                panels[f"{row['model']}, {SamplerSpec.of_row(row)}"] = file["images"]
         return evaluation.grid_of(panels)
 
     def _samples_path(self, row: dict[str, Any]) -> str:
@@ -337,7 +339,7 @@ class Evaluation:
         spec, metric = evaluation.default_samplers(self.experiment)[-1], self.scorer.metric
         values: dict[int, list[float]] = {}
         for row in self.rows():
-            if (row["run"], row["sampler"], row["nfe"]) == (run, spec.name, spec.num_steps):
+            if row["run"] == run and SamplerSpec.of_row(row) == spec:
                 values.setdefault(row["step"], []).append(row[metric])
         there = self._steps()
         means = {
@@ -367,9 +369,9 @@ def _decides(section: Any) -> Any:
 
 
 def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in _KEY)
+    return *(row[name] for name in _KEY), row.get("num_steps")
 
 
 def _name_of(row: dict[str, Any]) -> str:
-    name = f"{row['model']}_{row['sampler']}_{row['nfe']}"
+    name = f"{row['model']}_{SamplerSpec.of_row(row).file_name}"
     return f"{name}_seed{row['seed']}" if row["seed"] else name

@@ -24,11 +24,11 @@ from mscm.checkpoint import first_mismatch, parameter_shapes
 from mscm.config import ConfigError, Section, load_config
 from mscm.data import sources
 from mscm.diffusion import denoiser as denoisers
-from mscm.diffusion import sampler
 from mscm.diffusion import schedule as schedules
 from mscm.methods import OBJECTIVES, Method, Parts, network
 from mscm.metrics import weights
 from mscm.models import attention, uvit
+from mscm.sampling import SamplerSpec, own_steps
 from mscm.training import optimizer as optimizers
 from mscm.training import partition
 from mscm.training.step import Averages, Batch, LossFn, TrainState, init_state, make_train_steps
@@ -46,7 +46,6 @@ PREDICTIONS: dict[str, Callable[[Schedule], denoisers.Prediction]] = {
 PRECONDITIONED = ("edm", "consistency")  # those that scale the network's input
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MODELS = ("uvit",)
-SAMPLERS: dict[str, Callable[..., Any]] = {"ddim": sampler.sample, "addim": sampler.sample_addim}
 LABELS = ("balanced", "uniform")  # in turn, or drawn independently
 FEATURE_NETWORKS = ("classifier", *weights.NETWORKS)
 _EVAL_NUMBERS = {"num_images": 4, "batch_size": 1, "num_kept": 4}  # and the least that each may be
@@ -109,7 +108,7 @@ class EvalSpec:
     batch_size: int
     seeds: tuple[int, ...]  # each gives a score of its own
     labels: str  # of the images, one of LABELS
-    teacher_samplers: tuple[str, ...]
+    teacher_samplers: tuple[str, ...]  # texts of mscm.sampling
     teacher_steps: tuple[int, ...]
     network: str  # whose features are compared, one of FEATURE_NETWORKS
     precision: str  # of that network, one of DTYPES
@@ -157,7 +156,8 @@ class Experiment:
     eval: EvalSpec
     teacher: TeacherSpec | None
     mesh_sizes: partition.MeshSizes
-    guidance: float = 0.0  # of a teacher: classifier-free guidance in all that it answers
+    guidance: float = 0.0  # classifier-free guidance in all that it answers
+    guided_times: tuple[float, float] | None = None  # the first and the last with guidance; None: all
     devices: tuple[jax.Device, ...] | None = None  # of the mesh; None: those that are there
 
     @property
@@ -283,17 +283,60 @@ class Experiment:
     def answer(self, params: Params, labels: Labels, weights: Times | None = None) -> Teacher:
         """Without dropout; with its guidance, and then beside the conditional output.
 
-        `weights`: of guidance, where they are an input of the network; None there: 0, the conditional model.
+        `weights`: of guidance, where they are an input of the network; None there: its guidance, or 0.
         """
-        if self.method.guidance_range is not None and weights is None:
-            weights = jnp.zeros(labels.shape)
+        takes_weights = self.method.guidance_range is not None
+        if takes_weights and weights is None:
+            weights = jnp.full(labels.shape, self.guidance)
         function = network(self.model, params, guidance=weights)
-        if not self.guidance:
+        if takes_weights or not self.guidance:
             return denoisers.make_denoiser(function, self.schedule, self.prediction, labels=labels)
-        null_label, guidance = self.data.num_classes, self.guidance
         return denoisers.make_guided(
-            function, self.schedule, self.prediction, labels=labels, null_label=null_label, guidance=guidance
+            function,
+            self.schedule,
+            self.prediction,
+            labels=labels,
+            null_label=self.data.num_classes,
+            guidance=self.guidance,
+            interval=self.guided_times,
         )
+
+    def guided(self, guidance: float, times: tuple[float, float] | None = None) -> "Experiment":
+        """The same with classifier-free guidance; `times`: only from the first to the last of them.
+
+        Raises:
+          ConfigError: it was not trained for guidance, or has some.
+        """
+        trained_for = self.method.guidance_range
+        if trained_for is not None:
+            low, high = trained_for
+            if times is not None or not low <= guidance <= high:
+                raise ConfigError(
+                    f"got {guidance}{' at some times' * (times is not None)}, expected one weight from {low:g} to "
+                    f"{high:g} at all times, as {self.name!r} was trained with"
+                )
+            return dataclasses.replace(self, guidance=guidance)
+        if self.guidance:
+            raise ConfigError(f"got {guidance}, expected 0.0 because {self.name!r} is guided already")
+        if not self.config["objective"].get("label_dropout"):
+            raise ConfigError(
+                f"got {guidance}, expected 0.0 because {self.name!r} was trained with objective.label_dropout = 0.0: "
+                "its null class means nothing"
+            )
+        return dataclasses.replace(self, guidance=guidance, guided_times=times)
+
+    def for_sampler(self, sampler: SamplerSpec) -> "Experiment":
+        """The same with the guidance of a sampler.
+
+        Raises:
+          ConfigError: as `guided`.
+        """
+        if not sampler.guidance:
+            return self
+        try:
+            return self.guided(sampler.guidance, sampler.guided_times(self.schedule))
+        except ConfigError as error:
+            raise ConfigError(f"sampler {sampler.sampler!r}: guidance: {error}") from error
 
     def denoiser(self, params: Params, labels: Labels) -> Denoiser:
         """Deterministic denoiser for sampling."""
@@ -366,7 +409,7 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
         **{key: eval_section.number(key, minimum=least) for key, least in _EVAL_NUMBERS.items()},
         seeds=eval_section.whole_numbers("seeds", minimum=0),
         teacher_steps=eval_section.whole_numbers("teacher_steps"),
-        teacher_samplers=eval_section.choose_some("teacher_samplers", SAMPLERS),
+        teacher_samplers=eval_section.texts("teacher_samplers"),
         labels=eval_section.choose("labels", LABELS),
         network=eval_section.choose("network", FEATURE_NETWORKS),
         precision=eval_section.choose("precision", tuple(DTYPES)),
@@ -438,7 +481,21 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
                 f"config.model: got shape {got} for parameter {name}, expected the teacher's {expected}, "
                 "because the student starts from the teacher's weights"
             )
+    _check_teacher_samplers(experiment if teacher is None else teacher.experiment, spec)
     return experiment
+
+
+def _check_teacher_samplers(model: Experiment, spec: EvalSpec) -> None:
+    """Refuses now what would otherwise be refused after the training."""
+    for sampler in spec.teacher_samplers:
+        try:
+            if own_steps(sampler) is not None:
+                raise ConfigError(f"got {sampler!r}, expected a sampler of diffusion models with any number of steps")
+            largest = SamplerSpec(sampler, max(spec.teacher_steps))
+            largest.num_evaluations(model.schedule)
+            model.for_sampler(largest)
+        except ConfigError as error:
+            raise ConfigError(f"config.eval.teacher_samplers: {error}") from error
 
 
 def _fields(section: Section, spec: type) -> dict[str, Any]:
@@ -518,14 +575,17 @@ def _teacher(section: Section | None, config: ConfigDict, phases: tuple[int, ...
     of_teacher.mesh = config.mesh
     of_teacher.model.attention = config.model.attention  # it runs on the same devices
     experiment = build(of_teacher)
+    if guidance and experiment.method.guidance_range is not None:
+        raise ConfigError(
+            f"config.teacher.guidance: got {guidance}, expected 0.0 because the weight is an input of "
+            f"{experiment.name!r}: the student learns all of them"
+        )
     if guidance:
-        if not experiment.config["objective"].get("label_dropout"):
-            raise ConfigError(
-                f"config.teacher.guidance: got {guidance}, expected 0.0 because {experiment.name!r} was trained with "
-                "objective.label_dropout = 0.0: its null class means nothing"
-            )
-        name = f"{experiment.name}, guidance {guidance:g}"
-        experiment = dataclasses.replace(experiment, name=name, guidance=guidance)
+        try:
+            guided = experiment.guided(guidance)
+        except ConfigError as error:
+            raise ConfigError(f"config.teacher.guidance: {error}") from error
+        experiment = dataclasses.replace(guided, name=f"{experiment.name}, guidance {guidance:g}")
     return TeacherSpec(experiment, workdir)
 
 

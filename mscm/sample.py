@@ -1,6 +1,7 @@
 """Draws images from a checkpoint: a PNG grid, a folder of PNGs, or one npz file.
 
   python -m mscm.sample --config=configs/digits_cd4.py --workdir=DIR --output=samples.png
+  python -m mscm.sample --config=configs/digits_teacher.py --workdir=DIR --sampler=heun:grid=karras --num_steps=18
 
 The name of --output decides: FILE.png is a grid, FILE.npz holds `images` (uint8, n h w c) and `labels`, any other name
 is a folder with one PNG per image. Image i depends on --seed and i only.
@@ -17,7 +18,9 @@ flags.adopt_module_key_flags(run_flags)  # so that --help lists them
 OUTPUT = flags.DEFINE_string("output", None, "FILE.png, FILE.npz or a folder. Default: WORKDIR/samples.png")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 50, "Number of images.", lower_bound=1)
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps. Default: a student's own; a teacher's largest.")
-SAMPLER = flags.DEFINE_enum("sampler", None, ["ddim", "addim"], "Default: ddim for a student, addim for a teacher.")
+SAMPLER = flags.DEFINE_string(
+    "sampler", None, "Such as ddim:eta=0.5, see README. Default: ddim for a student, a teacher's last in config.eval."
+)
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read. Default: the newest.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
 LABELS = flags.DEFINE_list("labels", None, "Class indices, repeated as needed. Default: all classes in turn.")
@@ -32,11 +35,14 @@ def main() -> None:
     from mscm.config import ConfigError
     from mscm.experiment import build
     from mscm.report import grid
+    from mscm.sampling import SamplerSpec, own_steps
 
     experiment, workdir = build(run_flags.CONFIG.value), run_flags.WORKDIR.value
     default = evaluation.default_samplers(experiment)[-1]
-    num_steps = default.num_steps if NUM_STEPS.value is None else NUM_STEPS.value
-    spec = evaluation.SamplerSpec(SAMPLER.value or default.name, num_steps)
+    sampler, num_steps = SAMPLER.value or default.sampler, NUM_STEPS.value
+    if num_steps is None:
+        num_steps = own_steps(sampler) or default.num_steps
+    spec = SamplerSpec(sampler, num_steps)
     evaluation.check_sampler(experiment, spec, force=FORCE.value)
     num_classes = experiment.data.num_classes
     indices = np.arange(NUM_IMAGES.value)
@@ -74,7 +80,8 @@ def main() -> None:
     else:
         for i, image in enumerate(images):
             grid.save_png(os.path.join(output, f"{i:06d}.png"), image)
-    print(f"{len(images)} images of {experiment.name}, {spec}: {output}", flush=True)
+    nfe = evaluation.num_evaluations(experiment, spec)
+    print(f"{len(images)} images of {experiment.name}, {spec}, NFE {nfe}: {output}", flush=True)
 
 
 if __name__ == "__main__":

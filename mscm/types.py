@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import jaxtyping
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 Images = Float[Array, "b h w c"]
@@ -52,7 +53,8 @@ Teacher = Callable[[Images, Times], Images | Guided]
 Distance = Callable[[Images, Level], PerExample]  # (residual in x, level it was measured at) -> one loss per example
 Metrics = Mapping[str, Array]
 Key = PRNGKeyArray
+Keys = jaxtyping.Key[Array, "b"]  # one for each image
 __all__ = [
-    "Array", "Denoiser", "Distance", "Float", "Guided", "Images", "Int", "Key", "Labels", "Level", "Metrics", "Params",
-    "PerExample", "Schedule", "Teacher", "Times",
+    "Array", "Denoiser", "Distance", "Float", "Guided", "Images", "Int", "Key", "Keys", "Labels", "Level", "Metrics",
+    "Params", "PerExample", "Schedule", "Teacher", "Times",
 ]

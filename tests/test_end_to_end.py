@@ -183,7 +183,7 @@ def test_sample_writes_arrays_a_grid_and_a_folder(tiny, flags, tmp_path):
     for output, more in ((npz, ()), (png, ()), (folder, ("--labels=3,7",))):
         result = command("sample", *flags, "--num_images=10", f"--output={output}", *more)
         assert result.returncode == 0, result.stderr
-        assert f"10 images of digits_cd2, ddim 2 steps: {output}" in result.stdout
+        assert f"10 images of digits_cd2, ddim 2 steps, NFE 2: {output}" in result.stdout
     with np.load(npz) as file:
         images, labels = file["images"], file["labels"]
     assert images.shape == (10, 8, 8, 1) and images.dtype == np.uint8

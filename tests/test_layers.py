@@ -29,7 +29,7 @@ LAYERS = (
     (4, "metrics", ("mscm.metrics.*",)),
     (4, "report", ("mscm.report.*",)),
     (4, "cost", ("mscm.cost.*",)),
-    (5, "build", ("mscm.experiment", "mscm.methods", "mscm.evaluation", "mscm.cli", "mscm.run_flags",
+    (5, "build", ("mscm.experiment", "mscm.methods", "mscm.sampling", "mscm.evaluation", "mscm.cli", "mscm.run_flags",
                  "mscm.training_loop", "mscm.distributed", "mscm.planning", "mscm.evaluation_loop")),
     (6, "main", ("mscm.main",)),
     (6, "eval", ("mscm.eval",)),

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from mscm.diffusion import prediction
@@ -15,6 +16,7 @@ from mscm.types import Array, Denoiser, Float, Guided, Images, Labels, Level, Sc
 # (z_t, log-SNR, labels or None) -> raw output
 Network = Callable[[Images, Times, Labels | None], Images]
 ToX = Callable[[Images, Images, Level], Images]
+
 
 class Prediction(NamedTuple):
     """What a network's output means."""
@@ -53,18 +55,44 @@ def make_denoiser(
 
 
 def make_guided(
-    network: Network, schedule: Schedule, predicted: Prediction, *, labels: Labels, null_label: int, guidance: float
+    network: Network,
+    schedule: Schedule,
+    predicted: Prediction,
+    *,
+    labels: Labels,
+    null_label: int,
+    guidance: float,
+    interval: tuple[float, float] | None = None,
 ) -> Teacher:
     """Classifier-free guidance x = (1 + g) x_cond - g x_null with both forwards in one batch.
 
-    Returns `Guided`, because the variance of aDDIM is that of the conditional output.
+    Returns `Guided`, because the variance of aDDIM is that of the conditional output. With `interval`, the first and
+    the last of the times that are guided (arXiv:2404.07724), the conditional output alone is the answer outside; where
+    no image is inside, which a sampler's common time decides for all, one forward is all that is computed.
     """
     both_labels = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
     both = make_denoiser(network, schedule, predicted, labels=both_labels)
 
-    def teacher(z_t: Images, t: Times) -> Guided:
+    def guided(z_t: Images, t: Times) -> Guided:
         x_cond, x_null = jnp.split(both(jnp.concatenate([z_t, z_t]), jnp.concatenate([t, t])), 2)
         return Guided(x_cond + guidance * (x_cond - x_null), x_cond)
+
+    if interval is None:
+        return guided
+    conditional = make_denoiser(network, schedule, predicted, labels=labels)
+
+    def teacher(z_t: Images, t: Times) -> Guided:
+        is_inside = (interval[0] <= t) & (t <= interval[1])
+
+        def inside() -> Guided:
+            x_hat, x_cond = guided(z_t, t)
+            return Guided(jnp.where(is_inside[:, None, None, None], x_hat, x_cond), x_cond)
+
+        def outside() -> Guided:
+            x_cond = conditional(z_t, t)
+            return Guided(x_cond, x_cond)
+
+        return jax.lax.cond(jnp.any(is_inside), inside, outside)
 
     return teacher
 
@@ -72,6 +100,20 @@ def make_guided(
 def clipped(denoiser: Denoiser, *, low: float = -1.0, high: float = 1.0) -> Denoiser:
     """x_hat clipped to the range of the data, as PD and SiD do while sampling."""
     return lambda z_t, t: jnp.clip(denoiser(z_t, t), low, high)
+
+
+def dynamically_clipped(denoiser: Denoiser, *, quantile: float = 0.995) -> Denoiser:
+    """x_hat clipped at the larger of 1 and a quantile of its own |x_hat|, and divided by it: Imagen, arXiv:2205.11487.
+
+    Each image has a bound of its own.
+    """
+
+    def clip(z_t: Images, t: Times) -> Images:
+        x_hat = denoiser(z_t, t)
+        bound = jnp.maximum(jnp.quantile(jnp.abs(x_hat), quantile, axis=(1, 2, 3), keepdims=True), 1)
+        return jnp.clip(x_hat, -bound, bound) / bound
+
+    return clip
 
 
 def gaussian_oracle(schedule: Schedule, variance: float | Float[Array, "h w c"], mean: float = 0.0) -> Denoiser:

@@ -19,8 +19,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mscm.types import Float, Level, Times
+from mscm.types import Float, Level, Schedule, Times
 
 
 def level_from_logsnr(logsnr: Times) -> Level:
@@ -86,8 +87,12 @@ def interpolated(
 
 
 def karras_sigma(
-    t: Times | Float[jax.Array, ""], *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
-) -> Times | Float[jax.Array, ""]:
+    t: Times | Float[jax.Array, ""] | Float[np.ndarray, "b"],
+    *,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+) -> Times | Float[jax.Array, ""] | Float[np.ndarray, "b"]:
     """EDM noise level, equation (5): sigma(0) = sigma_min, sigma(1) = sigma_max, in units of the data."""
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"got sigma_min={sigma_min} and sigma_max={sigma_max}, expected 0 < sigma_min < sigma_max")
@@ -99,3 +104,29 @@ def karras(t: Times, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: 
     """Variance-exploding level alpha = 1, sigma on the Karras curve, equation (5)."""
     sigma = karras_sigma(t, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)[:, None, None, None]
     return Level(jnp.ones_like(sigma), sigma)
+
+
+def times_of_logsnr(schedule: Schedule, logsnr: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    """The inverse of lambda(t) of any schedule: the latest time in [0, 1] with at least this log-SNR.
+
+    Bisection in float32, on the host and therefore outside of jit, to the spacing of the numbers (below 2^-30: to
+    2^-50). A log-SNR that the schedule does not have gives the nearer end, 0 or 1.
+    """
+    logsnr = np.asarray(logsnr, np.float32)
+    low, high = np.zeros_like(logsnr), np.ones_like(logsnr)
+    noisiest, cleanest = logsnr_range(schedule)
+    for _ in range(50):
+        middle = (low + high) / 2
+        is_clean = _host_logsnr(schedule, middle) >= logsnr
+        low, high = np.where(is_clean, middle, low), np.where(is_clean, high, middle)
+    return np.select([logsnr >= cleanest, logsnr <= noisiest], [np.float32(0), np.float32(1)], low)
+
+
+def logsnr_range(schedule: Schedule) -> tuple[float, float]:
+    """lambda(1) and lambda(0); computed on the host and therefore outside of jit."""
+    cleanest, noisiest = _host_logsnr(schedule, np.float32([0, 1]))
+    return float(noisiest), float(cleanest)
+
+
+def _host_logsnr(schedule: Schedule, t: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    return np.asarray(schedule(jnp.asarray(t)).logsnr)[:, 0, 0, 0]

@@ -8,22 +8,20 @@ With A(t, s) = alpha_s - alpha_t sigma_s / sigma_t:
                      with eps = (z_t - alpha_t x) / sigma_t
   (4) ancestral      q(z_s | z_t, x), c = -expm1(lambda_t - lambda_s):
                      z_s = (1 - c) (alpha_s / alpha_t) z_t + c alpha_s x + std xi
-  (5) Heun           z_s = DDIM with x = x_t + (u_t / 2 u_s) (x_s - x_t),  u = sigma / alpha,
-                     x_t = f(z_t, t),  x_s = f(DDIM(x_t, z_t), s)
+  (5) eta-DDIM       z_s = alpha_s x + sqrt(sigma_s^2 - std^2) eps + std xi,  std = eta sigma_s sqrt(c)
+  (6) Heun           z_s = DDIM of x + (u_t / 2 u_s) (x' - x), with u = sigma / alpha and x' the denoiser's answer at
+                     the end of the plain DDIM step: EDM's trapezoid in (z / alpha, u), sorted by x and x'
 
 A(t, s) equals sin(phi_t - phi_s) / sin(phi_t) for variance-preserving levels with phi = atan2(sigma, alpha), and for
 any level r_s times that (r = hypot(alpha, sigma)): a difference of angles does not cancel where t and s are close, but
-the literal expression does. Every step keeps its arithmetic per example and in the precision of its arguments.
-
-(5) is EDM's y_s = y_t + (u_s - u_t) (d_t + d_s) / 2 with y = z / alpha and slopes d = (y - x) / u: the slope of a DDIM
-step with x is (y_t - x) / u_t, and d_s = d_t + (x_t - x_s) / u_s, because Euler's y_s is x_t + u_s d_t.
+the literal expression does. The same holds of z / alpha and u, which are thousands where alpha is small: no step forms
+them. Every step keeps its arithmetic per example and in the precision of its arguments; xi ~ N(0, I) is the caller's.
 """
 
-import jax
 import jax.numpy as jnp
 
 from mscm.diffusion.prediction import eps_from_x
-from mscm.types import Array, Denoiser, Float, Images, Key, Level, Times
+from mscm.types import Array, Denoiser, Float, Images, Level, Times
 
 
 def ddim_coefficient(lvl_t: Level, lvl_s: Level) -> Float[Array, "b 1 1 1"]:
@@ -76,38 +74,78 @@ def analytic_x_var(lvl_t: Level) -> Times:
     return (0.1 / (2 + lvl_t.snr))[:, 0, 0, 0]
 
 
+def noisy_ddim(x: Images, x_var: Float[Array, "b"], z_t: Images, lvl_t: Level, lvl_s: Level, xi: Images) -> Images:
+    """DDIM of x + sqrt(x_var) xi: what aDDIM is compared with in arXiv:2403.06807v3."""
+    return ddim(x + jnp.sqrt(x_var)[:, None, None, None] * xi, z_t, lvl_t, lvl_s)
+
+
 def ancestral(
-    x: Images, z_t: Images, lvl_t: Level, lvl_s: Level, key: Key, *, log_variance_mix: float = 0.0
+    x: Images, z_t: Images, lvl_t: Level, lvl_s: Level, xi: Images, *, log_variance_mix: float = 0.0
 ) -> Images:
     """Sample of q(z_s | z_t, x), equation (4).
 
-    The variance is sigma_s^2 c (`log_variance_mix` 0, true posterior), sigma_t^2 c (1), or their geometric mix.
-    Consumes `key`; callers skip the noise of the last step.
+    The variance is sigma_s^2 c (`log_variance_mix` 0, true posterior), sigma_t^2 c (1, the variance of z_t given z_s),
+    or their geometric mix. The latter two are statements about the process: one that explodes and one that preserves
+    the variance have other reverse steps.
     """
-    c = -jnp.expm1(lvl_t.logsnr - lvl_s.logsnr)
+    c = _added_noise(lvl_t, lvl_s)
     mean = (1 - c) * (lvl_s.alpha / lvl_t.alpha) * z_t + c * lvl_s.alpha * x
     std = jnp.sqrt(c) * lvl_s.sigma ** (1 - log_variance_mix) * lvl_t.sigma**log_variance_mix
-    return mean + std * jax.random.normal(key, z_t.shape, z_t.dtype)
+    return mean + std * xi
+
+
+def stochastic_ddim(x: Images, z_t: Images, lvl_t: Level, lvl_s: Level, xi: Images, *, eta: float) -> Images:
+    """DDIM with a part of its noise drawn anew, equation (5), arXiv:2010.02502; eta in [0, 1].
+
+    eta = 0 is DDIM exactly, eta = 1 the true posterior of equation (4).
+    """
+    renewed = jnp.square(eta) * _added_noise(lvl_t, lvl_s)
+    correction = -lvl_s.sigma * renewed / (1 + jnp.sqrt(1 - renewed))  # sigma_s (sqrt(1 - renewed) - 1)
+    deterministic = ddim(x, z_t, lvl_t, lvl_s) + correction * eps_from_x(x, z_t, lvl_t)
+    return deterministic + lvl_s.sigma * jnp.sqrt(renewed) * xi
+
+
+def _added_noise(lvl_t: Level, lvl_s: Level) -> Float[Array, "b 1 1 1"]:
+    """c = 1 - SNR_t / SNR_s: the part of the variance of z_t's noise that was added after s."""
+    return -jnp.expm1(lvl_t.logsnr - lvl_s.logsnr)
+
+
+def churn(z_t: Images, lvl_t: Level, lvl_hat: Level, xi: Images, *, s_noise: float = 1.0) -> Images:
+    """Noise is added up to the level `lvl_hat`, EDM's Algorithm 2, arXiv:2206.00364; z_t itself where that is lvl_t.
+
+    `s_noise` scales the standard deviation of what is added.
+    """
+    u_t, u_hat = lvl_t.sigma / lvl_t.alpha, lvl_hat.sigma / lvl_hat.alpha
+    added = jnp.sqrt(jnp.maximum((u_hat - u_t) * (u_hat + u_t), 0))
+    return (lvl_hat.alpha / lvl_t.alpha) * z_t + lvl_hat.alpha * added * s_noise * xi
+
+
+def renoise(x: Images, lvl_s: Level, lvl_0: Level, xi: Images) -> Images:
+    """z_s = alpha_s (x + sqrt(u_s^2 - u_0^2) xi), u = sigma / alpha, of an x that has the noise of lvl_0.
+
+    The re-noising of consistency models, Algorithm 1 of arXiv:2303.01469.
+    """
+    return churn(lvl_0.alpha * x, lvl_0, lvl_s, xi)
 
 
 def heun(denoiser: Denoiser, z_t: Images, t: Times, s: Times, lvl_t: Level, lvl_s: Level) -> Images:
-    """Deterministic second-order step in (y, u) = (z / alpha, sigma / alpha), EDM's Algorithm 1; two evaluations.
+    """Deterministic second-order step, equation (6), EDM's Algorithm 1, arXiv:2206.00364; two evaluations.
 
-    To u_s = 0 it is the Euler step, as there.
+    To sigma_s = 0 it is the Euler step, as there.
     """
     return ddim(heun_prediction(denoiser, z_t, t, s, lvl_t, lvl_s), z_t, lvl_t, lvl_s)
 
 
 def heun_prediction(denoiser: Denoiser, z_t: Images, t: Times, s: Times, lvl_t: Level, lvl_s: Level) -> Images:
-    """The x whose DDIM step from z_t is the Heun step, equation (5); two evaluations of `denoiser`.
+    """The x whose DDIM step from z_t is the Heun step, equation (6); two evaluations of `denoiser`.
 
     To u_s = 0 it is x_t.
     """
     x_t = denoiser(z_t, t)
     x_s = denoiser(ddim(x_t, z_t, lvl_t, lvl_s), s)
     is_noisy = lvl_s.sigma > 0
-    ratio = lvl_t.sigma / jnp.where(is_noisy, lvl_s.sigma, 1) * (lvl_s.alpha / lvl_t.alpha)
-    return x_t + jnp.where(is_noisy, ratio / 2, 0) * (x_s - x_t)
+    half_ratio = 0.5 * lvl_t.sigma * lvl_s.alpha / (lvl_t.alpha * jnp.where(is_noisy, lvl_s.sigma, 1))
+    return jnp.where(is_noisy, x_t + half_ratio * (x_s - x_t), x_t)
 
 
 def dpm_solver_pp_2m(

@@ -1,5 +1,7 @@
 """From a network to a denoiser: prediction types, precision, guidance, clipping and the Gaussian oracle."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,12 +103,92 @@ def test_guided_times_belong_to_their_images():
     np.testing.assert_allclose(x_hat, expected, rtol=1e-5)
 
 
+def test_guidance_within_an_interval_of_times():
+    """Inside, both ends included, as without an interval; outside exactly the conditional output, for each image."""
+    network = labelled_network([])
+    make = functools.partial(
+        denoiser.make_guided, network, schedule.cosine, denoiser.PREDICTIONS["x"],
+        labels=LABELS, null_label=10, guidance=1.5,
+    )
+    guided = make()(Z, T)
+    for interval, inside in (
+        ((0.0, 1.0), [True] * 3), ((0.2, 0.5), [True, True, False]), ((0.6, 1.0), [False, False, True]),
+        ((0.3, 0.4), [False] * 3), ((0.81, 1.0), [False] * 3),
+    ):
+        interval = tuple(float(np.float32(time)) for time in interval)
+        x_hat, x_cond = make(interval=interval)(Z, T)
+        np.testing.assert_array_equal(x_cond, guided.x_cond)
+        expected = np.where(np.reshape(inside, (3, 1, 1, 1)), guided.x_hat, guided.x_cond)
+        np.testing.assert_allclose(x_hat, expected, rtol=1e-5, atol=1e-5)
+        outside = ~np.array(inside)
+        np.testing.assert_array_equal(x_hat[outside], x_cond[outside])
+
+
+@pytest.mark.parametrize("interval", [None, (0.0, 1.0)])
+def test_guidance_of_nothing_is_the_conditional_output(interval):
+    """g = 0, bit for bit."""
+    x_hat, x_cond = denoiser.make_guided(
+        labelled_network([]), schedule.cosine, denoiser.PREDICTIONS["v"],
+        labels=LABELS, null_label=10, guidance=0.0, interval=interval,
+    )(Z, T)
+    np.testing.assert_array_equal(x_hat, x_cond)
+
+
+def test_outside_of_the_interval_the_network_sees_each_image_once():
+    """Half the work: no forward of the null class is computed."""
+    sizes = []
+
+    def network(z_t, logsnr, labels):
+        jax.debug.callback(lambda z: sizes.append(len(z)), z_t)
+        return z_t
+
+    teacher = jax.jit(denoiser.make_guided(
+        network, schedule.cosine, denoiser.PREDICTIONS["x"],
+        labels=LABELS, null_label=10, guidance=1.5, interval=(0.25, 0.75),
+    ))
+    for time in (0.2, 0.5, 0.8):
+        teacher(Z, jnp.full(3, time))
+        jax.effects_barrier()
+    assert sizes == [3, 6, 3]
+
+
 def test_clipped_stays_in_the_range_of_the_data():
     """x_hat is cut at the bounds and unchanged inside."""
     inside = 0.9 * X
     np.testing.assert_array_equal(denoiser.clipped(lambda z, t: inside)(Z, T), inside)
     np.testing.assert_array_equal(denoiser.clipped(lambda z, t: 100 * jnp.sign(X))(Z, T), jnp.sign(X))
     np.testing.assert_array_equal(denoiser.clipped(lambda z, t: Z, low=-0.5, high=0.25)(Z, T), jnp.clip(Z, -0.5, 0.25))
+
+
+def test_dynamic_clipping_has_a_bound_for_each_image():
+    """s = max(1, quantile of |x|): one image by hand, the range of the data, and images that do not see each other."""
+    x = np.zeros((3, 4, 4, 1), np.float32)
+    x[0].flat[:] = np.linspace(-3, 3, 16)
+    x[1].flat[:] = np.linspace(-0.9, 0.9, 16)
+    x[2].flat[:] = np.linspace(0, 30, 16)
+
+    def clip(x, **kwargs):
+        return np.asarray(denoiser.dynamically_clipped(lambda z, t: jnp.asarray(x), **kwargs)(Z[: len(x)], T[: len(x)]))
+
+    bound = np.quantile(np.abs(x[0]), 0.8)
+    assert 1 < bound < 3
+    clipped = clip(x, quantile=0.8)
+    np.testing.assert_allclose(clipped[0], np.clip(x[0], -bound, bound) / bound, rtol=1e-6)
+    np.testing.assert_array_equal(clipped[1], x[1])
+    np.testing.assert_array_equal(clip(x[:1], quantile=0.8)[0], clipped[0])
+    assert np.abs(clip(x)).max() == 1
+    # Imagen's 99.5 %: with 1,000 scalars five of them are beyond the bound.
+    spread = jnp.linspace(0, 10, 1000).reshape(1, 10, 10, 10)
+    bounded = denoiser.dynamically_clipped(lambda z, t: spread)(spread, T[:1])
+    assert np.sum(np.asarray(bounded) == 1) == 5
+
+
+@pytest.mark.parametrize("policy", [denoiser.clipped, denoiser.dynamically_clipped])
+def test_clipping_twice_is_clipping_once(policy):
+    """What is in the range of the data stays."""
+    once = policy(lambda z, t: 5 * z)
+    np.testing.assert_array_equal(policy(once)(Z, T), once(Z, T))
+    assert np.abs(once(Z, T)).max() <= 1
 
 
 def test_gaussian_oracle_is_the_posterior_mean(x64):

@@ -153,3 +153,21 @@ def test_impossible_bounds_are_named():
         schedule.interpolated(t, resolution=64, noise_low=0, noise_high=64)
     with pytest.raises(ValueError, match="sigma_min=2.0 and sigma_max=1.0"):
         schedule.karras(t, sigma_min=2.0, sigma_max=1.0)
+
+
+@pytest.mark.parametrize("name", [*SCHEDULES, "karras"])
+def test_times_of_logsnr_invert_the_schedule(name):
+    """The latest time with at least this log-SNR, to the spacing of float32; beyond the schedule, its nearer end."""
+    make = {**SCHEDULES, "karras": schedule.karras}[name]
+    noisiest, cleanest = schedule.logsnr_range(make)
+    wanted = np.linspace(noisiest, cleanest, 42, dtype=np.float32)[1:-1]
+    times = schedule.times_of_logsnr(make, wanted)
+    assert times.dtype == np.float32 and np.all(np.diff(times) < 0)
+
+    def logsnr_at(times):
+        return np.asarray(make(jnp.asarray(times)).logsnr)[:, 0, 0, 0]
+
+    assert np.all(logsnr_at(times) >= wanted) and np.all(logsnr_at(np.nextafter(times, np.float32(1))) < wanted)
+    np.testing.assert_allclose(logsnr_at(times), wanted, rtol=0, atol=2e-4)
+    ends = schedule.times_of_logsnr(make, np.float32([np.inf, cleanest + 1, cleanest, noisiest, noisiest - 1, -np.inf]))
+    np.testing.assert_array_equal(ends, [0, 0, 0, 1, 1, 1])

@@ -203,17 +203,22 @@ def test_analytic_variance_is_a_tenth_of_the_gaussian_posterior(x64):
 def ancestral_line(lvl_t, lvl_s, mix, shape=(1, 256, 256, 1)):
     """Weights of z_t and x in the mean, and the noise, by differences under one key."""
     step = functools.partial(
-        steps.ancestral, lvl_t=lvl_t, lvl_s=lvl_s, key=jax.random.key(5), log_variance_mix=mix
+        steps.ancestral,
+        lvl_t=lvl_t,
+        lvl_s=lvl_s,
+        xi=jax.random.normal(jax.random.key(5), shape),
+        log_variance_mix=mix,
     )
     zero, one = jnp.zeros(shape), jnp.ones(shape)
     noise = step(zero, zero)
     return (step(zero, one) - noise)[0, 0, 0, 0], (step(one, zero) - noise)[0, 0, 0, 0], noise
 
 
+@pytest.mark.parametrize("kind", ["vp", "ve"])
 @pytest.mark.parametrize("phi_t, phi_s", [(0.9, 0.4), (1.5, 1.45), (0.3, 0.01)])
-def test_ancestral_is_the_posterior(x64, phi_t, phi_s):
+def test_ancestral_is_the_posterior(x64, phi_t, phi_s, kind):
     """Mean and variance by Bayes: precisions 1 / sigma_s^2 and alpha_ts^2 / sigma_ts^2 of q(z_t | z_s)."""
-    lvl_t, lvl_s = level((phi_t,)), level((phi_s,))
+    lvl_t, lvl_s = level((phi_t,), kind), level((phi_s,), kind)
     alpha_t, sigma_t, alpha_s, sigma_s = (float(a[0, 0, 0, 0]) for a in (*lvl_t, *lvl_s))
     alpha_ts = alpha_t / alpha_s
     var_ts = sigma_t**2 - alpha_ts**2 * sigma_s**2
@@ -243,6 +248,69 @@ def test_ancestral_variance_mixes_in_the_logarithm(x64, mix):
     if mix == 1.0:
         forward = lvl_t.sigma**2 - (lvl_t.alpha / lvl_s.alpha) ** 2 * lvl_s.sigma**2
         np.testing.assert_allclose(np.var(noise), forward[0, 0, 0, 0], rtol=0.03)
+
+
+# --------------------------------------------------------------------------------------------------------------- noise
+
+
+@pytest.mark.parametrize("kind", ["vp", "ve"])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_stochastic_ddim_is_its_equation(x64, kind, eta):
+    """alpha_s x + sqrt(sigma_s^2 - std^2) eps + std xi, std = eta sigma_s sqrt(1 - SNR_t / SNR_s)."""
+    lvl_t, lvl_s, x, z, xi = level(PHI_T, kind), level(PHI_S, kind), images(0), images(1), images(2)
+    std = eta * lvl_s.sigma * np.sqrt(1 - lvl_t.snr / lvl_s.snr)
+    eps = (z - lvl_t.alpha * x) / lvl_t.sigma
+    expected = lvl_s.alpha * x + np.sqrt(lvl_s.sigma**2 - std**2) * eps + std * xi
+    actual = steps.stochastic_ddim(x, z, lvl_t, lvl_s, xi, eta=eta)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-11)
+    if eta == 1:
+        np.testing.assert_allclose(actual, steps.ancestral(x, z, lvl_t, lvl_s, xi), rtol=0, atol=1e-11)
+
+
+def test_stochastic_ddim_that_renews_nothing_is_ddim():
+    """eta = 0, bit for bit, in float32."""
+    lvl_t, lvl_s, x, z, xi = level(PHI_T), level(PHI_S), images(0), images(1), images(2)
+    actual = steps.stochastic_ddim(x, z, lvl_t, lvl_s, xi, eta=0.0)
+    np.testing.assert_array_equal(actual, steps.ddim(x, z, lvl_t, lvl_s))
+
+
+@pytest.mark.parametrize("kind", ["vp", "ve"])
+def test_noisy_ddim_adds_what_addim_restores(x64, kind):
+    """DDIM plus A sqrt(x_var) xi, whose mean square is what aDDIM adds to that of DDIM."""
+    lvl_t, lvl_s, x, z, xi = level(PHI_T, kind), level(PHI_S, kind), images(0), images(1), images(2)
+    x_var = jnp.array([0.3, 0.01, 2.0, 0.0])
+    added = steps.noisy_ddim(x, x_var, z, lvl_t, lvl_s, xi) - steps.ddim(x, z, lvl_t, lvl_s)
+    scale = literal_coefficient(lvl_t, lvl_s) * np.sqrt(x_var)[:, None, None, None]
+    np.testing.assert_allclose(added, scale * xi, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["vp", "ve"])
+def test_churn_has_the_law_of_the_noisier_level(x64, kind):
+    """alpha_t x + sigma_t eps becomes alpha_hat x + noise of variance sigma_hat^2; s_noise scales what is added."""
+    lvl_t, lvl_hat, x, eps, xi = level(PHI_S[:1], kind), level(PHI_T[:1], kind), images(0), images(1), images(2)
+    x, eps, xi = x[:1], eps[:1], xi[:1]
+    zero = jnp.zeros_like(x)
+    of_x, of_eps = (steps.churn(z, lvl_t, lvl_hat, zero) for z in (lvl_t.alpha * x, lvl_t.sigma * eps))
+    of_xi = steps.churn(zero, lvl_t, lvl_hat, xi)
+    np.testing.assert_allclose(of_x, lvl_hat.alpha * x, rtol=1e-12)
+    variance = (of_eps / eps) ** 2 + (of_xi / xi) ** 2
+    np.testing.assert_allclose(variance, np.broadcast_to(lvl_hat.sigma**2, variance.shape), rtol=1e-11)
+    np.testing.assert_allclose(steps.churn(zero, lvl_t, lvl_hat, xi, s_noise=1.3), 1.3 * of_xi, rtol=1e-12)
+
+
+def test_churn_to_the_same_level_changes_nothing():
+    """Bit for bit, in float32."""
+    z = images(0)
+    np.testing.assert_array_equal(steps.churn(z, level(PHI_T), level(PHI_T), images(1), s_noise=1.3), z)
+
+
+@pytest.mark.parametrize("kind", ["vp", "ve"])
+def test_renoise_counts_the_noise_that_is_there(x64, kind):
+    """alpha_s (x + sqrt(u_s^2 - u_0^2) xi) with u = sigma / alpha = tan(phi)."""
+    x, xi = images(0), images(1)
+    lvl_s, lvl_0 = level(PHI_T, kind), level((0.05,) * 4, kind)
+    expected = lvl_s.alpha * (x + np.sqrt(np.tan(PHI_T) ** 2 - np.tan(0.05) ** 2)[:, None, None, None] * xi)
+    np.testing.assert_allclose(steps.renoise(x, lvl_s, lvl_0, xi), expected, rtol=0, atol=1e-11)
 
 
 # -------------------------------------------------------------------------------------------------------- second order
@@ -324,6 +392,16 @@ def test_heun_to_no_noise_is_euler():
     np.testing.assert_array_equal(x_hat, denoise(z, t))
     gradient = jax.grad(lambda a: jnp.sum(steps.heun(denoise, a * z, t, jnp.zeros(4), lvl_t, lvl_s)))(1.0)
     np.testing.assert_allclose(gradient, 0.39 * jnp.sum(z), rtol=1e-4)
+
+
+def test_heun_to_the_data_is_the_euler_step(x64):
+    """sigma_s = 0 gives x_hat, whatever the denoiser says there."""
+    lvl_t, t = level(PHI_T), jnp.ones(4)
+    actual = steps.heun(
+        lambda z, time: jnp.where(time[:, None, None, None] > 0, jnp.sin(z), jnp.inf),
+        images(0), t, jnp.zeros(4), lvl_t, level((0.0,) * 4),
+    )
+    np.testing.assert_allclose(actual, jnp.sin(images(0)), rtol=0, atol=1e-12)
 
 
 def integrate(solver, num_steps):

@@ -32,6 +32,7 @@ def with_shared(**sections) -> ConfigDict:
             eval=dict(
                 seeds=(0,),
                 labels="balanced",  # or uniform: drawn at random
+                student_samplers=placeholder(tuple),  # of a consistency model; others have one of their own
                 teacher_samplers=("addim",),
                 teacher_steps=(1, 2, 4, 8, 64, 256),
                 network="classifier",  # or inception, dinov2: their weights are files, see mscm.metrics.convert
@@ -141,7 +142,7 @@ def tract(
 
 
 def consistency_distillation(
-    config: ConfigDict, *, family: str, run: str, points: int, variant: str = ""
+    config: ConfigDict, *, family: str, run: str, points: int, samplers: tuple[str, ...], variant: str = ""
 ) -> ConfigDict:
     """A consistency model that learns from a teacher, with Heun's steps on `points` noise levels; arXiv:2303.01469."""
     config.objective = dict(
@@ -154,11 +155,20 @@ def consistency_distillation(
         distance=dict(name="l2"),
         target_decay=dict(name="constant", decay=0.95),
     )
+    config.eval.student_samplers = samplers
     return _of_teacher(config, family=family, run=run, variant=variant)
 
 
 def consistency_training(
-    config: ConfigDict, *, family: str, run: str, start: int, end: int, start_decay: float, variant: str = ""
+    config: ConfigDict,
+    *,
+    family: str,
+    run: str,
+    start: int,
+    end: int,
+    start_decay: float,
+    samplers: tuple[str, ...],
+    variant: str = "",
 ) -> ConfigDict:
     """A consistency model from data alone, on a grid that grows from `start` to `end` + 1; arXiv:2303.01469."""
     config.name = _join(family, run, variant)
@@ -171,12 +181,20 @@ def consistency_training(
         distance=dict(name="l2"),
         target_decay=dict(name="cm", start_decay=start_decay),
     )
+    config.eval.student_samplers = samplers
     config.teacher = None
     return config
 
 
 def improved_consistency_training(
-    config: ConfigDict, *, family: str, run: str, start: int, end: int, variant: str = ""
+    config: ConfigDict,
+    *,
+    family: str,
+    run: str,
+    start: int,
+    end: int,
+    samplers: tuple[str, ...],
+    variant: str = "",
 ) -> ConfigDict:
     """The improved techniques of arXiv:2310.14189 (iCT), from data alone, on EDM's noise levels."""
     config.name = _join(family, run, variant)
@@ -189,6 +207,7 @@ def improved_consistency_training(
         distance=dict(name="pseudo_huber", scale=0.00054),
         target_decay=None,
     )
+    config.eval.student_samplers = samplers
     config.prediction = "consistency"
     config.schedule = ConfigDict(dict(name="karras", sigma_min=0.002, sigma_max=80.0, rho=7.0))
     config.model.update(dict(logsnr_input="log_sigma", fourier_scale=0.02))

@@ -72,7 +72,13 @@ def improved_consistency_training(*, variant: str) -> ConfigDict:
     config = _base(variant)
     config.model.middle.dropout = 0.3
     config = base.improved_consistency_training(
-        config, family="cifar10", run="ict", start=10, end=1280, variant=variant
+        config,
+        family="cifar10",
+        run="ict",
+        start=10,
+        end=1280,
+        samplers=("consistency", "consistency:sigmas=0.821"),
+        variant=variant,
     )
     config.optimizer.update(dict(learning_rate=1e-4, warmup_steps=0, decay="constant"))
     config.ema.update(dict(decay=0.99993, warmup=False))

@@ -4,6 +4,14 @@ from ml_collections import ConfigDict
 
 from configs import base
 
+# Re-noising of consistency models: the noise at j / S of the family's schedule, S = 2, 4, 8.
+_SAMPLERS = (
+    "consistency",
+    "consistency:sigmas=0.368",
+    "consistency:sigmas=0.887/0.368/0.152",
+    "consistency:sigmas=1.845/0.887/0.55/0.368/0.246/0.152/0.073",
+)
+
 
 def _base() -> ConfigDict:
     return base.with_shared(
@@ -73,18 +81,22 @@ def tract(*, student_steps: int) -> ConfigDict:
 
 def consistency_distillation() -> ConfigDict:
     """CM by distillation, on the family's schedule: 18 noise levels as on CIFAR-10."""
-    return base.consistency_distillation(_student(), family="digits", run="cm_cd", points=18)
+    return base.consistency_distillation(_student(), family="digits", run="cm_cd", points=18, samplers=_SAMPLERS)
 
 
 def consistency_training() -> ConfigDict:
     """CM on the data alone, on the family's schedule and without a teacher's weights."""
     config = _base()
-    return base.consistency_training(config, family="digits", run="cm_ct", start=2, end=150, start_decay=0.9)
+    return base.consistency_training(
+        config, family="digits", run="cm_ct", start=2, end=150, start_decay=0.9, samplers=_SAMPLERS
+    )
 
 
 def improved_consistency_training() -> ConfigDict:
     """iCT on EDM's noise levels, without a teacher's weights."""
-    config = base.improved_consistency_training(_base(), family="digits", run="ict", start=10, end=1280)
+    config = base.improved_consistency_training(
+        _base(), family="digits", run="ict", start=10, end=1280, samplers=_SAMPLERS
+    )
     config.optimizer.learning_rate = 1e-3
     return config
 

@@ -116,6 +116,7 @@ def improved_consistency_training(*, resolution: int, variant: str) -> ConfigDic
         run="ict",
         start=10,
         end=1280,
+        samplers=("consistency", "consistency:sigmas=1.526"),
         variant=variant,
     )
     config.optimizer.update(dict(warmup_steps=0))

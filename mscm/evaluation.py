@@ -27,7 +27,7 @@ from mscm.metrics import files, references, statistics, weights
 from mscm.metrics.features import FeatureNetwork
 from mscm.metrics.statistics import Statistics
 from mscm.report import grid, table
-from mscm.sampling import SamplerSpec
+from mscm.sampling import SamplerSpec, own_steps
 from mscm.training import partition
 from mscm.types import Images, Int, Key, Labels, Params
 
@@ -47,7 +47,9 @@ SampleFn = Callable[[Params, Key, Int[np.ndarray, "b"], Labels], Images]
 
 
 def default_samplers(experiment: Experiment) -> list[SamplerSpec]:
-    """A student's own steps with DDIM; a diffusion model's `diffusion_samplers`."""
+    """A student's own steps with DDIM, or its `eval.student_samplers`; a diffusion model's `diffusion_samplers`."""
+    if experiment.eval.student_samplers:
+        return [SamplerSpec(text, own_steps(text)) for text in experiment.eval.student_samplers]
     if experiment.student_steps is not None:
         return [SamplerSpec("ddim", experiment.student_steps)]
     return diffusion_samplers(experiment)

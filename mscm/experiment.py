@@ -32,7 +32,7 @@ from mscm.sampling import SamplerSpec, own_steps
 from mscm.training import optimizer as optimizers
 from mscm.training import partition
 from mscm.training.step import Averages, Batch, LossFn, TrainState, init_state, make_train_steps
-from mscm.types import Denoiser, Key, Labels, Params, Schedule, Teacher, Times
+from mscm.types import Denoiser, Guided, Images, Key, Labels, Params, Schedule, Teacher, Times
 
 SCHEDULES: dict[str, Callable[..., Any]] = {
     "cosine": schedules.cosine,
@@ -108,7 +108,8 @@ class EvalSpec:
     batch_size: int
     seeds: tuple[int, ...]  # each gives a score of its own
     labels: str  # of the images, one of LABELS
-    teacher_samplers: tuple[str, ...]  # texts of mscm.sampling
+    student_samplers: tuple[str, ...]  # of a consistency model: texts of mscm.sampling; others have one of their own
+    teacher_samplers: tuple[str, ...]  # the same of a diffusion model, each with any number of steps
     teacher_steps: tuple[int, ...]
     network: str  # whose features are compared, one of FEATURE_NETWORKS
     precision: str  # of that network, one of DTYPES
@@ -341,7 +342,12 @@ class Experiment:
     def denoiser(self, params: Params, labels: Labels) -> Denoiser:
         """Deterministic denoiser for sampling."""
         answer = self.answer(params, labels)
-        return answer if not self.guidance else lambda z_t, t: answer(z_t, t).x_hat
+
+        def denoise(z_t: Images, t: Times) -> Images:
+            answered = answer(z_t, t)
+            return answered.x_hat if isinstance(answered, Guided) else answered
+
+        return denoise
 
     def lineage(self, workdir: str) -> list[Member]:
         """This model in `workdir` and all that it comes from, oldest first: its teacher, then the phases before it.
@@ -410,6 +416,7 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
         seeds=eval_section.whole_numbers("seeds", minimum=0),
         teacher_steps=eval_section.whole_numbers("teacher_steps"),
         teacher_samplers=eval_section.texts("teacher_samplers"),
+        student_samplers=eval_section.texts("student_samplers") if eval_section.take("student_samplers") else (),
         labels=eval_section.choose("labels", LABELS),
         network=eval_section.choose("network", FEATURE_NETWORKS),
         precision=eval_section.choose("precision", tuple(DTYPES)),
@@ -481,13 +488,22 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
                 f"config.model: got shape {got} for parameter {name}, expected the teacher's {expected}, "
                 "because the student starts from the teacher's weights"
             )
-    _check_teacher_samplers(experiment if teacher is None else teacher.experiment, spec)
+    _check_samplers(experiment)
     return experiment
 
 
-def _check_teacher_samplers(model: Experiment, spec: EvalSpec) -> None:
+def _check_samplers(experiment: Experiment) -> None:
     """Refuses now what would otherwise be refused after the training."""
-    for sampler in spec.teacher_samplers:
+    spec, model = experiment.eval, experiment.lineage("")[0].experiment
+    for sampler in spec.student_samplers:
+        try:
+            own = own_steps(sampler)
+            if own is None or experiment.config["objective"]["name"] != "consistency":
+                raise ConfigError(f"got {sampler!r}, expected None, or of a consistency model consistency:sigmas=...")
+            SamplerSpec(sampler, own).plan(experiment.schedule)
+        except ConfigError as error:
+            raise ConfigError(f"config.eval.student_samplers: {error}") from error
+    for sampler in spec.teacher_samplers if model.student_steps is None else ():
         try:
             if own_steps(sampler) is not None:
                 raise ConfigError(f"got {sampler!r}, expected a sampler of diffusion models with any number of steps")

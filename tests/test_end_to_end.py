@@ -205,8 +205,12 @@ def test_sample_refuses_what_the_student_was_not_trained_for(tiny, flags, tmp_pa
     refused = sentence_of(command("sample", *flags, "--num_steps=3", output))
     assert "ddim 3 steps" in refused and "expected ddim with 2 steps" in refused and "--force" in refused
     assert not (tmp_path / "x.npz").exists()
-    forced = command("sample", *flags, "--num_steps=3", "--num_images=10", "--force", output)
+    heun = ("--num_steps=3", "--sampler=heun:grid=karras,clip=static")
+    assert "expected ddim with 2 steps" in sentence_of(command("sample", *flags, *heun, output))
+    forced = command("sample", *flags, *heun, "--num_images=10", "--force", output)
     assert forced.returncode == 0, forced.stderr
+    assert "digits_cd2, heun:grid=karras,clip=static 3 steps, NFE 5: " in forced.stdout
+    assert "did you mean 'heun'" in sentence_of(command("sample", *flags, "--sampler=heum"))
     assert (tmp_path / "x.npz").exists()
     assert "--labels: got 10, expected numbers from 0 to 9" in sentence_of(command("sample", *flags, "--labels=10"))
 

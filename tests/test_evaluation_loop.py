@@ -123,6 +123,25 @@ def test_each_seed_gives_a_row(states, workdir):
     assert len(table) == 3 and f"{np.mean(distances):.4g} ± {np.std(distances, ddof=1):.2g}" in table[2]
 
 
+def test_a_row_says_sampler_and_evaluations(states, workdir):
+    """The text of the sampler, its NFE, and the steps where they are others; nothing is made twice."""
+    experiment = experiment_of(teacher_samplers=("addim", "heun:grid=karras,clip=static"))
+    save(experiment, workdir, states[0])
+    for _ in range(2):
+        with Evaluation(experiment, str(workdir)) as job:
+            job.watch(once=True)
+    rows = rows_of(workdir)
+    assert [(row["sampler"], row["nfe"], row.get("num_steps")) for row in rows] == [
+        ("addim", 2, None), ("heun:grid=karras,clip=static", 3, 2)
+    ]
+    names = {path.stem for path in (workdir / "eval" / "samples").iterdir()}
+    assert names == {"digits_teacher_addim_2_00000010", "digits_teacher_heun-grid-karras-clip-static_2_00000010"}
+    assert job.best(rows[0]["run"]) == (10, rows[1]["fd_classifier"])  # by the last sampler, as mscm.sample has it
+    assert job.grid(rows).ndim == 3
+    table = evaluation.result_table(rows)
+    assert "heun:grid=karras,clip=static" in table and len(table.splitlines()) == 4
+
+
 def test_labels_are_balanced_or_drawn(experiment):
     balanced, uniform = experiment, experiment_of(labels="uniform", num_images=10_000)
     assert np.bincount(evaluation.labels_of_images(balanced, 0)).tolist() == [6] * 10

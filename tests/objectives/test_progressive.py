@@ -96,6 +96,22 @@ def test_algorithm_as_printed(x64, schedule_, x_var_frac):
     np.testing.assert_allclose(loss, weight * np.mean(expected**2, axis=(1, 2, 3)), rtol=1e-6)
 
 
+def test_defaults_are_those_of_the_paper():
+    """Without more arguments: DDIM steps, weight max(SNR, 1)."""
+    student, residuals = Recorder(lambda z, t: jnp.tanh(z)), []
+
+    def keeping(diff, lvl_t):
+        residuals.append(diff)
+        return jnp.zeros(len(diff))
+
+    progressive_loss(
+        student, teacher, cosine, X, KEY, student_steps=4, solver=solvers.ddim, distance=keeping
+    )
+    loss, metrics = progressive_loss(student, teacher, cosine, X, KEY, student_steps=4)
+    weight = np.maximum(np.exp(metrics["logsnr"]), 1)
+    np.testing.assert_allclose(loss, weight * np.mean(np.square(residuals[0]), axis=(1, 2, 3)), rtol=1e-4)
+
+
 def test_steps_are_uniform():
     """i ~ U{1..N}, t = 1 included: chi-square."""
     student = Recorder(lambda z, t: z)

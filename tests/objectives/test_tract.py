@@ -139,11 +139,13 @@ def test_multistep_distillation_with_an_averaged_self_teacher(student_steps):
     def loss(theta, objective, **options):
         return jnp.mean(objective(
             student=lambda z, t: theta * z, teacher=small, schedule=cosine, x=X, key=KEY, student_steps=student_steps,
-            self_teacher=small_self, distance=distance.truncated_snr_mse, **options,
+            self_teacher=small_self, **options,
         )[0])
 
     tract = jax.value_and_grad(functools.partial(loss, objective=tract_loss, teacher_steps=32))(0.7)
-    multistep = functools.partial(loss, objective=msc.consistency_loss, teacher_steps=32.0, x_var_frac=0.0)
+    multistep = functools.partial(
+        loss, objective=msc.consistency_loss, teacher_steps=32.0, x_var_frac=0.0, distance=distance.truncated_snr_mse
+    )
     np.testing.assert_allclose(tract, jax.value_and_grad(multistep)(0.7), rtol=1e-6)
 
 

@@ -3,8 +3,9 @@
 Everything outside this file is float32 whatever the network computes in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 
 from mscm.diffusion import prediction
@@ -62,5 +63,26 @@ def gaussian_oracle(schedule: Schedule, variance: float | Float[Array, "h w c"],
         alpha, sigma = schedule(t)
         gain = alpha * variance / (jnp.square(alpha) * variance + jnp.square(sigma))
         return mean + gain * (z_t - alpha * mean)
+
+    return denoiser
+
+
+def mixture_oracle(
+    schedule: Schedule, *, means: Sequence[float], variances: Sequence[float], weights: Sequence[float]
+) -> Denoiser:
+    """E[x | z_t] for independent scalars of a Gaussian mixture: the components' posterior means by Bayes' rule.
+
+        E[x | z] = sum_k p(k | z) (mean_k + gain_k (z - alpha mean_k)),  gain_k = alpha v_k / (alpha^2 v_k + sigma^2)
+        p(k | z) proportional to weight_k N(z; alpha mean_k, alpha^2 v_k + sigma^2)
+    """
+    means, variances, weights = (jnp.asarray(values, jnp.float32) for values in (means, variances, weights))
+
+    def denoiser(z_t: Images, t: Times) -> Images:
+        alpha, sigma = (part[..., None] for part in schedule(t))  # one axis more, for the components
+        spread = jnp.square(alpha) * variances + jnp.square(sigma)
+        residual = z_t[..., None] - alpha * means
+        # By softmax: far from all components every density is 0 in float32.
+        of_component = jax.nn.softmax(jnp.log(weights) - 0.5 * (jnp.log(spread) + jnp.square(residual) / spread))
+        return jnp.sum(of_component * (means + alpha * variances / spread * residual), axis=-1)
 
     return denoiser

@@ -121,6 +121,9 @@ class ConditionEmbedding(nn.Module):
 
     Computed in float32 whatever the network computes in: neighbouring teacher steps differ by less than bfloat16's
     resolution, and the cost is one vector per example.
+
+    Raises:
+      ValueError: fields or labels that do not fit; the sentence says which, by the names that a model gives them.
     """
 
     features: int
@@ -129,6 +132,7 @@ class ConditionEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, logsnr: Times, labels: Labels | None) -> Embedding:
+        self._check(labels)
         time = LOGSNR_INPUTS[self.logsnr_input](logsnr.astype(jnp.float32))
         emb = sinusoids(1000.0 * time, self.features)
         emb = dense(self.features, ("freq", "mlp"), dtype=jnp.float32, name="time_in")(emb)
@@ -137,6 +141,19 @@ class ConditionEmbedding(nn.Module):
             init = nn.with_logical_partitioning(nn.linear.default_embed_init, ("classes", "cond"))
             emb += nn.Embed(self.num_classes + 1, self.features, embedding_init=init, name="classes")(labels)
         return emb
+
+    def _check(self, labels: Labels | None) -> None:
+        if self.features < 4 or self.features % 2:
+            raise ValueError(f"got emb_dim={self.features}, expected an even number from 4: half of the time features "
+                             "are sines, half cosines")
+        if self.logsnr_input not in LOGSNR_INPUTS:
+            raise ValueError(f"got logsnr_input {self.logsnr_input!r}, expected one of "
+                             f"{', '.join(LOGSNR_INPUTS)}")
+        if labels is None and self.num_classes is not None:
+            raise ValueError(f"got no labels, expected one per example in [0, {self.num_classes}] because num_classes="
+                             f"{self.num_classes}: pass {self.num_classes}, the null class, for unconditional output")
+        if labels is not None and self.num_classes is None:
+            raise ValueError("got labels, expected None because num_classes=None: set num_classes or drop the labels")
 
 
 class ResidualBlock(nn.Module):

@@ -150,7 +150,7 @@ def compare(workdirs: Sequence[str]) -> Comparison:
         for key in described
         if key not in _NO_METRICS and not key.endswith("_std") and all(key in row for _, row in rows)
     ]
-    return Comparison(_points(rows, metrics), metrics, real[0] if real else None, described)
+    return Comparison(_points(rows, metrics), metrics, real[-1] if real else None, described)
 
 
 def read_run(workdir: str) -> Run:

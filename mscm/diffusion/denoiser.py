@@ -75,14 +75,15 @@ def mixture_oracle(
         E[x | z] = sum_k p(k | z) (mean_k + gain_k (z - alpha mean_k)),  gain_k = alpha v_k / (alpha^2 v_k + sigma^2)
         p(k | z) proportional to weight_k N(z; alpha mean_k, alpha^2 v_k + sigma^2)
     """
-    means, variances, weights = (jnp.asarray(values, jnp.float32) for values in (means, variances, weights))
+    # The components are one axis more, the last.
+    mean, variance, weight = (jnp.reshape(jnp.asarray(v), (1, 1, 1, 1, -1)) for v in (means, variances, weights))
 
     def denoiser(z_t: Images, t: Times) -> Images:
-        alpha, sigma = (part[..., None] for part in schedule(t))  # one axis more, for the components
-        spread = jnp.square(alpha) * variances + jnp.square(sigma)
-        residual = z_t[..., None] - alpha * means
+        alpha, sigma = (part[..., None] for part in schedule(t))
+        spread = jnp.square(alpha) * variance + jnp.square(sigma)
+        residual = z_t[..., None] - alpha * mean
         # By softmax: far from all components every density is 0 in float32.
-        of_component = jax.nn.softmax(jnp.log(weights) - 0.5 * (jnp.log(spread) + jnp.square(residual) / spread))
-        return jnp.sum(of_component * (means + alpha * variances / spread * residual), axis=-1)
+        of_component = jax.nn.softmax(jnp.log(weight) - 0.5 * (jnp.log(spread) + jnp.square(residual) / spread))
+        return jnp.sum(of_component * (mean + alpha * variance / spread * residual), axis=-1)
 
     return denoiser

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from mscm.models import layers
 from mscm.models.placement import place
+from mscm.models.uvit import Output
 from mscm.types import Images, Labels, Times
 
 
@@ -24,7 +25,7 @@ class MLP(nn.Module):
     logsnr_input: str = "linear"  # one of layers.LOGSNR_INPUTS
 
     @nn.compact
-    def __call__(self, z: Images, logsnr: Times, labels: Labels | None = None, *, train: bool) -> Images:
+    def __call__(self, z: Images, logsnr: Times, labels: Labels | None = None, *, train: bool) -> Output:
         """Raw output (x, eps or v is the caller's reading) for z at log-SNR `logsnr`; `train` changes nothing.
 
         Raises:

@@ -4,8 +4,9 @@ Command:   python -m mscm.main --config=configs/toy_mixture.py:teacher --workdir
            python -m mscm.main --config=configs/toy_mixture.py:cd4 --workdir=DIR/cd4 \
                --config.teacher.workdir=DIR/teacher
 Hardware:  two CPU cores
-Cost:      TODO
-Expected:  TODO
+Cost:      half a minute each: compiling, 5 s of training, the scores; all four compile and train within a minute
+Expected:  fd_pixels, the Frechet distance of the values themselves, below 1e-3 for every student (0.24 for one step
+           of the teacher); the figures of the README
 
 Variants: teacher, cd1, cd2, cd4 (distilled, 1, 2 and 4 steps), ct1, ct2, ct4 (trained on the data).
 """

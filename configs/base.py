@@ -35,7 +35,7 @@ def with_shared(**sections) -> ConfigDict:
                 student_samplers=placeholder(tuple),  # of a consistency model; others have one of their own
                 teacher_samplers=("addim",),
                 teacher_steps=(1, 2, 4, 8, 64, 256),
-                network="classifier",  # or inception, dinov2: their weights are files, see mscm.metrics.convert
+                network="classifier",  # or pixels; inception, dinov2: their weights are files, see mscm.metrics.convert
                 precision="float32",
                 weights=placeholder(str),
                 reference=placeholder(str),  # a file of mscm.metrics.reference; by default computed from the data

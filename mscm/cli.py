@@ -17,7 +17,7 @@ from mscm import atomic
 from mscm.config import ConfigError, find_config, load_config
 
 # Their progress notes are not this program's; their warnings are.
-_QUIET = ("orbax", "jax", "grain")
+_QUIET = ("orbax", "jax", "grain", "matplotlib")
 _METER_SECONDS = 10.0
 
 

@@ -23,7 +23,7 @@ from mscm.config import ConfigError
 from mscm.data import sources, transforms
 from mscm.experiment import EvalSpec, Experiment
 from mscm.metrics import classifier as classifiers
-from mscm.metrics import files, references, statistics, weights
+from mscm.metrics import features, files, references, statistics, weights
 from mscm.metrics.features import FeatureNetwork
 from mscm.metrics.statistics import Statistics
 from mscm.report import grid, table
@@ -229,12 +229,14 @@ def make_network(experiment: Experiment, directory: str) -> FeatureNetwork:
     Raises:
       ValueError: its weights are not there.
     """
-    spec = experiment.eval
-    if spec.network != "classifier":
+    spec, data = experiment.eval, experiment.data
+    if spec.network in weights.NETWORKS:
         return weights.load(spec.network, spec.weights or weights.default_path(spec.network), dtype=spec.precision)
     if spec.precision != "float32" or spec.weights:
-        raise ValueError("the network 'classifier' is trained on the spot in float32, expected no weights or precision")
-    source = experiment.data.open()
+        raise ValueError(f"the network {spec.network!r} has no file and is float32, expected no weights or precision")
+    if spec.network == "pixels":
+        return features.pixels((data.resolution, data.resolution, data.channels))
+    source = data.open()
     with distributed.main_first():
         return classifiers.load_or_train(source, directory).network
 
@@ -297,7 +299,7 @@ def check_weights(experiment: Experiment) -> None:
     """
     spec = experiment.eval
     try:
-        if spec.network != "classifier":
+        if spec.network in weights.NETWORKS:
             weights.check(spec.network, spec.weights or weights.default_path(spec.network))
         if spec.reference:
             _load_reference(spec.reference)

@@ -359,13 +359,14 @@ def _config_of(workdir: str, step: int) -> dict[str, Any]:
 
 def _run_of(config: dict[str, Any]) -> str:
     """Hash of what decides the parameters: another training in the same directory is another run."""
-    return hashlib.sha256(json.dumps(_decides(config), sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(decides(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _decides(section: Any) -> Any:
+def decides(section: Any) -> Any:
+    """Of a config as JSON: what decides the parameters."""
     if not isinstance(section, dict):
         return section
-    return {name: _decides(value) for name, value in section.items() if name not in _DECIDES_NOTHING}
+    return {name: decides(value) for name, value in section.items() if name not in _DECIDES_NOTHING}
 
 
 def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:

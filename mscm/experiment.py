@@ -27,7 +27,7 @@ from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import schedule as schedules
 from mscm.methods import OBJECTIVES, Method, Parts, network
 from mscm.metrics import weights
-from mscm.models import attention, uvit
+from mscm.models import attention, mlp, uvit
 from mscm.sampling import SamplerSpec, own_steps
 from mscm.training import optimizer as optimizers
 from mscm.training import partition
@@ -45,9 +45,8 @@ PREDICTIONS: dict[str, Callable[[Schedule], denoisers.Prediction]] = {
 }
 PRECONDITIONED = ("edm", "consistency")  # those that scale the network's input
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-MODELS = ("uvit",)
 LABELS = ("balanced", "uniform")  # in turn, or drawn independently
-FEATURE_NETWORKS = ("classifier", *weights.NETWORKS)
+FEATURE_NETWORKS = ("classifier", "pixels", *weights.NETWORKS)
 _EVAL_NUMBERS = {"num_images": 4, "batch_size": 1, "num_kept": 4}  # and the least that each may be
 
 
@@ -190,7 +189,8 @@ class Experiment:
         try:
             mesh = partition.make_mesh(self.mesh_sizes, self.devices)
             partition.check_batch_size(self.train.batch_size, self.train.num_microbatches, mesh)
-            attention.check_device(self.model.attention, mesh.devices.flat[0])
+            if isinstance(self.model, uvit.UViT):
+                attention.check_device(self.model.attention, mesh.devices.flat[0])
         except ValueError as error:
             raise ConfigError(f"config {self.name!r}: {error}") from error
         return mesh
@@ -399,7 +399,8 @@ def build(config: ConfigDict) -> Experiment:
 
 def _build(root: Section, config: ConfigDict) -> Experiment:
     data = _data(root.section("data"))
-    model = _model(root.section("model"), data)
+    model_section = root.section("model")
+    model = model_section.choose("name", MODELS)(model_section, data)
     schedule_section = root.section("schedule")
     schedule = schedule_section.bind(schedule_section.choose("name", SCHEDULES))
     schedule_section.refuse_unread()  # now: a misspelt key is not a difference from the teacher's schedule
@@ -539,8 +540,7 @@ def _train(section: Section) -> TrainSpec:
     return train
 
 
-def _model(section: Section, data: DataSpec) -> uvit.UViT:
-    section.choose("name", MODELS)
+def _uvit(section: Section, data: DataSpec) -> uvit.UViT:
     stages = tuple(uvit.Stage(**_fields(stage, uvit.Stage)) for stage in section.section("stages").sections())
     middle = section.section("middle")
     return uvit.UViT(
@@ -557,6 +557,19 @@ def _model(section: Section, data: DataSpec) -> uvit.UViT:
         attention=section.choose("attention", attention.IMPLEMENTATIONS),
         **{key: section.number(key, minimum=1) for key in ("emb_dim", "head_dim", "mlp_ratio", "patch_size")},
     )
+
+
+def _mlp(section: Section, data: DataSpec) -> mlp.MLP:
+    return mlp.MLP(
+        out_channels=data.channels,
+        num_classes=data.num_classes,
+        logsnr_input=section.take("logsnr_input"),
+        guidance_input=bool(section.take("guidance_input")),
+        **{key: section.number(key, minimum=1) for key in ("width", "num_blocks", "emb_dim", "mlp_ratio")},
+    )
+
+
+MODELS: dict[str, Callable[[Section, DataSpec], nn.Module]] = {"uvit": _uvit, "mlp": _mlp}
 
 
 def _init(model: nn.Module, data: DataSpec, key: Key) -> Params:
@@ -589,7 +602,8 @@ def _teacher(section: Section | None, config: ConfigDict, phases: tuple[int, ...
     of_teacher = load_config(file)
     of_teacher.data = config.data  # so that --config.data.path is said once
     of_teacher.mesh = config.mesh
-    of_teacher.model.attention = config.model.attention  # it runs on the same devices
+    if config.model.name == of_teacher.model.name == "uvit":
+        of_teacher.model.attention = config.model.attention  # it runs on the same devices
     experiment = build(of_teacher)
     if guidance and experiment.method.guidance_range is not None:
         raise ConfigError(

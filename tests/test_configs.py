@@ -20,7 +20,8 @@ from mscm.experiment import build
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("digits", "cifar10", "imagenet")
-FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in (*FAMILIES, "base", "__init__"))
+ALONE = "toy_mixture"  # family and runs in one file
+FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in (*FAMILIES, ALONE, "base", "__init__"))
 VARIANTS = {"imagenet": (":large",), "cifar": (":small",)}
 # What --config takes, relative to the root of the repository: every file, and its large variant where there is one.
 ALL_CONFIGS = [
@@ -28,6 +29,7 @@ ALL_CONFIGS = [
     for path in FILES
     for suffix in ("", *VARIANTS.get(path.stem.split("_")[0].rstrip("0123456789"), ()))
 ]
+TOY = [f"configs/{ALONE}.py:{run}" for run in ("teacher", "cd1", "cd2", "cd4", "ct1", "ct2", "ct4")]
 
 
 def load(name: str) -> ConfigDict:
@@ -63,7 +65,7 @@ def test_the_files_that_the_readme_promises_exist():
     assert {path.stem for path in FILES} == small | imagenet | others
 
 
-@pytest.mark.parametrize("name", ALL_CONFIGS)
+@pytest.mark.parametrize("name", [*ALL_CONFIGS, *TOY])
 def test_loads_and_is_deterministic(name):
     config = load(name)
     assert config.to_dict() == load(name).to_dict()
@@ -110,6 +112,12 @@ def test_a_named_file_states_only_its_difference(path):
         if isinstance(node, ast.Constant) and type(node.value) in (int, float) and id(node) not in allowed
     ]
     assert numbers == []
+
+
+def test_header_of_the_toy():
+    header = ast.get_docstring(ast.parse((ROOT / "configs" / "toy_mixture.py").read_text()))
+    for field in ("Command:", "Hardware:", "Cost:", "Expected:", "Variants:"):
+        assert field in header
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -181,7 +189,7 @@ def test_imagenet_network_is_the_papers(name, stages, middle):
     assert model.emb_dim == 1024 and model.mlp_ratio == 4
 
 
-@pytest.mark.parametrize("name", [n for n in ALL_CONFIGS if load(n).teacher is not None])
+@pytest.mark.parametrize("name", [n for n in (*ALL_CONFIGS, *TOY) if load(n).teacher is not None])
 def test_student_differs_from_its_teacher_only_in_the_method(name):
     student = load(name)
     teacher = load(student.teacher.config)
@@ -258,6 +266,37 @@ def test_unknown_variant_names_the_choices(path):
         load(f"configs/{path.name}:huge")
 
 
+def test_variants_of_the_toy():
+    """Without one it is the teacher; a DDIM teacher is distilled, and one pixel has no features but itself."""
+    assert load("configs/toy_mixture.py").to_dict() == load("configs/toy_mixture.py:teacher").to_dict()
+    config = load("configs/toy_mixture.py:cd2")
+    assert config.objective.student_steps == 2 and config.objective.x_var_frac == 0.0 and config.objective.distil
+    assert not load("configs/toy_mixture.py:ct2").objective.distil
+    assert config.eval.network == "pixels"
+    with pytest.raises(ValueError, match="got 'cd3', expected one of teacher, cd1, cd2, cd4, ct1, ct2, ct4"):
+        load("configs/toy_mixture.py:cd3")
+
+
+@pytest.mark.parametrize(
+    "name", ["configs/digits_cd2.py", "configs/imagenet128_ct4.py:large", "configs/cifar10_teacher.py:small", TOY[1]]
+)
+def test_a_config_read_back_from_json_builds_the_same(name):
+    """A work directory's config.json: keys without a value and tuples, which JSON writes as lists, come back."""
+    config = load(name)
+    config.mesh.fsdp = 1
+    experiment = build(config)
+    again = build(ConfigDict(json.loads(json.dumps(experiment.config))))
+    assert again.config == experiment.config
+    for part in ("name", "seed", "data", "model", "train", "eval", "student_steps", "distil", "guidance", "mesh_sizes"):
+        assert getattr(again, part) == getattr(experiment, part), part
+    t = jnp.linspace(0.0, 1.0, 5)
+    jax.tree.map(np.testing.assert_array_equal, again.schedule(t), experiment.schedule(t))
+    assert (again.teacher is None) == (experiment.teacher is None)
+    if again.teacher is not None:
+        assert again.teacher.workdir == experiment.teacher.workdir
+        assert again.teacher.experiment.config == experiment.teacher.experiment.config
+
+
 def test_unknown_variant_of_cifar10():
     with pytest.raises(ValueError, match="got 'large', expected one of '', 'small'"):
         load("configs/cifar10_cd4.py:large")
@@ -293,7 +332,7 @@ def test_flag_finds_the_family_from_another_directory(tmp_path):
 
 def test_reading_a_config_imports_no_heavy_library():
     """`--help` and an error in a config must not wait for jax."""
-    script = "import sys, configs.digits, configs.cifar10, configs.imagenet"
+    script = "import sys, configs.digits, configs.cifar10, configs.imagenet, configs.toy_mixture"
     heavy = "jax", "flax", "numpy", "tensorflow_datasets"
     script += f"\nprint([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -316,7 +355,7 @@ def _abstract_step(name: str):
     return state, *jax.eval_shape(experiment.train_steps(), state, frozen, batch, jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", ALL_CONFIGS)
+@pytest.mark.parametrize("name", [*ALL_CONFIGS, *TOY])
 def test_builds(name):
     """Every config is accepted whole, and what its checkpoints would say of it is JSON."""
     experiment = build(load(name))

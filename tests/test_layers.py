@@ -19,7 +19,7 @@ LAYERS = (
     (0, "compilation", ("mscm.compilation",)),
     (0, "atomic", ("mscm.atomic",)),
     (1, "diffusion", ("mscm.diffusion.schedule", "mscm.diffusion.prediction", "mscm.diffusion.steps")),
-    (2, "diffusion", ("mscm.diffusion.denoiser", "mscm.diffusion.sampler")),
+    (2, "diffusion", ("mscm.diffusion.denoiser", "mscm.diffusion.sampler", "mscm.diffusion.paths")),
     (2, "objectives", ("mscm.objectives.*",)),
     (2, "models", ("mscm.models.*",)),
     (3, "training", ("mscm.training.*",)),
@@ -30,12 +30,14 @@ LAYERS = (
     (4, "report", ("mscm.report.*",)),
     (4, "cost", ("mscm.cost.*",)),
     (5, "build", ("mscm.experiment", "mscm.methods", "mscm.sampling", "mscm.evaluation", "mscm.cli", "mscm.run_flags",
-                 "mscm.training_loop", "mscm.distributed", "mscm.planning", "mscm.evaluation_loop")),
+                 "mscm.training_loop", "mscm.distributed", "mscm.planning", "mscm.evaluation_loop",
+                 "mscm.comparison")),
     (6, "main", ("mscm.main",)),
     (6, "eval", ("mscm.eval",)),
     (6, "sample", ("mscm.sample",)),
     (6, "prepare", ("mscm.prepare",)),
     (6, "plan", ("mscm.plan",)),
+    (6, "compare", ("mscm.compare",)),
 )
 
 # What a unit may not import although its layer would allow it.

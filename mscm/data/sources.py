@@ -8,6 +8,7 @@ Everything downstream (the pipeline, the feature network, the references of the 
 
     open_source("digits", split="all")                                   # inside scikit-learn
     open_source("synthetic", split="train", resolution=64, channels=3, num_classes=1000)
+    open_source("mixture", split="train")                                # two Gaussians, one pixel
     open_source("photos", split="train", path="DIR")                     # records made by mscm.prepare
     open_source("photos", split="train", path="x.zip", resolution=64)    # a folder, zip or tar, resized while read
     open_source("cifar10", split="train")                                # TensorFlow Datasets, prepared as array_record
@@ -18,10 +19,11 @@ import difflib
 import functools
 import hashlib
 import os
+import statistics
 import zlib
 from collections.abc import Iterable
 from pathlib import PurePosixPath
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int32, Integer, UInt8
@@ -198,6 +200,33 @@ def _synthetic(*, split: str, resolution: int | None, channels: int | None, num_
     return ArraySource("synthetic", split, pixels, labels, tuple(str(i) for i in range(num_classes)))
 
 
+class Mixture(NamedTuple):
+    """A mixture of one-dimensional Gaussians, on the scale of images in [-1, 1]."""
+
+    weights: tuple[float, ...]
+    means: tuple[float, ...]
+    stds: tuple[float, ...]
+
+
+MIXTURE = Mixture(weights=(0.5, 0.5), means=(-0.5, 0.5), stds=(0.12, 0.12))
+_MIXTURE_SIZE = 16_384
+
+
+def _mixture(split: str) -> ArraySource:
+    """Images of one pixel whose values are `MIXTURE`, in one class.
+
+    The quantiles of each component, not draws from it: the moments are the mixture's, but for the 256 levels of a
+    pixel, whose rounding has a standard deviation of 0.0023.
+    """
+    _check_choice("split of 'mixture'", split, ("train",))
+    values = []
+    for weight, mean, std in zip(*MIXTURE, strict=True):
+        count, component = round(weight * _MIXTURE_SIZE), statistics.NormalDist(mean, std)
+        values += [component.inv_cdf((i + 0.5) / count) for i in range(count)]
+    levels = np.clip(np.round((np.array(values) + 1) * 127.5), 0, 255).astype(np.uint8)
+    return ArraySource("mixture", split, levels.reshape(-1, 1, 1, 1), np.zeros(len(levels), np.int32), ("mixture",))
+
+
 def open_source(
     name: str,
     *,
@@ -224,6 +253,8 @@ def open_source(
         return _digits(split)
     if name == "synthetic":
         return _synthetic(split=split, resolution=resolution, channels=channels, num_classes=num_classes)
+    if name == "mixture":
+        return _mixture(split)
     return tfds_source.open_tfds(name, split=split)
 
 

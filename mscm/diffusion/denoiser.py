@@ -4,7 +4,7 @@ Everything outside this file is float32 whatever the network computes in.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -124,5 +124,27 @@ def gaussian_oracle(schedule: Schedule, variance: float | Float[Array, "h w c"],
         alpha, sigma = schedule(t)
         gain = alpha * variance / (jnp.square(alpha) * variance + jnp.square(sigma))
         return mean + gain * (z_t - alpha * mean)
+
+    return denoiser
+
+
+def mixture_oracle(
+    schedule: Schedule, *, means: Sequence[float], variances: Sequence[float], weights: Sequence[float]
+) -> Denoiser:
+    """E[x | z_t] for independent scalars of a Gaussian mixture: the components' posterior means by Bayes' rule.
+
+        E[x | z] = sum_k p(k | z) (mean_k + gain_k (z - alpha mean_k)),  gain_k = alpha v_k / (alpha^2 v_k + sigma^2)
+        p(k | z) proportional to weight_k N(z; alpha mean_k, alpha^2 v_k + sigma^2)
+    """
+    # The components are one axis more, the last.
+    mean, variance, weight = (jnp.reshape(jnp.asarray(v), (1, 1, 1, 1, -1)) for v in (means, variances, weights))
+
+    def denoiser(z_t: Images, t: Times) -> Images:
+        alpha, sigma = (part[..., None] for part in schedule(t))
+        spread = jnp.square(alpha) * variance + jnp.square(sigma)
+        residual = z_t[..., None] - alpha * mean
+        # By softmax: far from all components every density is 0 in float32.
+        of_component = jax.nn.softmax(jnp.log(weight) - 0.5 * (jnp.log(spread) + jnp.square(residual) / spread))
+        return jnp.sum(of_component * (mean + alpha * variance / spread * residual), axis=-1)
 
     return denoiser

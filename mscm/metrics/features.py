@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
@@ -82,3 +83,12 @@ class FeatureNetwork:
             parts.append([None if rows is None else np.asarray(rows)[: len(batch)] for rows in outputs])
         columns = zip(*parts, strict=True)
         return Outputs(*(None if column[0] is None else np.concatenate(column) for column in columns))
+
+
+def pixels(shape: tuple[int, int, int]) -> FeatureNetwork:
+    """The identity: the pixels themselves, in [-1, 1], for images too small for a network to see anything in them."""
+
+    def forward(params: None, images: Array) -> Outputs:
+        return Outputs(jnp.reshape(images, (len(images), -1)) / 127.5 - 1.0)
+
+    return FeatureNetwork("pixels", "identity", None, forward, batch_size=1024, shape=shape)

@@ -141,6 +141,9 @@ class ConditionEmbedding(nn.Module):
 
     Computed in float32 whatever the network computes in: neighbouring teacher steps differ by less than bfloat16's
     resolution, and the cost is one vector per example.
+
+    Raises:
+      ValueError: fields or labels that do not fit; the sentence says which, by the names that a model gives them.
     """
 
     features: int
@@ -150,6 +153,7 @@ class ConditionEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, logsnr: Times, labels: Labels | None, guidance: Times | None = None) -> Embedding:
+        self._check(labels)
         time = LOGSNR_INPUTS[self.logsnr_input](logsnr.astype(jnp.float32))
         if self.fourier_scale is None:
             emb = sinusoids(1000.0 * time, self.features)
@@ -165,6 +169,29 @@ class ConditionEmbedding(nn.Module):
             bounded = sinusoids(1000.0 * jnp.arctan(guidance) / (0.5 * math.pi), self.features)
             emb += dense(self.features, ("freq", "cond"), dtype=jnp.float32, name="guidance", zero=True)(bounded)
         return emb
+
+    def _check(self, labels: Labels | None) -> None:
+        if self.features < 4 or self.features % 2:
+            raise ValueError(f"got emb_dim={self.features}, expected an even number from 4: half of the time features "
+                             "are sines, half cosines")
+        if self.logsnr_input not in LOGSNR_INPUTS:
+            raise ValueError(f"got logsnr_input {self.logsnr_input!r}, expected one of "
+                             f"{', '.join(LOGSNR_INPUTS)}")
+        if self.fourier_scale is not None and not self.fourier_scale > 0:
+            raise ValueError(f"got fourier_scale={self.fourier_scale}, expected a number above 0, or None for "
+                             "sinusoids")
+        if labels is None and self.num_classes is not None:
+            raise ValueError(f"got no labels, expected one per example in [0, {self.num_classes}] because num_classes="
+                             f"{self.num_classes}: pass {self.num_classes}, the null class, for unconditional output")
+        if labels is not None and self.num_classes is None:
+            raise ValueError("got labels, expected None because num_classes=None: set num_classes or drop the labels")
+
+
+def check_guidance(guidance: Times | None, guidance_input: bool) -> None:
+    """Raises ValueError where weights of guidance are given to a network without that input, or the other way round."""
+    if (guidance is not None) != guidance_input:
+        got = "no guidance" if guidance is None else "a guidance"
+        raise ValueError(f"got {got}, expected the opposite because guidance_input={guidance_input}")
 
 
 class ResidualBlock(nn.Module):

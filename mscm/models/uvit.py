@@ -157,10 +157,8 @@ class UViT(nn.Module):
         Raises:
             ValueError: resolution, widths, names or labels that do not fit the fields; the sentence says which.
         """
-        self._check(z, labels)
-        if (guidance is not None) != self.guidance_input:
-            got = "no guidance" if guidance is None else "a guidance"
-            raise ValueError(f"got {got}, expected the opposite because guidance_input={self.guidance_input}")
+        self._check(z)
+        layers.check_guidance(guidance, self.guidance_input)
         condition = layers.ConditionEmbedding(
             self.emb_dim, self.num_classes, self.logsnr_input, self.fourier_scale, name="condition"
         )
@@ -200,7 +198,7 @@ class UViT(nn.Module):
         return TransformerStage(stage, self.head_dim, self.mlp_ratio, self.scan_blocks, self.remat_policy, train,
                                 self.dtype, self.attention, name=name)
 
-    def _check(self, z: Images, labels: Labels | None) -> None:
+    def _check(self, z: Images) -> None:
         num_stages, patch_size, head_dim = len(self.stages), self.patch_size, self.head_dim
         if self.middle.kind != "transformer":
             raise ValueError(f"got a middle of kind {self.middle.kind!r}, expected 'transformer': a residual stage "
@@ -218,23 +216,9 @@ class UViT(nn.Module):
             if stage.kind == "transformer":
                 num_tokens = math.prod(side // (patch_size * 2**i) for side in z.shape[1:3])
                 attention.check(self.attention, num_tokens=num_tokens, head_dim=head_dim, dtype=self.dtype)
-        if self.emb_dim < 4 or self.emb_dim % 2:
-            raise ValueError(f"got emb_dim={self.emb_dim}, expected an even number from 4: half of the time features "
-                             "are sines, half cosines")
-        if self.logsnr_input not in layers.LOGSNR_INPUTS:
-            raise ValueError(f"got logsnr_input {self.logsnr_input!r}, expected one of "
-                             f"{', '.join(layers.LOGSNR_INPUTS)}")
-        if self.fourier_scale is not None and not self.fourier_scale > 0:
-            raise ValueError(f"got fourier_scale={self.fourier_scale}, expected a number above 0, or None for "
-                             "sinusoids")
         if self.remat_policy is not None and self.remat_policy not in REMAT_POLICIES:
             raise ValueError(f"got remat_policy {self.remat_policy!r}, expected None or one of "
                              f"{', '.join(REMAT_POLICIES)}")
-        if labels is None and self.num_classes is not None:
-            raise ValueError(f"got no labels, expected one per example in [0, {self.num_classes}] because num_classes="
-                             f"{self.num_classes}: pass {self.num_classes}, the null class, for unconditional output")
-        if labels is not None and self.num_classes is None:
-            raise ValueError("got labels, expected None because num_classes=None: set num_classes or drop the labels")
 
 
 def _remat(block: type[nn.Module], policy: str | None, *, scanned: bool) -> type[nn.Module]:

@@ -3,6 +3,7 @@
 import inspect
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -139,3 +140,24 @@ def test_data_brings_in_neither_tensorflow_nor_pytorch(tmp_path):
     command = [sys.executable, "-c", script]
     out = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_the_mixture_has_the_moments_and_the_shape_of_a_mixture():
+    """Two Gaussians on one pixel: moments in closed form, and the share below every value; the same for everybody."""
+    source = sources.open_source("mixture", split="train")
+    assert isinstance(source, sources.Source)
+    assert (source.resolution, source.channels, source.num_classes, source.transform) == (1, 1, 1, None)
+    assert source.fingerprint == sources.open_source("mixture", split="train").fingerprint
+    x = source.load(np.arange(len(source)))["image"].ravel() / 127.5 - 1
+    weights, means, stds = (np.array(part) for part in sources.MIXTURE)
+    mean = weights @ means
+    assert abs(x.mean() - mean) < 1e-4
+    assert abs(x.var() - (weights @ (stds**2 + means**2) - mean**2)) < 2e-4
+    fourth = weights @ (means**4 + 6 * means**2 * stds**2 + 3 * stds**4)
+    assert abs(np.mean(x**4) - fourth) < 1e-3
+    for edge in np.arange(-0.9, 1.0, 0.1):  # between two levels
+        level = (np.floor((edge + 1) * 127.5) + 0.5) / 127.5 - 1
+        below = sum(w * statistics.NormalDist(m, s).cdf(level) for w, m, s in zip(weights, means, stds, strict=True))
+        assert abs(np.mean(x < level) - below) < 2 / len(x) + 1e-9
+    with pytest.raises(ValueError, match="unknown split of 'mixture': got 'test', expected one of train"):
+        sources.open_source("mixture", split="test")

@@ -207,3 +207,40 @@ def test_gaussian_oracle_with_one_variance_per_scalar():
     actual = denoiser.gaussian_oracle(lambda t: Level(*lvl), variance)(Z, T)
     np.testing.assert_allclose(actual[:, :2], (Z / lvl.alpha)[:, :2], rtol=1e-5)
     np.testing.assert_array_equal(actual[:, 2:], 0)
+
+
+MIXTURE = dict(means=(-0.7, 0.1, 0.8), variances=(0.01, 0.09, 0.04), weights=(0.2, 0.5, 0.3))
+
+
+@pytest.mark.parametrize("t", [0.02, 0.3, 0.6, 0.95])
+def test_mixture_oracle_is_the_posterior_mean(t):
+    """Against the quotient of two integrals over x, by the trapezoidal rule, in and beyond the range of the data."""
+    (alpha,), (sigma,) = (np.ravel(np.asarray(part, np.float64)) for part in schedule.cosine(jnp.array([t])))
+    z = np.linspace(-1.5, 1.5, 13)
+    x = np.linspace(-3.0, 3.0, 60_001)
+    log_prior = [
+        np.log(w / np.sqrt(v)) - 0.5 * (x - m) ** 2 / v
+        for m, v, w in zip(*(MIXTURE[key] for key in ("means", "variances", "weights")), strict=True)
+    ]
+    log_joint = np.logaddexp.reduce(log_prior) - 0.5 * ((z[:, None] - alpha * x) / sigma) ** 2
+    joint = np.exp(log_joint - log_joint.max(axis=1, keepdims=True))
+    expected = np.sum(joint * x, axis=1) / np.sum(joint, axis=1)
+    oracle = denoiser.mixture_oracle(schedule.cosine, **MIXTURE)
+    actual = oracle(jnp.asarray(z, jnp.float32)[:, None, None, None], jnp.full(13, t))
+    np.testing.assert_allclose(np.ravel(actual), expected, rtol=0, atol=2e-5)
+
+
+def test_mixture_of_one_is_the_gaussian():
+    """Also for each scalar of an image by itself, and at levels that are not variance preserving."""
+    for levels in (schedule.cosine, schedule.karras):
+        mixture = denoiser.mixture_oracle(levels, means=(0.3,), variances=(0.25,), weights=(1.0,))
+        np.testing.assert_allclose(mixture(Z, T), denoiser.gaussian_oracle(levels, 0.25, 0.3)(Z, T), rtol=0, atol=1e-6)
+
+
+def test_mixture_oracle_far_from_all_components():
+    """Where every density is 0 in float32, the nearest component answers."""
+    oracle = denoiser.mixture_oracle(schedule.cosine, means=(-0.5, 0.5), variances=(0.01, 0.01), weights=(0.5, 0.5))
+    t, z = jnp.array([1e-3, 1e-3]), jnp.array([-40.0, 40.0])[:, None, None, None]
+    nearest = denoiser.gaussian_oracle(schedule.cosine, 0.01, 0.5)
+    expected = jnp.concatenate([-nearest(-z[:1], t[:1]), nearest(z[1:], t[1:])])
+    np.testing.assert_allclose(oracle(z, t), expected, rtol=1e-5)

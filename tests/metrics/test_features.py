@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mscm.metrics.features import FeatureNetwork, Outputs
+from mscm.metrics.features import FeatureNetwork, Outputs, pixels
 
 WEIGHTS = np.random.RandomState(1).randn(2, 2, 3, 5).astype(np.float32)
 IMAGES = np.random.RandomState(0).randint(0, 256, (9, 2, 2, 3)).astype(np.uint8)
@@ -159,3 +159,14 @@ def test_several_devices_give_the_same_rows(run_together, processes, devices):
         assert result["devices"] == processes * devices
         assert result["parts"] == [[2, 2, 2, 3]]
         np.testing.assert_allclose(result["rows"], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_pixels_are_their_own_features():
+    """In [-1, 1], row by row in the order of the pixels; Frechet's distance is then that of the images themselves."""
+    images = np.array([[0, 255], [51, 204]], np.uint8).reshape(2, 1, 2, 1)
+    identity = pixels((1, 2, 1))
+    outputs = identity(images)
+    np.testing.assert_allclose(outputs.features, [[-1, 1], [-0.6, 0.6]], rtol=1e-6)
+    assert outputs.spatial is None and outputs.probabilities is None
+    with pytest.raises(ValueError, match=r"pixels: got uint8 images of shape \(2, 2, 1, 1\), expected"):
+        identity(images.reshape(2, 2, 1, 1))

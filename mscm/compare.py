@@ -1,0 +1,33 @@
+"""Compares runs: one figure and one table of score against number of function evaluations, and samples side by side.
+
+  python -m mscm.compare --workdir=DIR1,DIR2,... --output=DIR
+
+Each directory is that of a training with scores (mscm.main writes some at its end, mscm.eval all), and counts with its
+newest scored checkpoint and its teacher's. Runs that differ in config.seed only are one model with a spread. Writes
+below --output: compare.png, compare.svg, compare.csv, compare.md; samples.png, where image i of every row is from the
+same noise; and for configs/toy_mixture.py trajectories.png and .svg. Times are measured here, on one device.
+"""
+
+from absl import flags
+
+from mscm import cli
+
+WORKDIR = flags.DEFINE_list("workdir", None, "Work directories of trainings, with commas between them.")
+OUTPUT = flags.DEFINE_string("output", None, "Directory to write to.")
+METRIC = flags.DEFINE_string("metric", None, "Score of the figure. Default: the Frechet distance.")
+TIME = flags.DEFINE_bool("time", True, "Measure the time per image; --notime does not.")
+
+
+def main() -> None:
+    """Reads, draws, writes, prints the table."""
+    from mscm import comparison  # here and not above: --help must not wait for jax
+
+    found = comparison.compare(WORKDIR.value)
+    metric = comparison.choose_metric(found, METRIC.value)  # before what takes long
+    drawn = comparison.draw(found, timed=TIME.value)
+    written = comparison.write(found, drawn, OUTPUT.value, metric=metric)
+    print(f"\n{comparison.markdown(found, drawn)}\n{', '.join(written)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, doc=__doc__, required=("workdir", "output"))

@@ -196,10 +196,7 @@ class SamplerSpec:
         Raises:
           ConfigError: the schedule does not have its noise levels.
         """
-        try:
-            return _PLANS[self.name](schedule, self._times(schedule), self._values)
-        except ValueError as error:
-            raise ConfigError(f"sampler {self.sampler!r}: {error}") from error
+        return _plan(self, schedule)
 
     def num_evaluations(self, schedule: Schedule, *, guided: bool = False) -> int:
         """NFE: forward passes of the network for one image; `guided`: of a denoiser that itself takes two."""
@@ -223,6 +220,14 @@ class SamplerSpec:
         return samplers.karras_times(
             schedule, self.num_steps, **{key: values[key] for key in ("sigma_min", "sigma_max", "rho")}
         )
+
+
+@functools.lru_cache(maxsize=256)  # every row of scores asks for its NFE
+def _plan(spec: SamplerSpec, schedule: Schedule) -> Plan:
+    try:
+        return _PLANS[spec.name](schedule, spec._times(schedule), spec._values)
+    except ValueError as error:
+        raise ConfigError(f"sampler {spec.sampler!r}: {error}") from error
 
 
 def own_steps(sampler: str) -> int | None:

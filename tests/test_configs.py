@@ -467,7 +467,7 @@ def test_a_missing_key_is_named(path):
         ("eval__teacher_steps", (4, 0), "config.eval.teacher_steps: got .4, 0., expected whole numbers from 1"),
         ("eval__seeds", (-1,), "config.eval.seeds: got .-1,., expected whole numbers from 0"),
         ("eval__teacher_samplers", ("heum",), "eval.teacher_samplers: got sampler 'heum' .did you mean 'heun'"),
-        ("eval__teacher_samplers", "ddim", "eval.teacher_samplers: got 'ddim', expected texts, such as"),
+        ("eval__teacher_samplers", (4,), "eval.teacher_samplers: got .4,., expected texts, such as"),
         ("eval__teacher_samplers", ("heun:grid=karras,sigma_min=2e3,sigma_max=3e3",), "a range that meets that of the"),
         ("eval__teacher_samplers", ("ddim:guidance=1",), "'ddim:guidance=1': guidance: got 1.0, expected 0.0 because"),
         ("eval__teacher_samplers", ("consistency",), "samplers: got 'consistency', expected a sampler of diffusion"),

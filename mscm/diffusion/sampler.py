@@ -69,7 +69,7 @@ def churned_times(schedule: Schedule, times: Grid, *, s_churn: float, s_min: flo
     be noisier than the schedule becomes t = 1. To be called outside of jit.
     """
     _check_times(times)
-    logsnr = np.asarray(schedule(jnp.asarray(times)).logsnr, np.float64)[:, 0, 0, 0]
+    logsnr = schedules.host_logsnr(schedule, times).astype(np.float64)
     sigma = np.exp(-0.5 * logsnr)
     gamma = min(s_churn / len(times), np.sqrt(2) - 1)
     raised = schedules.times_of_logsnr(schedule, (logsnr - 2 * np.log1p(gamma)).astype(np.float32))

@@ -15,13 +15,14 @@ high one (fine detail). The bounds are applied before the shift, so they move wi
 All arithmetic is float32, and alpha, sigma come from lambda through sigmoids: 1 - alpha^2 would cancel.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mscm.types import Float, Level, Schedule, Times
+from mscm.types import Float, Int, Level, Schedule, Times
 
 
 def level_from_logsnr(logsnr: Times) -> Level:
@@ -109,24 +110,39 @@ def karras(t: Times, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: 
 def times_of_logsnr(schedule: Schedule, logsnr: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
     """The inverse of lambda(t) of any schedule: the latest time in [0, 1] with at least this log-SNR.
 
-    Bisection in float32, on the host and therefore outside of jit, to the spacing of the numbers (below 2^-30: to
-    2^-50). A log-SNR that the schedule does not have gives the nearer end, 0 or 1.
+    Bisection in float32, to the spacing of the numbers (below 2^-30: to 2^-50). A log-SNR that the schedule does not
+    have gives the nearer end, 0 or 1. To be called outside of jit.
     """
     logsnr = np.asarray(logsnr, np.float32)
-    low, high = np.zeros_like(logsnr), np.ones_like(logsnr)
     noisiest, cleanest = logsnr_range(schedule)
-    for _ in range(50):
-        middle = (low + high) / 2
-        is_clean = _host_logsnr(schedule, middle) >= logsnr
-        low, high = np.where(is_clean, middle, low), np.where(is_clean, high, middle)
-    return np.select([logsnr >= cleanest, logsnr <= noisiest], [np.float32(0), np.float32(1)], low)
+    inside = np.asarray(_bisect(schedule, logsnr))
+    return np.select([logsnr >= cleanest, logsnr <= noisiest], [np.float32(0), np.float32(1)], inside)
 
 
 def logsnr_range(schedule: Schedule) -> tuple[float, float]:
-    """lambda(1) and lambda(0); computed on the host and therefore outside of jit."""
-    cleanest, noisiest = _host_logsnr(schedule, np.float32([0, 1]))
+    """lambda(1) and lambda(0). To be called outside of jit."""
+    cleanest, noisiest = host_logsnr(schedule, np.float32([0, 1]))
     return float(noisiest), float(cleanest)
 
 
-def _host_logsnr(schedule: Schedule, t: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    return np.asarray(schedule(jnp.asarray(t)).logsnr)[:, 0, 0, 0]
+def host_logsnr(schedule: Schedule, t: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    """lambda(t) as NumPy has it. To be called outside of jit."""
+    return np.asarray(_logsnr(schedule, t))
+
+
+# Compiled as a whole: one operation after the other would each be compiled for every number of times.
+@functools.partial(jax.jit, static_argnums=0)
+def _bisect(schedule: Schedule, logsnr: Float[np.ndarray | jax.Array, "n"]) -> Times:
+    def halve(_: Int[jax.Array, ""] | int, bounds: tuple[Times, Times]) -> tuple[Times, Times]:
+        low, high = bounds
+        middle = (low + high) / 2
+        is_clean = _logsnr(schedule, middle) >= logsnr
+        return jnp.where(is_clean, middle, low), jnp.where(is_clean, high, middle)
+
+    low, _ = jax.lax.fori_loop(0, 50, halve, (jnp.zeros_like(logsnr), jnp.ones_like(logsnr)))
+    return low
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logsnr(schedule: Schedule, t: Float[np.ndarray | jax.Array, "n"]) -> Times:
+    return schedule(t).logsnr[:, 0, 0, 0]

@@ -167,7 +167,9 @@ def test_times_of_logsnr_invert_the_schedule(name):
     def logsnr_at(times):
         return np.asarray(make(jnp.asarray(times)).logsnr)[:, 0, 0, 0]
 
-    assert np.all(logsnr_at(times) >= wanted) and np.all(logsnr_at(np.nextafter(times, np.float32(1))) < wanted)
+    rounding = 4e-6  # of a log-SNR of 15, compiled as a whole or not
+    assert np.all(logsnr_at(times) >= wanted - rounding)
+    assert np.all(logsnr_at(np.nextafter(times, np.float32(1))) < wanted + rounding)
     np.testing.assert_allclose(logsnr_at(times), wanted, rtol=0, atol=2e-4)
     ends = schedule.times_of_logsnr(make, np.float32([np.inf, cleanest + 1, cleanest, noisiest, noisiest - 1, -np.inf]))
     np.testing.assert_array_equal(ends, [0, 0, 0, 1, 1, 1])

@@ -67,11 +67,12 @@ def test_grid_points_of_improved_training():
     assert int(grow(jnp.int32(2**31 - 1))) == 1281
 
 
-def test_grid_points_of_improved_training_that_do_not_divide():
+@pytest.mark.parametrize("start, end", [(3, 20), (2, 5)])
+def test_grid_points_of_improved_training_that_do_not_divide(start, end):
     """K' = floor(K / (log2 floor(s1 / s0) + 1)) is cut off, and so is the last doubling at s1."""
-    values = [int(ict_grid_points(k, start=3, end=20, num_steps=100)) for k in range(140)]
-    stage = math.floor(100 / (math.log2(20 // 3) + 1))
-    assert values == [min(3 * 2 ** (k // stage), 20) + 1 for k in range(140)]
+    values = [int(ict_grid_points(k, start=start, end=end, num_steps=100)) for k in range(0, 140, 3)]
+    stage = math.floor(100 / (math.log2(end // start) + 1))
+    assert values == [min(start * 2 ** (k // stage), end) + 1 for k in range(0, 140, 3)]
 
 
 @pytest.mark.parametrize("start, end, expected", [

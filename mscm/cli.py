@@ -30,6 +30,7 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
         from mscm import distributed
         from mscm.checkpoint import CheckpointError
         from mscm.data.images import BrokenImage
+        from mscm.lease import LeaseError
 
         logging.set_verbosity(logging.INFO)
         handler = logging.get_absl_handler()
@@ -38,7 +39,7 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
             python_logging.getLogger(name).setLevel(python_logging.WARNING)
         try:
             main()
-        except (ConfigError, CheckpointError, FloatingPointError, BrokenImage) as error:
+        except (ConfigError, CheckpointError, LeaseError, FloatingPointError, BrokenImage) as error:
             distributed.end_all(str(error), 2)
             _fail(str(error))
         except Exception as error:

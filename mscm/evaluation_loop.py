@@ -5,8 +5,10 @@
     WORKDIR/eval/samples/...         the first images of each, .png and .npz
     WORKDIR/eval/best/STEP           a work directory with the best checkpoint so far
     WORKDIR/eval/events...           the scores by step (TensorBoard)
+    WORKDIR/eval/owner.json          which process does this: one at a time
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +20,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mscm import atomic, cli, distributed, evaluation
+from mscm import atomic, cli, distributed, evaluation, lease
 from mscm.checkpoint import CheckpointError, Checkpoints, reading
 from mscm.evaluation import SamplerSpec, Scorer
 from mscm.experiment import Experiment
@@ -46,11 +48,21 @@ class Evaluation:
     """The scores of a run: its checkpoints, and its teacher's, under the run's settings; a context manager."""
 
     def __init__(
-        self, experiment: Experiment, workdir: str, *, allow_mismatch: bool = False, save_every_seconds: float = 60.0
+        self,
+        experiment: Experiment,
+        workdir: str,
+        *,
+        allow_mismatch: bool = False,
+        save_every_seconds: float = 60.0,
+        wait: bool = False,
     ):
-        """Makes network and reference, and reads the scores that are there.
+        """Takes the directory, makes network and reference, and reads the scores that are there.
+
+        Args:
+          wait: for the end of another job on the directory, instead of refusing.
 
         Raises:
+          LeaseError: there is another.
           ConfigError: as `Scorer`.
         """
         self.experiment, self._workdir = experiment, workdir
@@ -58,14 +70,21 @@ class Evaluation:
         self.scores_file = os.path.join(self.directory, "scores.jsonl")
         self._partial = os.path.join(self.directory, "partial.npz")
         self._save_every_seconds = save_every_seconds
-        self.scorer = Scorer(experiment, self.directory, allow_mismatch=allow_mismatch)
-        self._writer = Writer(self.directory, active=distributed.is_main())
+        with contextlib.ExitStack() as stack:
+            self._check_ours = lambda: None  # the others write nothing
+            if distributed.is_main():
+                owner = os.path.join(self.directory, "owner.json")
+                self._check_ours = stack.enter_context(lease.holding(owner, "evaluation", wait=wait)).check
+            distributed.barrier()  # one that is refused has not been overtaken by the others
+            self.scorer = Scorer(experiment, self.directory, allow_mismatch=allow_mismatch)
+            self._writer = stack.enter_context(Writer(self.directory, active=distributed.is_main()))
+            self._open = stack.pop_all()
 
     def __enter__(self) -> "Evaluation":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._writer.close()
+        self._open.close()
 
     def rows(self) -> list[dict[str, Any]]:
         """The scores that are there and comparable with new ones, in the order in which they were made."""
@@ -186,6 +205,7 @@ class Evaluation:
             accumulator.add(outputs)
             meter(len(images))
             if time.monotonic() - saved >= self._save_every_seconds:
+                self._check_ours()
                 arrays = accumulator.to_arrays() | {"samples": samples}
                 files.save(self._partial, arrays, {"kind": _PARTIAL_KIND, "key": key})
                 saved = time.monotonic()
@@ -248,6 +268,7 @@ class Evaluation:
             return there
         row |= self.scorer.half_against_half()
         if distributed.is_main():
+            self._check_ours()
             cli.append_json_line(self.scores_file, row)
         return [row]
 
@@ -275,6 +296,7 @@ class Evaluation:
 
     def _write(self, row: dict[str, Any], samples: np.ndarray) -> None:
         """All that belongs to a row, and then the row: who finds it there finds the rest."""
+        self._check_ours()
         samples_path = self._samples_path(row)
         grid.save_png(f"{samples_path}.png", evaluation.grid_of({os.path.basename(samples_path): samples}))
         with atomic.writing(f"{samples_path}.npz") as file:
@@ -283,8 +305,7 @@ class Evaluation:
         name = _name_of(row)
         self._writer.write_scalars(row["step"], {f"{metric}/{name}": value for metric, value in metrics.items()})
         self._writer.flush()
-        if _key_of(row) not in map(_key_of, self.rows()):  # another evaluator may have been faster
-            cli.append_json_line(self.scores_file, row)
+        cli.append_json_line(self.scores_file, row)
         epath.Path(self._partial).unlink(missing_ok=True)
 
     def _lacks_best(self, run: str, step: int) -> bool:
@@ -302,6 +323,7 @@ class Evaluation:
 
     def _keep_best(self, params: Params, step: int, run: str, config: dict[str, Any]) -> None:
         """Copies a checkpoint that is better than all before, because training keeps only its newest."""
+        self._check_ours()
         where = self.best_workdir(step)
         if distributed.is_main() and epath.Path(where).exists():  # of another run, or of a copy that was cut
             epath.Path(where).rmtree()

@@ -221,7 +221,7 @@ def finish(experiment: Experiment, workdir: str, teacher_params: Params) -> None
     logging.info("Scoring %d images a sampler", experiment.eval.num_images)
     with reading(workdir) as checkpoints:
         newest = checkpoints.check(experiment.facts())
-    with Evaluation(experiment, workdir) as job:
+    with Evaluation(experiment, workdir, wait=True) as job:
         rows = job.score(experiment, workdir, newest, specs)
         shown = rows[-1:]
         if teacher is not None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mscm import evaluation, training_loop
+from mscm import evaluation, lease, training_loop
 from mscm.checkpoint import reading
 from mscm.config import load_config
 from mscm.experiment import build
@@ -175,6 +175,20 @@ def test_eval_reproduces_the_scores_of_the_run(tiny, flags):
     assert again.returncode == 0, again.stderr
     assert again.stdout == result.stdout
     assert [json.loads(line) for line in lines.read_text().splitlines()] == rows
+
+
+def test_a_run_waits_for_an_evaluation_under_way(tiny, monkeypatch):
+    """What ends training does not collide with mscm.eval, which ends by itself after the last checkpoint."""
+    held = []
+
+    def holding(path, what, *, wait):
+        held.append((path, wait))
+        raise _Interrupted
+
+    monkeypatch.setattr(lease, "holding", holding)
+    with pytest.raises(_Interrupted):
+        training_loop.finish(tiny.experiment, str(tiny.workdir), {})
+    assert held == [(str(tiny.workdir / "eval" / "owner.json"), True)]
 
 
 def test_sample_writes_arrays_a_grid_and_a_folder(tiny, flags, tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from mscm import cli, evaluation, evaluation_loop
+from mscm import cli, evaluation, evaluation_loop, lease
 from mscm.checkpoint import Checkpoints, reading
 from mscm.config import ConfigError
 from mscm.evaluation_loop import Evaluation
@@ -71,6 +71,12 @@ def network_and_reference(experiment, tmp_path_factory):
     directory = tmp_path_factory.mktemp("scorer")
     evaluation.Scorer(experiment, str(directory))
     return directory
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    """Nobody else starts at the same moment."""
+    monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -204,6 +210,38 @@ def test_it_continues_inside_an_evaluation(experiment, states, workdir, monkeypa
     assert started == [0, 40]
     with np.load(workdir / "eval" / "samples" / "digits_teacher_addim_2_00000010.npz") as file:
         assert file["images"].shape == (50, 8, 8, 1)
+
+
+def test_a_second_job_on_the_directory_is_refused(experiment, states, workdir):
+    """Before it makes anything; when the first has ended, and when its start has failed, the next may."""
+    save(experiment, workdir, states[0])
+    with Evaluation(experiment, str(workdir)), pytest.raises(lease.LeaseError, match="is at work on this evaluation"):
+        Evaluation(experiment, str(workdir))
+    with pytest.raises(ConfigError):
+        Evaluation(experiment_of(reference="absent.npz"), str(workdir))
+    with Evaluation(experiment, str(workdir)):
+        assert (workdir / "eval" / "owner.json").exists()
+    assert not (workdir / "eval" / "owner.json").exists()
+
+
+@pytest.mark.parametrize("place", ["partial", "row", "best", "real"])
+def test_a_job_that_another_has_replaced_writes_nothing(experiment, states, workdir, monkeypatch, place):
+    save(experiment, workdir, states[0])
+
+    def check(self):
+        if replaced:
+            raise lease.LeaseError("another has taken over")
+
+    monkeypatch.setattr(lease.Lease, "check", check)
+    replaced = place == "partial"
+    seconds = 0.0 if place == "partial" else 60.0
+    with pytest.raises(lease.LeaseError), Evaluation(experiment, str(workdir), save_every_seconds=seconds) as job:
+        if place in ("best", "real"):
+            monkeypatch.setattr(job, "_write", lambda *args: cli.append_json_line(job.scores_file, args[0]))
+        replaced = True
+        job.real_rows() if place == "real" else job.watch(once=True)
+    assert len(rows_of(workdir) if (workdir / "eval" / "scores.jsonl").exists() else []) == (place == "best")
+    assert not (workdir / "eval" / "partial.npz").exists() and not (workdir / "eval" / "best").exists()
 
 
 def test_a_damaged_copy_of_an_evaluation_costs_only_time(experiment, states, workdir):

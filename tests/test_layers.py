@@ -26,6 +26,7 @@ LAYERS = (
     (4, "data", ("mscm.data.*",)),
     (4, "config", ("mscm.config",)),
     (4, "checkpoint", ("mscm.checkpoint",)),
+    (4, "lease", ("mscm.lease",)),
     (4, "metrics", ("mscm.metrics.*",)),
     (4, "report", ("mscm.report.*",)),
     (4, "cost", ("mscm.cost.*",)),

@@ -23,3 +23,9 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a small file whole."""
+    with writing(path) as file:
+        file.write(text.encode())

@@ -119,16 +119,10 @@ def _is_ours(record: python_logging.LogRecord) -> bool:
     return not theirs or record.levelno >= python_logging.WARNING
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a small file whole: a reader sees the old one or the new one."""
-    with atomic.writing(path) as file:
-        file.write(text.encode())
-
-
 def append_json_line(path: str | os.PathLike, record: dict[str, Any]) -> None:
     """Appends one JSON object as one line; written whole, because a bucket has no appending."""
     lines = [*read_json_lines(path), record]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from mscm.config import ConfigError
 from mscm.data import sources, transforms
 from mscm.experiment import SAMPLERS, EvalSpec, Experiment
 from mscm.metrics import classifier as classifiers
-from mscm.metrics import files, references, statistics, weights
+from mscm.metrics import files, reference_statistics, statistics, weights
 from mscm.metrics.features import FeatureNetwork
 from mscm.metrics.statistics import Statistics
 from mscm.report import grid, table
@@ -150,18 +150,27 @@ class Scorer:
           ConfigError: the weights or the reference cannot be read, or the reference is not of what is scored and
             `allow_mismatch` does not say that it may be.
         """
-        self.spec, self._data = experiment.eval, experiment.data
+        self.spec, self._data, self._allow_mismatch = experiment.eval, experiment.data, allow_mismatch
         try:
             self.network = make_network(experiment, directory)
             self.reference = _reference(experiment, self.network, directory)
         except ValueError as error:
             raise ConfigError(f"config.eval: {error}") from error
-        self.mismatch = references.differences(self.reference, reference_facts(experiment), self.network)
-        if self.mismatch and not allow_mismatch:
+        self.mismatch = self.differences(reference_facts(experiment))
+
+    def differences(self, known: dict[str, Any]) -> list[str]:
+        """What is not the same in the reference and in images of which `known` is known.
+
+        Raises:
+          ConfigError: something is not, and `allow_mismatch` does not say that it may be.
+        """
+        found = reference_statistics.differences(self.reference, known, self.network)
+        if found and not self._allow_mismatch:
             raise ConfigError(
-                f"config.eval.reference: got a reference of other images, {'; '.join(self.mismatch)}; give the right "
-                "one, or use --allow_mismatch, which marks the scores"
+                f"config.eval.reference: got a reference of other images, {'; '.join(found)}; give the right one, or "
+                "use --allow_mismatch of mscm.eval, which marks the scores"
             )
+        return found
 
     @property
     def metric(self) -> str:
@@ -178,15 +187,16 @@ class Scorer:
         parts += self.mismatch
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def describe(self) -> dict[str, Any]:
-        """What every score says of how it was made."""
+    def describe(self, mismatch: list[str] | None = None) -> dict[str, Any]:
+        """What every score says of how it was made; `mismatch`: of its images, where more is known than of all."""
+        mismatch = self.mismatch if mismatch is None else mismatch
         described = {
-            "network": references.label(self.network.name, self.network.fingerprint),
+            "network": reference_statistics.label(self.network.name, self.network.fingerprint),
             "reference": str(self.reference),
             "num_kept": self.spec.num_kept,
             "identity": self.identity,
         }
-        return described | ({"mismatch": self.mismatch} if self.mismatch else {})
+        return described | ({"mismatch": mismatch} if mismatch else {})
 
     def compare(self, gathered: Statistics) -> dict[str, float]:
         """All metrics of images against the reference."""
@@ -223,13 +233,17 @@ def make_network(experiment: Experiment, directory: str) -> FeatureNetwork:
         return classifiers.load_or_train(source, directory).network
 
 
-def reference_facts(experiment: Experiment) -> dict[str, Any]:
-    """What the config says of the images that its models should be measured against."""
+def reference_facts(experiment: Experiment, said: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What is known of the images that a model should be measured against.
+
+    From the config, and from `said`, the facts of its checkpoint: how the images that it was trained on were resized.
+    """
     facts = {key: getattr(experiment.data, key) for key in ("name", "resolution", "channels")}
-    return facts | {"split": experiment.eval.reference_split or experiment.data.split}
+    facts |= {"split": experiment.eval.reference_split or experiment.data.split}
+    return facts | {"transform": said["transform"]} if said and "transform" in said else facts
 
 
-def compute_reference(experiment: Experiment, network: FeatureNetwork) -> references.Reference:
+def compute_reference(experiment: Experiment, network: FeatureNetwork) -> reference_statistics.Reference:
     """Statistics of the images of `config.data`, of the split `config.eval.reference_split`."""
     source = _reference_source(experiment)
     return _gather(source, np.arange(len(source)), network, experiment.eval)
@@ -239,7 +253,7 @@ def _reference_source(experiment: Experiment) -> sources.Source:
     return dataclasses.replace(experiment.data, split=reference_facts(experiment)["split"]).open()
 
 
-def _reference(experiment: Experiment, network: FeatureNetwork, directory: str) -> references.Reference:
+def _reference(experiment: Experiment, network: FeatureNetwork, directory: str) -> reference_statistics.Reference:
     """The file that the config names, or that of an earlier evaluation, or a new one."""
     spec = experiment.eval
     if spec.reference:
@@ -248,22 +262,22 @@ def _reference(experiment: Experiment, network: FeatureNetwork, directory: str) 
     path = os.path.join(directory, f"reference_{network.name}_{source.split}.npz")
     stored = None
     with contextlib.suppress(FileNotFoundError, ValueError):  # absent, damaged or of another kind: made again
-        stored = references.load(path)
-    wanted = references.describe(source), {"name": network.name, "fingerprint": network.fingerprint}
+        stored = reference_statistics.load(path)
+    wanted = reference_statistics.describe(source), {"name": network.name, "fingerprint": network.fingerprint}
     num_kept = min(spec.num_kept, len(source))
     usable = stored and (stored.data, stored.network) == wanted and len(stored.statistics.kept) == num_kept
     if distributed.everyone(bool(usable)):  # all compute, or none
         return stored
     reference = compute_reference(experiment, network)
     if distributed.is_main():
-        references.save(path, reference)
+        reference_statistics.save(path, reference)
     return reference
 
 
 def _gather(
     source: sources.Source, indices: np.ndarray, network: FeatureNetwork, spec: EvalSpec
-) -> references.Reference:
-    return references.compute(
+) -> reference_statistics.Reference:
+    return reference_statistics.compute(
         source,
         network,
         indices=indices,
@@ -291,9 +305,9 @@ def check_weights(experiment: Experiment) -> None:
         ) from error
 
 
-def _load_reference(path: str) -> references.Reference:
+def _load_reference(path: str) -> reference_statistics.Reference:
     try:
-        return references.load(path)
+        return reference_statistics.load(path)
     except FileNotFoundError as error:
         raise ValueError(
             f"got no reference {path}; make it with python -m mscm.metrics.reference, or set config.eval.reference to "

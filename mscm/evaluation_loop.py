@@ -128,8 +128,8 @@ class Evaluation:
 
     def _is_last(self, step: int) -> bool:
         """Whether training has ended with the checkpoint of `step`."""
-        config = self._unless_deleted(self._workdir, step, lambda: _config_of(self._workdir, step))
-        return config is not None and step >= config["train"]["num_steps"]
+        facts = self._unless_deleted(self._workdir, step, lambda: _facts_of(self._workdir, step))
+        return facts is not None and step >= facts["config"]["train"]["num_steps"]
 
     def _unless_deleted(self, workdir: str, step: int, read: Callable[[], _Read]) -> _Read | None:
         """What `read` gives; None where it fails because training has deleted the checkpoint."""
@@ -143,12 +143,19 @@ class Evaluation:
         return None
 
     def score(self, model: Experiment, workdir: str, step: int, specs: list[SamplerSpec]) -> list[dict[str, Any]]:
-        """The rows of a checkpoint, made where they are not there; none where training has deleted it meanwhile."""
-        config = distributed.agree(self._unless_deleted(workdir, step, lambda: _config_of(workdir, step)))
-        if config is None:
+        """The rows of a checkpoint, made where they are not there; none where training has deleted it meanwhile.
+
+        Raises:
+          ConfigError: it was trained on images that were resized otherwise than those of the reference.
+        """
+        facts = distributed.agree(self._unless_deleted(workdir, step, lambda: _facts_of(workdir, step)))
+        if facts is None:
             return []
-        run = _run_of(config)
-        wanted = [self._key(model, run, step, spec, seed) for spec in specs for seed in self.scorer.spec.seeds]
+        run = _run_of(facts["config"])
+        mismatch = self.scorer.differences(evaluation.reference_facts(self.experiment, facts))
+        wanted = [
+            self._key(model, run, step, spec, seed, mismatch) for spec in specs for seed in self.scorer.spec.seeds
+        ]
         done = distributed.agree([[_key_of(row), row] for row in self.rows()])
         done = {tuple(key): row for key, row in done}
         missing = [key for key in wanted if _key_of(key) not in done]
@@ -161,10 +168,12 @@ class Evaluation:
             for key in missing:
                 done[_key_of(key)] = self._make(model, params, key)
             if keeps and distributed.agree(self._lacks_best(run, step)):
-                self._keep_best(params, step, run, config)
+                self._keep_best(params, step, facts)
         return [done[_key_of(key)] for key in wanted]
 
-    def _key(self, model: Experiment, run: str, step: int, spec: SamplerSpec, seed: int) -> dict[str, Any]:
+    def _key(
+        self, model: Experiment, run: str, step: int, spec: SamplerSpec, seed: int, mismatch: list[str]
+    ) -> dict[str, Any]:
         settings = self.scorer.spec
         return {
             "step": step,
@@ -175,7 +184,7 @@ class Evaluation:
             "seed": seed,
             "num_images": settings.num_images,
             "labels": settings.labels,
-            **self.scorer.describe(),
+            **self.scorer.describe(mismatch),
         }
 
     def _make(self, model: Experiment, params: Params, key: dict[str, Any]) -> dict[str, Any]:
@@ -321,7 +330,7 @@ class Evaluation:
         except CheckpointError:
             return False
 
-    def _keep_best(self, params: Params, step: int, run: str, config: dict[str, Any]) -> None:
+    def _keep_best(self, params: Params, step: int, facts: dict[str, Any]) -> None:
         """Copies a checkpoint that is better than all before, because training keeps only its newest."""
         self._check_ours()
         where = self.best_workdir(step)
@@ -329,7 +338,7 @@ class Evaluation:
             epath.Path(where).rmtree()
         distributed.barrier()
         with Checkpoints(where, keep=1) as checkpoints:
-            checkpoints.save_ema(step, params, self.experiment.facts() | {"config": config})
+            checkpoints.save_ema(step, params, facts)
         logging.info("Best so far by %s: step %d, kept in %s", self.scorer.metric, step, where)
         if distributed.is_main():
             for other in epath.Path(where).parent.iterdir():
@@ -371,10 +380,10 @@ class Evaluation:
         return best, means.get(best, np.inf)
 
 
-def _config_of(workdir: str, step: int) -> dict[str, Any]:
-    """The config that a checkpoint was made with."""
+def _facts_of(workdir: str, step: int) -> dict[str, Any]:
+    """What a checkpoint says of its model and its data."""
     with reading(workdir) as checkpoints:
-        return checkpoints.facts(step)["config"]
+        return checkpoints.facts(step)
 
 
 def _run_of(config: dict[str, Any]) -> str:

@@ -67,8 +67,7 @@ class Lease:
         return holder is not None and holder["token"] == self._record["token"]
 
     def _write(self) -> None:
-        with atomic.writing(self._path) as file:
-            file.write(json.dumps(self._record, indent=1).encode())
+        atomic.write_text(self._path, json.dumps(self._record, indent=1))
 
     def _renew(self) -> None:
         """The next sign of life; notes where another has taken over."""

@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
-from mscm import cli, distributed, evaluation
+from mscm import atomic, cli, distributed, evaluation
 from mscm.checkpoint import Checkpoints, reading
 from mscm.config import ConfigError
 from mscm.data import pipeline, sources
@@ -71,7 +71,8 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
 
 def checkpoint_facts(experiment: Experiment, source: sources.Source) -> dict[str, Any]:
     """What a checkpoint says of its model and of the data that it was trained on."""
-    return experiment.facts() | {"data": f"{len(source)} images, fingerprint {source.fingerprint[:16]}"}
+    data = f"{len(source)} images, fingerprint {source.fingerprint[:16]}"
+    return experiment.facts() | {"data": data, "transform": source.transform}
 
 
 def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_params: Params) -> None:
@@ -79,7 +80,7 @@ def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_
     spec = experiment.train
     is_main = distributed.is_main()
     if is_main:
-        cli.write_text(os.path.join(workdir, "config.json"), json.dumps(experiment.config, indent=2) + "\n")
+        atomic.write_text(os.path.join(workdir, "config.json"), json.dumps(experiment.config, indent=2) + "\n")
     with Checkpoints(workdir, keep=spec.keep_checkpoints) as checkpoints, Writer(workdir, active=is_main) as writer:
         if (checkpoints.latest() or 0) >= spec.num_steps:
             logging.info("%s: all %d steps are done", experiment.name, spec.num_steps)
@@ -231,7 +232,7 @@ def finish(experiment: Experiment, workdir: str, teacher_params: Params) -> None
             _write_grid(report, experiment, job.grid(shown))
         rows += job.real_rows()
     if distributed.is_main():
-        cli.write_text(os.path.join(report, "scores.json"), json.dumps(rows, indent=2) + "\n")
+        atomic.write_text(os.path.join(report, "scores.json"), json.dumps(rows, indent=2) + "\n")
         print(f"\n{evaluation.result_table(rows)}\n\nsamples: {grid_path}\n", flush=True)
 
 

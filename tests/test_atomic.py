@@ -90,3 +90,12 @@ def test_a_name_without_a_folder(tmp_path, monkeypatch):
     with atomic.writing("file") as file:
         file.write(b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_a_text_is_replaced_whole(tmp_path):
+    """The new text, in a folder that is made, and nothing beside it."""
+    path = tmp_path / "below" / "config.json"
+    atomic.write_text(path, "old and long")
+    atomic.write_text(path, "néw\n")
+    assert path.read_bytes() == "néw\n".encode()
+    assert list(path.parent.iterdir()) == [path]

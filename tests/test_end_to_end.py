@@ -103,6 +103,9 @@ def test_a_run_leaves_what_the_readme_says(tiny):
     assert b"fd_classifier/digits_cd2_ddim_2" in events.read_bytes()
     with Image.open(tiny.workdir / "report" / "samples.png") as image:
         assert min(image.size) > 200
+    with reading(tiny.workdir) as checkpoints:
+        facts = checkpoints.facts()
+    assert facts["data"].startswith("1797 images, fingerprint") and facts["transform"] is None
     rows = json.loads((tiny.workdir / "report" / "scores.json").read_text())
     assert [(row["sampler"], row["nfe"]) for row in rows] == [("ddim", 2), ("addim", 2), ("addim", 3), (None, 0)]
     assert [row["num_images"] for row in rows] == [60, 60, 60, 60]

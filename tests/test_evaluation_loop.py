@@ -22,7 +22,7 @@ from mscm.checkpoint import Checkpoints, reading
 from mscm.config import ConfigError
 from mscm.evaluation_loop import Evaluation
 from mscm.experiment import build
-from mscm.metrics import references
+from mscm.metrics import reference_statistics
 from mscm.report import grid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,10 +85,10 @@ def workdir(tmp_path, network_and_reference):
     return tmp_path / "run"
 
 
-def save(experiment, workdir, *states, keep=9):
+def save(experiment, workdir, *states, keep=9, **said):
     with Checkpoints(workdir, keep=keep) as checkpoints:
         for state in states:
-            checkpoints.save(state, experiment.facts())
+            checkpoints.save(state, experiment.facts() | said)
 
 
 def rows_of(workdir):
@@ -327,7 +327,7 @@ def test_a_reference_of_other_images_is_refused_or_marked(experiment, states, wo
         job.watch(once=True)
         reference = job.scorer.reference
     other = tmp_path / "other.npz"
-    references.save(other, references.Reference(
+    reference_statistics.save(other, reference_statistics.Reference(
         reference.statistics, {**reference.data, "split": "half_a", "resolution": 16}, reference.network
     ))
     changed = experiment_of(reference=str(other))
@@ -341,6 +341,21 @@ def test_a_reference_of_other_images_is_refused_or_marked(experiment, states, wo
     assert first["identity"] != second["identity"] and first["fd_classifier"] == second["fd_classifier"]
     with pytest.raises(ConfigError, match="got no reference .*; make it with python -m mscm.metrics.reference"):
         Evaluation(experiment_of(reference=str(tmp_path / "absent.npz")), str(workdir))
+
+
+def test_a_model_of_images_that_were_resized_otherwise_is_refused_or_marked(experiment, states, workdir):
+    """The checkpoint says how its images were resized; one that does not say it, or the same, has its score."""
+    save(experiment, workdir, states[0])
+    save(experiment, workdir, states[1], transform=None)
+    save(experiment, workdir, states[2], transform="adm")
+    for _ in range(2):  # a row with a mark is no reason to let the next one pass
+        with Evaluation(experiment, str(workdir)) as job:
+            with pytest.raises(ConfigError, match="transform None in the reference, 'adm' in what is scored"):
+                job.watch(once=True)
+        with Evaluation(experiment, str(workdir), allow_mismatch=True) as job:
+            job.watch(once=True)
+            assert job.newest()[0] == 30
+        assert [(row["step"], "mismatch" in row) for row in rows_of(workdir)] == [(10, False), (20, False), (30, True)]
 
 
 def test_missing_weights_are_said_before_training(experiment, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def main() -> None:
     from mscm import evaluation
     from mscm.config import ConfigError
     from mscm.experiment import build
-    from mscm.metrics import references
+    from mscm.metrics import reference_statistics
 
     experiment = build(CONFIG.value)
     directory = os.path.dirname(os.path.abspath(OUTPUT.value))
@@ -42,8 +42,8 @@ def main() -> None:
         else:
             unknown = {"transform": TRANSFORM.value, "count": COUNT.value, "fingerprint": None}
             facts = evaluation.reference_facts(experiment) | unknown
-            reference = references.import_npz(IMPORT.value, facts, network, num_kept=experiment.eval.num_kept)
-        references.save(OUTPUT.value, reference)
+            reference = reference_statistics.import_npz(IMPORT.value, facts, network, num_kept=experiment.eval.num_kept)
+        reference_statistics.save(OUTPUT.value, reference)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except OSError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mscm.metrics import dinov2, files, references, weights
+from mscm.metrics import dinov2, files, reference_statistics, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "--config=configs/digits_cd4.py"
@@ -59,14 +59,14 @@ def test_a_reference_is_computed_or_imported(tmp_path):
     computed, imported = tmp_path / "computed.npz", tmp_path / "imported.npz"
     printed = command("reference", CONFIG, "--config.eval.reference_split=half_a", f"--output={computed}")
     assert "digits/half_a, 899 images, features of classifier" in printed
-    reference = references.load(computed)
+    reference = reference_statistics.load(computed)
     assert reference.data["split"] == "half_a" and reference.statistics.features.count == 899
     mean, cov = reference.statistics.features.mean, reference.statistics.features.cov
     np.savez(tmp_path / "theirs.npz", mu=mean, sigma=cov)
     flags = [CONFIG, f"--import={tmp_path / 'theirs.npz'}", f"--output={imported}"]
     assert "--count: got none" in command("reference", *flags, code=2)
     assert "digits/all, 1797 images, from theirs.npz" in command("reference", *flags, "--count=1797")
-    np.testing.assert_array_equal(references.load(imported).statistics.features.cov, cov)
+    np.testing.assert_array_equal(reference_statistics.load(imported).statistics.features.cov, cov)
 
 
 @pytest.mark.parametrize(

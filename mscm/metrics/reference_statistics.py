@@ -21,6 +21,7 @@ from mscm.metrics.moments import Moments
 from mscm.metrics.statistics import Statistics
 
 _KIND = "mscm reference 1"
+_PYTORCH_FID = "of pytorch-fid's form, whose resize and scaling are others: slightly another distance"
 _COMPARED = ("name", "split", "transform", "resolution", "channels")
 
 
@@ -32,10 +33,12 @@ class Reference:
     data: Mapping[str, Any]  # name, split, transform, resolution, channels, count, fingerprint
     network: Mapping[str, str]  # name, fingerprint
     imported_from: str | None = None
+    remark: str | None = None  # what a reader of its scores should know
 
     def __str__(self) -> str:
         name, split, count = (self.data[key] for key in ("name", "split", "count"))
-        return f"{name}/{split}, {count} images" + (f", from {self.imported_from}" if self.imported_from else "")
+        imported = f", from {self.imported_from}" if self.imported_from else ""
+        return f"{name}/{split}, {count} images{imported}" + (f" ({self.remark})" if self.remark else "")
 
 
 def describe(source: LabelledImages) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def gather(
 
 def save(path: str | os.PathLike, reference: Reference) -> None:
     """Writes a reference to one file."""
-    card = {key: getattr(reference, key) for key in ("data", "network", "imported_from")}
+    card = {key: getattr(reference, key) for key in ("data", "network", "imported_from", "remark")}
     files.save(path, reference.statistics.to_arrays(), {"kind": _KIND} | card)
 
 
@@ -100,7 +103,8 @@ def load(path: str | os.PathLike) -> Reference:
             f"{os.fspath(path)}: got a file of kind {card.get('kind')!r}, expected {_KIND!r}; make it with "
             "python -m mscm.metrics.reference"
         )
-    return Reference(Statistics.from_arrays(arrays), card["data"], card["network"], card["imported_from"])
+    said = (card[key] for key in ("data", "network", "imported_from"))
+    return Reference(Statistics.from_arrays(arrays), *said, card.get("remark"))
 
 
 def import_npz(
@@ -157,7 +161,9 @@ def import_npz(
             )
     gathered = Statistics(features, spatial, None, kept)
     described = {"name": network.name, "fingerprint": network.fingerprint}
-    return Reference(gathered, data, described, os.path.basename(os.fspath(path)))
+    # ADM's files have more, and are of TensorFlow's resize, as the network here is.
+    remark = _PYTORCH_FID if network.name == "inception" and arrays.keys() == {"mu", "sigma"} else None
+    return Reference(gathered, data, described, os.path.basename(os.fspath(path)), remark)
 
 
 def differences(reference: Reference, data: Mapping[str, Any], network: FeatureNetwork) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from etils import epath
 
-from mscm import atomic
+from mscm import atomic, remote
 from mscm.config import ConfigError, find_config, load_config
 
 # Their progress notes are not this program's; their warnings are.
@@ -32,6 +32,7 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
         from mscm.data.images import BrokenImage
         from mscm.lease import LeaseError
 
+        remote.look_each_time()
         logging.set_verbosity(logging.INFO)
         handler = logging.get_absl_handler()
         handler.addFilter(_is_ours)
@@ -52,6 +53,19 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
 
     sys.modules["__main__"].__doc__ = doc  # what --help prints above the flags
     app.run(wrapped, flags_parser=_parse)
+
+
+def path_of(flag: flags.FlagHolder) -> str:
+    """The path that a flag gives.
+
+    Raises:
+      ConfigError: it cannot be read here.
+    """
+    try:
+        remote.check(flag.value)
+    except ValueError as error:
+        raise ConfigError(f"--{flag.name}: {error}") from error
+    return flag.value
 
 
 def _keep_compiled_programs() -> None:

@@ -39,7 +39,7 @@ def main() -> None:
 
     if run_flags.DISTRIBUTED.value:
         distributed.start(run_flags.DISTRIBUTED.value)
-    experiment, workdir = build(run_flags.CONFIG.value), run_flags.WORKDIR.value
+    experiment, workdir = build(run_flags.CONFIG.value), cli.path_of(run_flags.WORKDIR)
     experiment.mesh  # noqa: B018 refuses devices that do not fit before hours of reference statistics
     if IMAGES.value:
         _score_images(experiment, workdir)

@@ -14,20 +14,18 @@ and `check` says so.
 import contextlib
 import json
 import os
-import platform
 import shlex
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from absl import logging
 from etils import epath
 
-from mscm import atomic
+from mscm import atomic, processes
 
 RENEW_SECONDS = 10.0
 STALE_SECONDS = 90.0  # several renewals: a file system may stall
@@ -143,46 +141,22 @@ def _pause(seconds: float) -> None:
 
 def _this_process() -> dict[str, Any]:
     return {
-        "place": _place(),
+        "place": processes.place(),
         "pid": os.getpid(),
-        "process_start": _process_start(os.getpid()),
+        "process_start": processes.start_of(os.getpid()),
         "command": " ".join(shlex.join([os.path.basename(sys.executable), *sys.orig_argv[1:]]).split()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     }
 
 
-def _place() -> list[str]:
-    """Where a process number means something: host, its boot, and the container's numbering; all that are known."""
-    boot, numbering = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    with contextlib.suppress(OSError):
-        return [platform.node(), boot.read_text().strip(), os.readlink(numbering)]
-    return [platform.node()]
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process started, in ticks: its number may be used again. None where it has ended or the kernel is mute."""
-    try:
-        # The name, in parentheses, may hold anything.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in ("Z", "X") else fields[19]
-
-
 def _is_here(holder: dict[str, Any]) -> bool:
-    return holder["place"] == _place()
+    return holder["place"] == processes.place()
 
 
 def _is_dead(holder: dict[str, Any], *, silent_for: float) -> bool:
     if not _is_here(holder):
         return silent_for >= STALE_SECONDS
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's
-        pass
-    return _process_start(holder["pid"]) != holder["process_start"]
+    return not processes.is_alive(holder["pid"], holder["process_start"])
 
 
 def _name(holder: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 from clu import parameter_overview
+from etils import epath
 
 from mscm import atomic, cli, distributed, evaluation
 from mscm.checkpoint import Checkpoints, reading
@@ -50,13 +51,16 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
     """All that can be wrong is found here, before anything is compiled: data, work directory, teacher."""
     source = experiment.data.open()
     logging.info("Mesh: %s", dict(experiment.mesh.shape))  # refuses what does not fit the devices
-    if os.path.exists(workdir) and not os.path.isdir(workdir):
+    folder = epath.Path(workdir)
+    if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--workdir: got {workdir!r}, which is a file, expected a directory to write to")
     try:
-        os.makedirs(workdir, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--workdir: got {workdir!r}, expected a directory to write to: {error.strerror}") from error
-    if os.path.isdir(os.path.join(workdir, "checkpoints")):
+        raise ConfigError(
+            f"--workdir: got {workdir!r}, expected a directory to write to: {error.strerror or error}"
+        ) from error
+    if (folder / "checkpoints").is_dir():
         with reading(workdir) as checkpoints:
             if checkpoints.steps():
                 checkpoints.check(checkpoint_facts(experiment, source))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mscm import lease
+from mscm import lease, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,7 +109,7 @@ def test_it_waits_for_the_end_of_a_living_process(path, other, clock):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the kernel does not say when a process started")
 def test_a_number_that_is_used_again_is_another_process(path):
     """Alive, and not the one that wrote the file."""
-    elsewhere(path, place=lease._place(), process_start="1")
+    elsewhere(path, place=processes.place(), process_start="1")
     with lease.holding(path, "evaluation"):
         pass
 

@@ -23,7 +23,7 @@ from mscm.config import ConfigError
 from mscm.data import sources, transforms
 from mscm.experiment import SAMPLERS, EvalSpec, Experiment
 from mscm.metrics import classifier as classifiers
-from mscm.metrics import files, reference_statistics, statistics, weights
+from mscm.metrics import files, gathering, reference_statistics, statistics, weights
 from mscm.metrics.features import FeatureNetwork
 from mscm.metrics.statistics import Statistics
 from mscm.report import grid, table
@@ -31,12 +31,6 @@ from mscm.training import partition
 from mscm.types import Images, Int, Key, Labels, Params
 
 GRID_IMAGES, _GRID_COLUMNS = 50, 10
-
-# What a row of scores says of how it was made; all else in it is a metric.
-NO_METRICS = (
-    "step", "run", "model", "sampler", "nfe", "seed", "num_images", "labels", "network", "reference", "num_kept",
-    "identity", "mismatch",
-)
 
 # (params, key, indices of the images, labels) -> images, whole on every device
 SampleFn = Callable[[Params, Key, Int[np.ndarray, "b"], Labels], Images]
@@ -150,7 +144,8 @@ class Scorer:
           ConfigError: the weights or the reference cannot be read, or the reference is not of what is scored and
             `allow_mismatch` does not say that it may be.
         """
-        self.spec, self._data, self._allow_mismatch = experiment.eval, experiment.data, allow_mismatch
+        self.spec, self._experiment = experiment.eval, experiment
+        self._directory, self._allow_mismatch = directory, allow_mismatch
         try:
             self.network = make_network(experiment, directory)
             self.reference = _reference(experiment, self.network, directory)
@@ -204,17 +199,27 @@ class Scorer:
 
     def size_of_half(self) -> int:
         """Images on each side of `half_against_half`."""
-        return min(len(self._data.open()) // 2, self.spec.num_images)
+        return min(len(self._source) // 2, self.spec.num_images)
+
+    @functools.cached_property
+    def _source(self) -> sources.Source:
+        return _reference_source(self._experiment)
 
     def half_against_half(self) -> dict[str, float]:
-        """All metrics of one class-stratified half of the data against the other, or of images drawn from them.
+        """All metrics of one class-stratified half of the reference's images against the other, or of some of each.
 
         Counts below that of a score make a Frechet distance larger: with 1797 digits most of it is this bias.
         """
-        source, rng = self._data.open(), np.random.RandomState(0)
+        source, rng = self._source, np.random.RandomState(0)
         halves = [rng.permutation(half)[: self.size_of_half()] for half in sources.stratified_halves(source.labels)]
-        a, b = (_gather(source, np.sort(half), self.network, self.spec).statistics for half in halves)
-        return statistics.compare(a, b, network=self.network.name)
+        with contextlib.ExitStack() as stack:
+            a, b = (
+                stack.enter_context(
+                    _gathered(source, np.sort(half), self.network, self.spec, f"{self._directory}/half_{name}.npz")
+                )
+                for name, half in zip("ab", halves, strict=True)
+            )
+            return statistics.compare(a.statistics, b.statistics, network=self.network.name)
 
 
 def make_network(experiment: Experiment, directory: str) -> FeatureNetwork:
@@ -243,10 +248,15 @@ def reference_facts(experiment: Experiment, said: Mapping[str, Any] | None = Non
     return facts | {"transform": said["transform"]} if said and "transform" in said else facts
 
 
-def compute_reference(experiment: Experiment, network: FeatureNetwork) -> reference_statistics.Reference:
-    """Statistics of the images of `config.data`, of the split `config.eval.reference_split`."""
+def computed_reference(
+    experiment: Experiment, network: FeatureNetwork, partial: str
+) -> contextlib.AbstractContextManager[reference_statistics.Reference]:
+    """Statistics of the images of `config.data`, of the split `config.eval.reference_split`.
+
+    `partial`: the file of the pass under way, from which one that was killed goes on; it goes when the block ends well.
+    """
     source = _reference_source(experiment)
-    return _gather(source, np.arange(len(source)), network, experiment.eval)
+    return _gathered(source, np.arange(len(source)), network, experiment.eval, partial)
 
 
 def _reference_source(experiment: Experiment) -> sources.Source:
@@ -268,23 +278,37 @@ def _reference(experiment: Experiment, network: FeatureNetwork, directory: str) 
     usable = stored and (stored.data, stored.network) == wanted and len(stored.statistics.kept) == num_kept
     if distributed.everyone(bool(usable)):  # all compute, or none
         return stored
-    reference = compute_reference(experiment, network)
-    if distributed.is_main():
-        reference_statistics.save(path, reference)
+    with computed_reference(experiment, network, f"{path}.partial.npz") as reference:
+        if distributed.is_main():
+            reference_statistics.save(path, reference)
     return reference
 
 
-def _gather(
-    source: sources.Source, indices: np.ndarray, network: FeatureNetwork, spec: EvalSpec
-) -> reference_statistics.Reference:
-    return reference_statistics.compute(
+@contextlib.contextmanager
+def _gathered(
+    source: sources.Source, indices: np.ndarray, network: FeatureNetwork, spec: EvalSpec, path: str
+) -> Iterator[reference_statistics.Reference]:
+    """Statistics of images that all processes decode together; `path` as `computed_reference`'s `partial`."""
+    key = [reference_statistics.describe(source), network.fingerprint, spec.num_kept]
+    key.append(files.fingerprint({"indices": indices}))
+    partial = gathering.Partial(path, key, writes=distributed.is_main())
+    under_way = gathering.Gathering(len(indices), num_kept=spec.num_kept, partial=partial)
+    count = distributed.agree(under_way.count)
+    if not distributed.everyone(under_way.count == count):  # one does not see the file of another
+        under_way = gathering.Gathering(len(indices), num_kept=spec.num_kept, partial=partial, goes_on=False)
+        count = 0
+    reference = reference_statistics.compute(
         source,
         network,
         indices=indices,
         batch_size=spec.batch_size,
-        num_kept=spec.num_kept,
-        watch=cli.Meter(f"{source.name}/{source.split}", len(indices)),
+        gathering=under_way,
+        load=lambda batch: distributed.gathered(lambda part: source.load(part)["image"], batch),
+        watch=cli.Meter(f"{source.name}/{source.split}", len(indices), count),
     )
+    under_way.save()
+    yield reference
+    under_way.remove_file()
 
 
 def check_weights(experiment: Experiment) -> None:
@@ -335,10 +359,15 @@ def labels_of_images(experiment: Experiment, seed: int) -> np.ndarray:
     return np.random.RandomState(seed).randint(num_classes, size=num_images)
 
 
+def metrics_of(row: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a row of scores by name: what else it says, of how it was made, is no fraction."""
+    return {name: value for name, value in row.items() if isinstance(value, float)}
+
+
 def result_table(rows: list[dict[str, Any]]) -> str:
     """The scores as a person reads them: one line for each model and sampler, mean and deviation over seeds."""
     known = ("model", "sampler", "nfe", "num_images")
-    metrics = [name for name in rows[0] if name not in NO_METRICS and not name.endswith("_std")]
+    metrics = [name for name in metrics_of(rows[0]) if not name.endswith("_std")]
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(key) for key in known), []).append(row)

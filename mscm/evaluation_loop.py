@@ -24,7 +24,8 @@ from mscm import atomic, cli, distributed, evaluation, lease
 from mscm.checkpoint import CheckpointError, Checkpoints, reading
 from mscm.evaluation import SamplerSpec, Scorer
 from mscm.experiment import Experiment
-from mscm.metrics import files, statistics
+from mscm.metrics import gathering
+from mscm.metrics.gathering import Gathering, Partial
 from mscm.report import grid
 from mscm.report.writer import Writer
 from mscm.types import Params
@@ -32,7 +33,6 @@ from mscm.types import Params
 _Read = TypeVar("_Read")
 
 _POLL_SECONDS = 10.0
-_PARTIAL_KIND = "mscm evaluation under way 1"
 
 # Of a config: where and how fast a training runs, and what it writes.
 _DECIDES_NOTHING = (
@@ -190,8 +190,15 @@ class Evaluation:
     def _make(self, model: Experiment, params: Params, key: dict[str, Any]) -> dict[str, Any]:
         """One row: generates the images, going on where an interrupted evaluation of it stopped, and writes it."""
         spec = SamplerSpec(key["sampler"], key["nfe"])
-        accumulator, samples = self._restored(key)  # of the main process; the others only take part
-        start = distributed.agree(accumulator.count)
+        under_way = None  # the main process gathers; the others only take part
+        if distributed.is_main():
+            under_way = Gathering(
+                key["num_images"],
+                num_kept=self.scorer.spec.num_kept,
+                num_samples=evaluation.GRID_IMAGES,
+                partial=Partial(self._partial, key, self._save_every_seconds, before_write=self._check_ours),
+            )
+        start = distributed.agree(under_way.count if under_way else None)
         what = f"{model.name}, step {key['step']}, {spec}" + (f", seed {key['seed']}" if key["seed"] else "")
         if start:
             logging.info("%s: continuing after %d images", what, start)
@@ -205,34 +212,19 @@ class Evaluation:
             labels=evaluation.labels_of_images(self.experiment, key["seed"]),
             start=start,
         )
-        meter, saved = cli.Meter(what, key["num_images"], start), time.monotonic()
-        for images in batches:
-            outputs = self.scorer.network(images)
-            if not distributed.is_main():
-                continue
-            samples = np.concatenate([samples, images[: evaluation.GRID_IMAGES - len(samples)]])
-            accumulator.add(outputs)
-            meter(len(images))
-            if time.monotonic() - saved >= self._save_every_seconds:
-                self._check_ours()
-                arrays = accumulator.to_arrays() | {"samples": samples}
-                files.save(self._partial, arrays, {"kind": _PARTIAL_KIND, "key": key})
-                saved = time.monotonic()
-        row = key | self._compare(accumulator)
+        gathering.over(batches, self.scorer.network, under_way, watch=cli.Meter(what, key["num_images"], start))
+        row = key | self._compare(under_way)
         logging.info("%s: %s %.4g", what, self.scorer.metric, row[self.scorer.metric])
-        if distributed.is_main():
-            self._write(row, samples)
+        if under_way:
+            self._write(row, under_way)
         distributed.barrier()  # who reads what belongs to the row finds it
         return row
 
     def score_images(self, batches: Iterable[np.ndarray], num_images: int, name: str) -> dict[str, Any]:
         """A row for images of any origin; it is not written."""
-        meter = cli.Meter(name, num_images)
-        accumulator = statistics.Accumulator(num_images, num_kept=self.scorer.spec.num_kept)
-        for images in batches:
-            accumulator.add(self.scorer.network(images))
-            meter(len(images))
-        return {"model": name, "num_images": num_images, **self.scorer.describe(), **self._compare(accumulator)}
+        whole = Gathering(num_images, num_kept=self.scorer.spec.num_kept)
+        gathering.over(batches, self.scorer.network, whole, watch=cli.Meter(name, num_images))
+        return {"model": name, "num_images": num_images, **self.scorer.describe(), **self._compare(whole)}
 
     def newest(self) -> tuple[int, list[dict[str, Any]]]:
         """Step and rows of the newest checkpoint that has scores.
@@ -281,41 +273,22 @@ class Evaluation:
             cli.append_json_line(self.scores_file, row)
         return [row]
 
-    def _compare(self, accumulator: statistics.Accumulator) -> dict[str, float]:
+    def _compare(self, gathered: Gathering | None) -> dict[str, float]:
         # By one process: the last digits may differ between hosts.
-        return distributed.agree(self.scorer.compare(accumulator.statistics()) if distributed.is_main() else None)
+        return distributed.agree(self.scorer.compare(gathered.statistics()) if distributed.is_main() else None)
 
-    def _restored(self, key: dict[str, Any]) -> tuple[statistics.Accumulator, np.ndarray]:
-        """What an interrupted evaluation of the same row had gathered: statistics and its first images."""
-        settings, data = self.scorer.spec, self.experiment.data
-        fresh = statistics.Accumulator(settings.num_images, num_kept=settings.num_kept)
-        nothing = fresh, np.zeros((0, data.resolution, data.resolution, data.channels), np.uint8)
-        if not distributed.is_main():
-            return nothing
-        try:
-            arrays, card = files.load(self._partial)
-        except FileNotFoundError:
-            return nothing
-        except ValueError as error:
-            logging.warning("Starting the evaluation again: %s", error)
-            return nothing
-        if (card.get("kind"), card.get("key")) != (_PARTIAL_KIND, key):
-            return nothing
-        return statistics.Accumulator.from_arrays(arrays), arrays["samples"]
-
-    def _write(self, row: dict[str, Any], samples: np.ndarray) -> None:
+    def _write(self, row: dict[str, Any], gathered: Gathering) -> None:
         """All that belongs to a row, and then the row: who finds it there finds the rest."""
         self._check_ours()
-        samples_path = self._samples_path(row)
+        samples_path, samples = self._samples_path(row), gathered.samples
         grid.save_png(f"{samples_path}.png", evaluation.grid_of({os.path.basename(samples_path): samples}))
         with atomic.writing(f"{samples_path}.npz") as file:
             np.savez(file, images=samples)
-        metrics = {key: value for key, value in row.items() if key not in evaluation.NO_METRICS}
-        name = _name_of(row)
+        name, metrics = _name_of(row), evaluation.metrics_of(row)
         self._writer.write_scalars(row["step"], {f"{metric}/{name}": value for metric, value in metrics.items()})
         self._writer.flush()
         cli.append_json_line(self.scores_file, row)
-        epath.Path(self._partial).unlink(missing_ok=True)
+        gathered.remove_file()
 
     def _lacks_best(self, run: str, step: int) -> bool:
         """Whether `step` is the best of its run so far and its copy is not there."""
@@ -402,5 +375,6 @@ def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _name_of(row: dict[str, Any]) -> str:
-    name = f"{row['model']}_{row['sampler']}_{row['nfe']}"
+    """Of the pictures and events of a row, beside its step: those under other settings are others."""
+    name = "_".join(str(row[key]) for key in ("model", "sampler", "nfe", "num_images", "labels"))
     return f"{name}_seed{row['seed']}" if row["seed"] else name

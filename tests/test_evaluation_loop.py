@@ -105,7 +105,9 @@ def test_it_waits_for_checkpoints_and_ends_with_training(experiment, states, wor
     assert not (workdir / "eval" / "partial.npz").exists()
     assert len({row["fd_classifier"] for row in rows_of(workdir)}) == 3
     names = sorted(path.name for path in (workdir / "eval" / "samples").iterdir())
-    assert names == [f"digits_teacher_addim_2_{step:08d}.{kind}" for step in (10, 20, 30) for kind in ("npz", "png")]
+    assert names == [
+        f"digits_teacher_addim_2_60_balanced_{step:08d}.{kind}" for step in (10, 20, 30) for kind in ("npz", "png")
+    ]
 
 
 def test_once_does_not_wait(experiment, states, workdir, monkeypatch):
@@ -208,7 +210,7 @@ def test_it_continues_inside_an_evaluation(experiment, states, workdir, monkeypa
     with Evaluation(experiment, str(workdir)) as job:
         job.watch(once=True)
     assert started == [0, 40]
-    with np.load(workdir / "eval" / "samples" / "digits_teacher_addim_2_00000010.npz") as file:
+    with np.load(workdir / "eval" / "samples" / "digits_teacher_addim_2_60_balanced_00000010.npz") as file:
         assert file["images"].shape == (50, 8, 8, 1)
 
 
@@ -303,6 +305,11 @@ def test_scores_under_other_settings_are_made_anew(experiment, states, workdir):
     assert [(row["num_images"], row["labels"]) for row in rows_of(workdir)] == [
         (60, "balanced"), (80, "balanced"), (60, "uniform")
     ]
+    names = ["60_balanced", "60_uniform", "80_balanced"]
+    pictures = sorted((workdir / "eval" / "samples").glob("*.png"))
+    assert [path.name for path in pictures] == [f"digits_teacher_addim_2_{name}_00000010.png" for name in names]
+    events = b"".join(path.read_bytes() for path in (workdir / "eval").glob("events.*"))
+    assert all(f"fd_classifier/digits_teacher_addim_2_{name}".encode() in events for name in names)
 
 
 def test_another_training_in_the_same_directory_has_scores_of_its_own(experiment, states, workdir):

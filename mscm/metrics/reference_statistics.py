@@ -7,7 +7,7 @@ agree with what is being scored.
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from etils import epath
 from mscm.metrics import files, statistics
 from mscm.metrics.classifier import LabelledImages
 from mscm.metrics.features import FeatureNetwork
+from mscm.metrics.gathering import Gathering, over
 from mscm.metrics.moments import Moments
 from mscm.metrics.statistics import Statistics
 
@@ -54,34 +55,24 @@ def compute(
     indices: np.ndarray | None = None,
     batch_size: int,
     num_kept: int = statistics.NUM_KEPT,
+    gathering: Gathering | None = None,
+    load: Callable[[np.ndarray], np.ndarray] | None = None,
     watch: Callable[[int], None] = lambda num_images: None,
 ) -> Reference:
     """Statistics of all images of a data set, or of those at `indices`, in their order.
 
-    `watch` is told the number of images of each batch when it is done.
+    Args:
+      gathering: goes on with this one, which then decides `num_kept`.
+      load: images at indices; None: the source's.
+      watch: is told the number of images of each batch when it is done.
     """
     indices = np.arange(len(source)) if indices is None else indices
-    batches = (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
-    images = (source.load(batch)["image"] for batch in batches)
-    gathered = gather(images, len(indices), network, num_kept=num_kept, watch=watch)
+    gathering = gathering or Gathering(len(indices), num_kept=num_kept)
+    load = load or (lambda batch: source.load(batch)["image"])
+    starts = range(gathering.count, len(indices), batch_size)
+    over((load(indices[start : start + batch_size]) for start in starts), network, gathering, watch=watch)
     facts = describe(source) | {"count": len(indices)}
-    return Reference(gathered, facts, {"name": network.name, "fingerprint": network.fingerprint})
-
-
-def gather(
-    batches: Iterable[np.ndarray],
-    num_images: int,
-    network: FeatureNetwork,
-    *,
-    num_kept: int = statistics.NUM_KEPT,
-    watch: Callable[[int], None] = lambda num_images: None,
-) -> Statistics:
-    """Statistics of uint8 images `n h w c` that come in batches."""
-    accumulator = statistics.Accumulator(num_images, num_kept=num_kept)
-    for images in batches:
-        accumulator.add(network(images))
-        watch(len(images))
-    return accumulator.statistics()
+    return Reference(gathering.statistics(), facts, {"name": network.name, "fingerprint": network.fingerprint})
 
 
 def save(path: str | os.PathLike, reference: Reference) -> None:
@@ -97,7 +88,15 @@ def load(path: str | os.PathLike) -> Reference:
       FileNotFoundError: there is none.
       ValueError: it is damaged or something else.
     """
-    arrays, card = files.load(path)
+    try:
+        arrays, card = files.load(path)
+    except ValueError as error:
+        if not _names(path) >= {"mu", "sigma"}:
+            raise
+        raise ValueError(
+            f"{os.fspath(path)}: got an .npz of ADM's or pytorch-fid's form, expected one of mscm.metrics.reference; "
+            f"make it with python -m mscm.metrics.reference --import={os.fspath(path)} --count=NUMBER_OF_ITS_IMAGES"
+        ) from error
     if card.get("kind") != _KIND:
         raise ValueError(
             f"{os.fspath(path)}: got a file of kind {card.get('kind')!r}, expected {_KIND!r}; make it with "
@@ -164,6 +163,15 @@ def import_npz(
     # ADM's files have more, and are of TensorFlow's resize, as the network here is.
     remark = _PYTORCH_FID if network.name == "inception" and arrays.keys() == {"mu", "sigma"} else None
     return Reference(gathered, data, described, os.path.basename(os.fspath(path)), remark)
+
+
+def _names(path: str | os.PathLike) -> set[str]:
+    """Of the arrays in an .npz; none where it is something else."""
+    try:
+        with epath.Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            return set(file.files)
+    except Exception:  # as in files.load
+        return set()
 
 
 def differences(reference: Reference, data: Mapping[str, Any], network: FeatureNetwork) -> list[str]:

@@ -29,7 +29,7 @@ def command(name, *flags, code=0, **env):
 def small_dinov2(tmp_path_factory):
     """A converted file of a network of two blocks."""
     path = tmp_path_factory.mktemp("weights") / "dinov2.npz"
-    flat = weights._flatten(dinov2.random_params(0))
+    flat = files.flat(dinov2.random_params(0))
     sha256 = files.fingerprint(flat)
     rows = dinov2.network(dinov2.random_params(0), fingerprint=sha256)(weights.probe_images()).features
     card = {"kind": "mscm weights 1", "network": "dinov2", "weights_sha256": sha256}

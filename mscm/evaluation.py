@@ -228,14 +228,25 @@ def make_network(experiment: Experiment, directory: str) -> FeatureNetwork:
     Raises:
       ValueError: its weights are not there.
     """
-    spec = experiment.eval
-    if spec.network != "classifier":
-        return weights.load(spec.network, spec.weights or weights.default_path(spec.network), dtype=spec.precision)
-    if spec.precision != "float32" or spec.weights:
+    _check_network(experiment.eval)
+    network = _loaded_network(experiment.eval)
+    if network is None:
+        source = experiment.data.open()
+        with distributed.main_first():
+            network = classifiers.load_or_train(source, directory).network
+    return network.for_calls_of(experiment.eval.batch_size)
+
+
+def _check_network(spec: EvalSpec) -> None:
+    if spec.network == "classifier" and (spec.precision != "float32" or spec.weights):
         raise ValueError("the network 'classifier' is trained on the spot in float32, expected no weights or precision")
-    source = experiment.data.open()
-    with distributed.main_first():
-        return classifiers.load_or_train(source, directory).network
+
+
+def _loaded_network(spec: EvalSpec) -> FeatureNetwork | None:
+    """From its file; None: it is trained."""
+    if spec.network == "classifier":
+        return None
+    return weights.load(spec.network, spec.weights or weights.default_path(spec.network), dtype=spec.precision)
 
 
 def reference_facts(experiment: Experiment, said: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -311,18 +322,23 @@ def _gathered(
     under_way.remove_file()
 
 
-def check_weights(experiment: Experiment) -> None:
-    """Looks for the files that scoring needs, before hours of training.
+def check(experiment: Experiment, source: sources.Source) -> None:
+    """Looks for all that scoring needs, before hours of training on `source`.
 
     Raises:
-      ConfigError: one is not there.
+      ConfigError: something is not there, or the reference is of other images.
     """
     spec = experiment.eval
     try:
-        if spec.network != "classifier":
-            weights.check(spec.network, spec.weights or weights.default_path(spec.network))
+        _check_network(spec)
+        network = _loaded_network(spec)
         if spec.reference:
-            _load_reference(spec.reference)
+            facts = reference_facts(experiment, {"transform": source.transform})
+            found = reference_statistics.differences(_load_reference(spec.reference), facts, network)
+            if found:
+                raise ValueError(f"reference: got one of other images, {'; '.join(found)}; give the right one")
+        else:
+            _reference_source(experiment)
     except ValueError as error:
         raise ConfigError(
             f"config.eval: {error}, or --config.eval.at_end=False to train without scores at the end"

@@ -33,6 +33,7 @@ from mscm.types import Params
 _Read = TypeVar("_Read")
 
 _POLL_SECONDS = 10.0
+_LOOKS, _LOOK_SECONDS = 16, 2.0  # at a checkpoint that cannot be read: half a minute
 
 # Of a config: where and how fast a training runs, and what it writes.
 _DECIDES_NOTHING = (
@@ -132,18 +133,30 @@ class Evaluation:
         return facts is not None and step >= facts["config"]["train"]["num_steps"]
 
     def _unless_deleted(self, workdir: str, step: int, read: Callable[[], _Read]) -> _Read | None:
-        """What `read` gives; None where it fails because training has deleted the checkpoint."""
-        try:
-            return read()
-        except Exception:  # whatever Orbax raises when files vanish under it
-            with reading(workdir) as checkpoints:
-                if step in checkpoints.steps():
+        """What `read` gives; None where it fails because training has deleted the checkpoint.
+
+        Which takes its time: the arrays go before the folder, and a step is still listed that cannot be read.
+        """
+        for looks_left in reversed(range(_LOOKS)):
+            try:
+                return read()
+            except Exception as error:  # whatever Orbax raises when files vanish under it
+                with reading(workdir) as checkpoints:
+                    if step not in checkpoints.steps():
+                        break
+                if not looks_left or isinstance(error, CheckpointError):  # of another model, say
                     raise
+            time.sleep(_LOOK_SECONDS)
         logging.warning("Step %d in %s: training has deleted it before it had a score", step, workdir)
         return None
 
-    def score(self, model: Experiment, workdir: str, step: int, specs: list[SamplerSpec]) -> list[dict[str, Any]]:
+    def score(
+        self, model: Experiment, workdir: str, step: int, specs: list[SamplerSpec], *, make: bool = True
+    ) -> list[dict[str, Any]]:
         """The rows of a checkpoint, made where they are not there; none where training has deleted it meanwhile.
+
+        Args:
+          make: False gives only those that are there.
 
         Raises:
           ConfigError: it was trained on images that were resized otherwise than those of the reference.
@@ -159,6 +172,8 @@ class Evaluation:
         done = distributed.agree([[_key_of(row), row] for row in self.rows()])
         done = {tuple(key): row for key, row in done}
         missing = [key for key in wanted if _key_of(key) not in done]
+        if not make:
+            return [done[_key_of(key)] for key in wanted if key not in missing]
         # Not kept where a kill came between the last row and the copy.
         keeps = model is self.experiment and (missing or distributed.agree(self._lacks_best(run, step)))
         if missing or keeps:
@@ -242,8 +257,8 @@ class Evaluation:
         step = max(row["step"] for row in rows)
         return step, [row for row in rows if row["step"] == step]
 
-    def teacher_rows(self, specs: list[SamplerSpec]) -> list[dict[str, Any]]:
-        """The rows of the newest checkpoint of the teacher; none without one, or where it is not here."""
+    def teacher_rows(self, specs: list[SamplerSpec], *, make: bool = True) -> list[dict[str, Any]]:
+        """The rows of the newest checkpoint of the teacher, as `score`; none without one, or where it is not here."""
         teacher = self.experiment.teacher
         if teacher is None:
             return []
@@ -255,17 +270,20 @@ class Evaluation:
         except CheckpointError as error:
             logging.warning("No scores of the teacher: %s", error)
         step = distributed.agree(step)
-        return [] if step is None else self.score(teacher.experiment, workdir, step, specs)
+        return [] if step is None else self.score(teacher.experiment, workdir, step, specs, make=make)
 
-    def real_rows(self) -> list[dict[str, Any]]:
-        """The reference point of a table, half of the data against the other half; none where only a reference is."""
+    def real_rows(self, *, make: bool = True) -> list[dict[str, Any]]:
+        """The reference point of a table, half of the images of the reference against the other half.
+
+        None where the reference is a file, and, with `make` False, where it is not there.
+        """
         if self.scorer.spec.reference:
             return []
         count = self.scorer.size_of_half()
         row = dict.fromkeys(_KEY) | {"model": "real, half against half", "nfe": 0, "num_images": count}
         row |= self.scorer.describe()
         there = distributed.agree([other for other in self.rows() if _key_of(other) == _key_of(row)])
-        if there:
+        if there or not make:
             return there
         row |= self.scorer.half_against_half()
         if distributed.is_main():

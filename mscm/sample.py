@@ -34,7 +34,7 @@ def main() -> None:
     from mscm.experiment import build
     from mscm.report import grid
 
-    experiment, workdir = build(run_flags.CONFIG.value), cli.path_of(run_flags.WORKDIR)
+    experiment, workdir = build(run_flags.CONFIG.value).for_evaluation(), cli.path_of(run_flags.WORKDIR)
     default = evaluation.default_samplers(experiment)[-1]
     num_steps = default.num_steps if NUM_STEPS.value is None else NUM_STEPS.value
     spec = evaluation.SamplerSpec(SAMPLER.value or default.name, num_steps)

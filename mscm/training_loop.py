@@ -14,7 +14,7 @@ from clu import parameter_overview
 from etils import epath
 
 from mscm import atomic, cli, distributed, evaluation
-from mscm.checkpoint import Checkpoints, reading
+from mscm.checkpoint import CheckpointError, Checkpoints, reading
 from mscm.config import ConfigError
 from mscm.data import pipeline, sources
 from mscm.evaluation_loop import Evaluation
@@ -68,7 +68,7 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
         with reading(experiment.teacher.workdir) as checkpoints:
             checkpoints.check(experiment.teacher.experiment.facts())
     if experiment.eval.at_end:
-        evaluation.check_weights(experiment)
+        evaluation.check(experiment, source)
     distributed.barrier()  # nobody has written yet: all have seen the same
     return source
 
@@ -232,8 +232,12 @@ def finish(experiment: Experiment, workdir: str, teacher_params: Params) -> None
         if teacher is not None:
             rows += job.teacher_rows(evaluation.short_teacher_samplers(experiment))
             shown += rows[-1:]
-        if distributed.is_main():  # the others need not see its files
+        if shown and distributed.is_main():  # the others need not see its files
             _write_grid(report, experiment, job.grid(shown))
+        if not rows:
+            raise CheckpointError(
+                f"{workdir}: got no score, because step {newest} was deleted before it had one; run it again"
+            )
         rows += job.real_rows()
     if distributed.is_main():
         atomic.write_text(os.path.join(report, "scores.json"), json.dumps(rows, indent=2) + "\n")

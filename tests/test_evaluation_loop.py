@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -270,11 +271,82 @@ def test_a_checkpoint_that_training_deletes_is_left_out(experiment, states, work
     assert [row["step"] for row in rows_of(workdir)] == [10, 30]
 
 
-def test_a_checkpoint_that_cannot_be_read_is_an_error(experiment, states, workdir):
+def test_a_checkpoint_that_cannot_be_read_is_an_error(experiment, states, workdir, monkeypatch):
+    """After half a minute in which it could have gone."""
     save(experiment, workdir, states[0])
     shutil.rmtree(workdir / "checkpoints" / "10" / "ema")
+    waits = []
+    monkeypatch.setattr(evaluation_loop.time, "sleep", waits.append)
     with pytest.raises(Exception, match="ema"), Evaluation(experiment, str(workdir)) as job:
         job.watch(once=True)
+    assert sum(waits) == 30
+
+
+def test_a_checkpoint_that_is_just_being_deleted_is_left_out(experiment, states, workdir, monkeypatch):
+    """Its arrays have gone, its folder has not."""
+    save(experiment, workdir, *states)
+    folder = workdir / "checkpoints" / "20"
+    shutil.rmtree(folder / "ema")
+    monkeypatch.setattr(evaluation_loop.time, "sleep", lambda seconds: shutil.rmtree(folder))
+    with Evaluation(experiment, str(workdir)) as job:
+        job.watch(once=True)
+    assert [row["step"] for row in rows_of(workdir)] == [10, 30]
+
+
+def test_what_is_not_to_be_made_is_only_looked_up(experiment, states, workdir):
+    save(experiment, workdir, states[0])
+    specs = evaluation.default_samplers(experiment)
+    with Evaluation(experiment, str(workdir)) as job:
+        assert job.score(experiment, str(workdir), 10, specs, make=False) == job.real_rows(make=False) == []
+        made = job.score(experiment, str(workdir), 10, specs), job.real_rows()
+        assert made == (job.score(experiment, str(workdir), 10, specs, make=False), job.real_rows(make=False))
+
+
+def test_real_images_are_of_the_split_of_the_reference(workdir):
+    with Evaluation(experiment_of(reference_split="half_a", num_images=1000), str(workdir)) as job:
+        (row,) = job.real_rows()
+    assert row["num_images"] == 449  # of 899, not of 1797
+
+
+@pytest.mark.parametrize("place", ["reference", "half_b"])
+def test_statistics_of_real_images_go_on_after_a_kill(experiment, tmp_path, network_and_reference, monkeypatch, place):
+    """Of the reference, and of the second half: the first is not computed again. The same numbers come out."""
+    spec = experiment.eval
+    for kept in network_and_reference.iterdir():
+        if place != "reference" or kept.name.startswith("classifier"):
+            shutil.copy(kept, tmp_path)
+    always = functools.partial(evaluation.gathering.Partial, save_every_seconds=0.0)
+    monkeypatch.setattr(evaluation.gathering, "Partial", always)
+    call, seen = evaluation.FeatureNetwork.__call__, []
+
+    def counted(network, images):
+        if killed_after is not None and len(seen) == killed_after:
+            raise _Killed
+        seen.append(len(images))
+        return call(network, images)
+
+    def run():
+        seen.clear()
+        scorer = evaluation.Scorer(experiment, str(tmp_path))
+        return scorer.reference.statistics.features.mean if place == "reference" else scorer.half_against_half()
+
+    monkeypatch.setattr(evaluation.FeatureNetwork, "__call__", counted)
+    killed_after = 3 if place == "reference" else 4  # batches, of which three are a half of 60 images
+    with pytest.raises(_Killed):
+        run()
+    assert list(tmp_path.glob("*.partial.npz" if place == "reference" else "half_?.npz"))
+    killed_after = None
+    again = run()
+    total = 1797 if place == "reference" else 2 * spec.num_images
+    assert sum(seen) == total - (3 if place == "reference" else 4) * spec.batch_size
+    assert not list(tmp_path.glob("*.partial.npz")) and not list(tmp_path.glob("half_?.npz"))
+    (tmp_path / "reference_classifier_all.npz").unlink()
+    np.testing.assert_equal(again, run())
+
+
+def test_seeds_are_given_once():
+    with pytest.raises(ConfigError, match=r"config.eval.seeds: got \(0, 3, 0\), expected each of them once"):
+        experiment_of(seeds=(0, 3, 0))
 
 
 def test_the_best_checkpoint_is_kept(experiment, states, workdir, monkeypatch):
@@ -368,11 +440,36 @@ def test_a_model_of_images_that_were_resized_otherwise_is_refused_or_marked(expe
 def test_missing_weights_are_said_before_training(experiment, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     without = experiment_of(network="inception")
-    for refuse in (evaluation.check_weights, lambda e: evaluation.Scorer(e, str(tmp_path))):
+    for refuse in (lambda e: evaluation.check(e, e.data.open()), lambda e: evaluation.Scorer(e, str(tmp_path))):
         with pytest.raises(ConfigError, match="pytorch-fid.*python -m mscm.metrics.convert --network=inception"):
             refuse(without)
     with pytest.raises(ConfigError, match="trained on the spot in float32"):
         evaluation.Scorer(experiment_of(precision="bfloat16"), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"precision": "bfloat16"}, "trained on the spot in float32, expected no weights or precision"),
+        ({"weights": "x.npz"}, "trained on the spot in float32, expected no weights or precision"),
+        ({"reference_split": "b"}, "unknown split of 'digits': got 'b', expected one of all, half_a, half_b"),
+        ({"reference": "OTHER"}, "split 'all' in the reference, 'half_b' in what is scored; transform None in the ref"),
+        ({"reference": "absent.npz"}, "got no reference absent.npz; make it with"),
+    ],
+)
+def test_what_cannot_be_scored_is_said_before_training(network_and_reference, settings, sentence):
+    """And how to train without; of no flag that mscm.main has not."""
+    if settings.get("reference") == "OTHER":
+        path = network_and_reference / "reference_classifier_all.npz"
+        settings = {"reference": str(path), "reference_split": "half_b"}
+    experiment = experiment_of(**settings)
+    source = experiment.data.open()
+    object.__setattr__(source, "transform", "area")
+    with pytest.raises(ConfigError) as error:
+        evaluation.check(experiment, source)
+    text = str(error.value)
+    assert sentence in text and text.endswith("or --config.eval.at_end=False to train without scores at the end")
+    assert "allow_mismatch" not in text
 
 
 def start_eval(directory, *flags):

@@ -174,11 +174,12 @@ def _names(path: str | os.PathLike) -> set[str]:
         return set()
 
 
-def differences(reference: Reference, data: Mapping[str, Any], network: FeatureNetwork) -> list[str]:
+def differences(reference: Reference, data: Mapping[str, Any], network: FeatureNetwork | None) -> list[str]:
     """Sentences about what is not the same on the two sides; what an imported file does not know is no difference.
 
     Args:
       data: what is known of the facts about the scored images, as `describe` gives them.
+      network: None where it is not known yet.
     """
     found = [
         f"{key} {reference.data[key]!r} in the reference, {data[key]!r} in what is scored"
@@ -186,7 +187,8 @@ def differences(reference: Reference, data: Mapping[str, Any], network: FeatureN
         if key in data and reference.data[key] != data[key]
         if not (reference.imported_from and reference.data[key] is None)
     ]
-    theirs, ours = reference.network, {"name": network.name, "fingerprint": network.fingerprint}
+    theirs = reference.network
+    ours = theirs if network is None else {"name": network.name, "fingerprint": network.fingerprint}
     if theirs != ours:
         found.append(f"network {label(**theirs)} in the reference, {label(**ours)} in what is scored")
     return found

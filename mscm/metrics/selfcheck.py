@@ -25,6 +25,8 @@ def main() -> None:
     from mscm.metrics import weights
     from mscm.report import table
 
+    if WEIGHTS.value is not None and not NETWORK.value:
+        raise ConfigError(f"--weights: got {WEIGHTS.value}, expected it with --network only: whose weights are they?")
     checks = [*_gaussians(), *_real_images()]
     if NETWORK.value:
         if NETWORK.value not in weights.NETWORKS:

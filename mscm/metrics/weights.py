@@ -70,7 +70,7 @@ def convert(network: str, source: str | os.PathLike, output: str | os.PathLike) 
         )
     try:
         params = NETWORKS[network].from_torch(read_torch_file(source))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
     flat = files.flat(params)
     card = {"kind": _KIND, "network": network, "source": source.name, "source_sha256": sha256}
@@ -92,11 +92,6 @@ def load(network: str, path: str | os.PathLike, *, dtype: str = "float32") -> Fe
     params = jax.tree.map(lambda array: jnp.asarray(array, dtype), files.tree(flat))
     suffix = "" if dtype == "float32" else f"-{dtype}"
     return NETWORKS[network].make(params, fingerprint=card["weights_sha256"] + suffix)
-
-
-def check(network: str, path: str | os.PathLike) -> None:
-    """Raises what `load` would raise."""
-    _read(network, path)
 
 
 def probe(network: str, path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -105,6 +105,12 @@ def test_what_is_no_reference_is_refused(tmp_path):
         reference_statistics.load(path)
 
 
+def test_a_file_of_adms_is_told_how_it_is_imported(tmp_path):
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(4), sigma=np.eye(4))
+    with pytest.raises(ValueError, match=f"reference --import={tmp_path}/adm.npz --count=NUMBER_OF_ITS_IMAGES"):
+        reference_statistics.load(tmp_path / "adm.npz")
+
+
 # What an imported file does not say.
 IMPORTED = FACTS | {"transform": None, "fingerprint": None}
 

@@ -55,6 +55,8 @@ def main() -> None:
             _write(reference, output)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    except OSError as error:  # of the data, or of what is kept on the way
+        raise ConfigError(f"{error.filename or output}: {error.strerror or error}") from error
 
 
 def _write(reference, output: str) -> None:

@@ -69,6 +69,16 @@ def test_a_reference_is_computed_or_imported(tmp_path):
     np.testing.assert_array_equal(reference_statistics.load(imported).statistics.features.cov, cov)
 
 
+def test_what_cannot_be_written_is_named(tmp_path):
+    """The file itself, also where it is another than --output."""
+    (tmp_path / "file").touch()
+    said = command("reference", CONFIG, f"--output={tmp_path / 'file' / 'x.npz'}", code=2)
+    assert f"error: {tmp_path / 'file'}" in said
+    weights_file = tmp_path / "x.pth"
+    weights_file.touch()
+    assert f"error: --source: {weights_file}: got" in command("convert", f"--source={weights_file}", code=2)
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "sentence"),
     [

@@ -13,7 +13,7 @@ import os
 
 from absl import app, flags, logging
 
-from mscm import cli
+from mscm import atomic
 from mscm.config import load_config
 from mscm.cost import chips
 from mscm.planning import plan_for
@@ -71,7 +71,7 @@ def main(_: list[str]) -> None:
             name, _, variant = setting.partition(":")
             config = load_config(f"configs/{name}.py:{variant}" if variant else f"configs/{name}.py")
             plans[setting] = dataclasses.asdict(plan_for(config, topology(setting)))
-            cli.write_text(os.path.abspath(JSON.value), json.dumps(plans, indent=2) + "\n")
+            atomic.write_text(os.path.abspath(JSON.value), json.dumps(plans, indent=2) + "\n")
     print(format_table(HEADER, [row(setting, plans[setting]) for setting in SETTING.value]))
 
 

@@ -17,6 +17,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import LatestN
 from orbax.checkpoint.options import MultiprocessingOptions
 
+from mscm import remote
 from mscm.training.step import TrainState
 from mscm.types import Params
 
@@ -33,7 +34,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int | None = None):
         """`keep` is the number of newest checkpoints to keep when saving; None for reading only."""
-        self._directory = epath.Path(workdir).absolute() / "checkpoints"
+        self._directory = remote.absolute(workdir) / "checkpoints"
         # Readers do not wait for each other: what one process sees of a directory, another may not see yet.
         alone = MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
         options = ocp.CheckpointManagerOptions(

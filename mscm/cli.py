@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from etils import epath
 
-from mscm import atomic
+from mscm import atomic, remote
 from mscm.config import ConfigError, find_config, load_config
 
 # Their progress notes are not this program's; their warnings are.
@@ -30,7 +30,9 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
         from mscm import distributed
         from mscm.checkpoint import CheckpointError
         from mscm.data.images import BrokenImage
+        from mscm.lease import LeaseError
 
+        remote.look_each_time()
         logging.set_verbosity(logging.INFO)
         handler = logging.get_absl_handler()
         handler.addFilter(_is_ours)
@@ -38,7 +40,7 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
             python_logging.getLogger(name).setLevel(python_logging.WARNING)
         try:
             main()
-        except (ConfigError, CheckpointError, FloatingPointError, BrokenImage) as error:
+        except (ConfigError, CheckpointError, LeaseError, FloatingPointError, BrokenImage) as error:
             distributed.end_all(str(error), 2)
             _fail(str(error))
         except Exception as error:
@@ -51,6 +53,19 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
 
     sys.modules["__main__"].__doc__ = doc  # what --help prints above the flags
     app.run(wrapped, flags_parser=_parse)
+
+
+def path_of(flag: flags.FlagHolder) -> str:
+    """The path that a flag gives.
+
+    Raises:
+      ConfigError: it cannot be read here.
+    """
+    try:
+        remote.check(flag.value)
+    except ValueError as error:
+        raise ConfigError(f"--{flag.name}: {error}") from error
+    return flag.value
 
 
 def _keep_compiled_programs() -> None:
@@ -118,16 +133,10 @@ def _is_ours(record: python_logging.LogRecord) -> bool:
     return not theirs or record.levelno >= python_logging.WARNING
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a small file whole: a reader sees the old one or the new one."""
-    with atomic.writing(path) as file:
-        file.write(text.encode())
-
-
 def append_json_line(path: str | os.PathLike, record: dict[str, Any]) -> None:
     """Appends one JSON object as one line; written whole, because a bucket has no appending."""
     lines = [*read_json_lines(path), record]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -41,8 +41,6 @@ _TIMED_BATCHES, _TIMED_SECONDS = 5, 20.0  # the median of so many batches, of fe
 _EXACT_STEPS, _MANY_STEPS = 1024, 256
 _PATHS, _DRAWN_EVERY = 240, 20
 
-_NO_METRICS = (*evaluation.NO_METRICS, "num_steps")
-
 # Of a row: what it is a score of, and what must be equal for two to be compared.
 _OF_ROW = ("run", "model", "step", "sampler", "nfe", "seed")
 _SETTINGS = ("identity", "num_images", "labels")
@@ -147,8 +145,8 @@ def compare(workdirs: Sequence[str]) -> Comparison:
     described = rows[0][1]
     metrics = [
         key
-        for key in described
-        if key not in _NO_METRICS and not key.endswith("_std") and all(key in row for _, row in rows)
+        for key in evaluation.metrics_of(described)
+        if not key.endswith("_std") and all(key in row for _, row in rows)
     ]
     return Comparison(_points(rows, metrics), metrics, real[-1] if real else None, described)
 

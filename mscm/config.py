@@ -58,14 +58,16 @@ class Section:
             raise ConfigError(f"{self._path}.{key}: got {values!r}, expected texts, such as ('addim', 'ddim')")
         return tuple(values)
 
-    def whole_numbers(self, key: str, *, minimum: int = 1) -> tuple[int, ...]:
-        """The numbers of `key`, at least one of them."""
+    def whole_numbers(self, key: str, *, minimum: int = 1, distinct: bool = False) -> tuple[int, ...]:
+        """The numbers of `key`, at least one of them; `distinct`: none of them twice."""
         values = self.take(key)
         is_sequence = isinstance(values, tuple | list)
         if not is_sequence or not values or not all(type(value) is int and value >= minimum for value in values):
             raise ConfigError(
                 f"{self._path}.{key}: got {values!r}, expected whole numbers from {minimum}, such as (1, 4)"
             )
+        if distinct and len(set(values)) < len(values):
+            raise ConfigError(f"{self._path}.{key}: got {values!r}, expected each of them once")
         return tuple(values)
 
     def section(self, key: str) -> "Section":

@@ -12,12 +12,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from jax._src.distributed import global_state  # the only way to the coordinator's key-value store
+from jax.experimental import multihost_utils
 
 from mscm.config import ConfigError
 
@@ -84,6 +86,16 @@ def everyone(yes: bool) -> bool:
     return all([
         json.loads(global_state.client.blocking_key_value_get(f"{vote}/{i}", _BARRIER_MILLISECONDS)) for i in voters
     ])
+
+
+def gathered(load: Callable[[np.ndarray], np.ndarray], indices: np.ndarray) -> np.ndarray:
+    """`load(indices)`, of which each process loads its share, whole in all of them; they call it in the same order."""
+    count = jax.process_count()
+    if count == 1:
+        return load(indices)
+    shares = np.resize(indices, (count, -(-len(indices) // count)))  # of equal size: begins again to fill the last
+    rows = multihost_utils.process_allgather(load(shares[jax.process_index()]))
+    return rows.reshape(-1, *rows.shape[2:])[: len(indices)]
 
 
 @contextlib.contextmanager

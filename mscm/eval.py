@@ -6,8 +6,9 @@
 Writes below DIR/eval: scores.jsonl (one line for each checkpoint, sampler and seed), samples/, events (TensorBoard)
 and best/STEP, a copy of the best checkpoint. Killed, it continues inside the evaluation that it was in. At the end it
 prints the newest checkpoint beside the reference points of the same axis: the teacher, and one half of the real images
-against the other. config.eval says what is measured: in the features of a small classifier (fd_classifier, not FID), or
-with --config.eval.network=inception FID, sFID, KID, the Inception score, precision and recall.
+against the other (with --checkpoint only those that are there). config.eval says what is measured: in the features of a
+small classifier (fd_classifier, not FID), or with --config.eval.network=inception FID, sFID, KID, the Inception score,
+precision and recall. Where config.mesh does not fit the devices, each of them has a copy of the parameters.
 """
 
 import os
@@ -19,7 +20,7 @@ from mscm import cli, run_flags
 flags.adopt_module_key_flags(run_flags)  # so that --help lists them
 
 ONCE = flags.DEFINE_bool("once", False, "Score the checkpoints that are there, and end.")
-CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Score the checkpoint of this step only.")
+CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Score the checkpoint of this step, and nothing else.")
 IMAGES = flags.DEFINE_string("images", None, "Score these: a folder, zip or tar of images, or an .npz.")
 ALLOW_MISMATCH = flags.DEFINE_bool(
     "allow_mismatch", False, "Score against a reference of other images than the config's; the scores are marked."
@@ -31,6 +32,7 @@ SAVE_EVERY = flags.DEFINE_float(
 
 def main() -> None:
     """Scores what is new, prints all."""
+    _refuse_flags_without_effect()
     from mscm import distributed, evaluation  # here and not above: --help must not wait for jax
     from mscm.checkpoint import reading
     from mscm.config import ConfigError
@@ -39,9 +41,9 @@ def main() -> None:
 
     if run_flags.DISTRIBUTED.value:
         distributed.start(run_flags.DISTRIBUTED.value)
-    experiment, workdir = build(run_flags.CONFIG.value), run_flags.WORKDIR.value
-    experiment.mesh  # noqa: B018 refuses devices that do not fit before hours of reference statistics
-    if IMAGES.value:
+    experiment, workdir = build(run_flags.CONFIG.value).for_evaluation(), cli.path_of(run_flags.WORKDIR)
+    experiment.mesh  # noqa: B018 refuses an attention that does not fit before hours of reference statistics
+    if IMAGES.value is not None:
         _score_images(experiment, workdir)
         return
     if ONCE.value or CHECKPOINT.value is not None:
@@ -57,9 +59,22 @@ def main() -> None:
         else:
             job.watch(once=ONCE.value)
             step, rows = job.newest()
-        rows = [*rows, *job.teacher_rows(evaluation.diffusion_samplers(experiment)), *job.real_rows()]
+        make = CHECKPOINT.value is None
+        rows = [*rows, *job.ancestor_rows(evaluation.diffusion_samplers(experiment), make=make)]
+        rows += job.real_rows(make=make)
     if distributed.is_main():
         print(f"\nstep {step}\n{evaluation.result_table(rows)}\n\nall checkpoints: {job.scores_file}\n", flush=True)
+
+
+def _refuse_flags_without_effect() -> None:
+    from mscm.config import ConfigError
+
+    given = [f"--{flag.name}" for flag in (IMAGES, CHECKPOINT) if flag.value is not None]
+    given += ["--once"] if ONCE.value else []
+    if len(given) > 1:
+        raise ConfigError(f"got {' and '.join(given)}, expected one of them: each says what to score")
+    if IMAGES.value == "":
+        raise ConfigError("--images: got an empty name, expected a folder, zip or tar of images, or an .npz")
 
 
 def _score_images(experiment, workdir: str) -> None:

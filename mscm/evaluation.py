@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from mscm.config import ConfigError
 from mscm.data import sources, transforms
 from mscm.experiment import EvalSpec, Experiment
 from mscm.metrics import classifier as classifiers
-from mscm.metrics import features, files, references, statistics, weights
+from mscm.metrics import features, files, gathering, reference_statistics, statistics, weights
 from mscm.metrics.features import FeatureNetwork
 from mscm.metrics.statistics import Statistics
 from mscm.report import grid, table
@@ -32,12 +32,6 @@ from mscm.training import partition
 from mscm.types import Images, Int, Key, Labels, Params
 
 GRID_IMAGES, _GRID_COLUMNS = 50, 10
-
-# What a row of scores says of how it was made; all else in it is a metric.
-NO_METRICS = (
-    "step", "run", "model", "sampler", "nfe", "num_steps", "seed", "num_images", "labels", "network", "reference",
-    "num_kept", "identity", "mismatch",
-)
 
 # Folded into the key of an evaluation for the noise of the steps: no image has this index.
 _STEPS = np.uint32(2**32 - 1)
@@ -166,18 +160,28 @@ class Scorer:
           ConfigError: the weights or the reference cannot be read, or the reference is not of what is scored and
             `allow_mismatch` does not say that it may be.
         """
-        self.spec, self._data = experiment.eval, experiment.data
+        self.spec, self._experiment = experiment.eval, experiment
+        self._directory, self._allow_mismatch = directory, allow_mismatch
         try:
             self.network = make_network(experiment, directory)
             self.reference = _reference(experiment, self.network, directory)
         except ValueError as error:
             raise ConfigError(f"config.eval: {error}") from error
-        self.mismatch = references.differences(self.reference, reference_facts(experiment), self.network)
-        if self.mismatch and not allow_mismatch:
+        self.mismatch = self.differences(reference_facts(experiment))
+
+    def differences(self, known: dict[str, Any]) -> list[str]:
+        """What is not the same in the reference and in images of which `known` is known.
+
+        Raises:
+          ConfigError: something is not, and `allow_mismatch` does not say that it may be.
+        """
+        found = reference_statistics.differences(self.reference, known, self.network)
+        if found and not self._allow_mismatch:
             raise ConfigError(
-                f"config.eval.reference: got a reference of other images, {'; '.join(self.mismatch)}; give the right "
-                "one, or use --allow_mismatch, which marks the scores"
+                f"config.eval.reference: got a reference of other images, {'; '.join(found)}; give the right one, or "
+                "use --allow_mismatch of mscm.eval, which marks the scores"
             )
+        return found
 
     @property
     def metric(self) -> str:
@@ -194,15 +198,16 @@ class Scorer:
         parts += self.mismatch
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def describe(self) -> dict[str, Any]:
-        """What every score says of how it was made."""
+    def describe(self, mismatch: list[str] | None = None) -> dict[str, Any]:
+        """What every score says of how it was made; `mismatch`: of its images, where more is known than of all."""
+        mismatch = self.mismatch if mismatch is None else mismatch
         described = {
-            "network": references.label(self.network.name, self.network.fingerprint),
+            "network": reference_statistics.label(self.network.name, self.network.fingerprint),
             "reference": str(self.reference),
             "num_kept": self.spec.num_kept,
             "identity": self.identity,
         }
-        return described | ({"mismatch": self.mismatch} if self.mismatch else {})
+        return described | ({"mismatch": mismatch} if mismatch else {})
 
     def compare(self, gathered: Statistics) -> dict[str, float]:
         """All metrics of images against the reference."""
@@ -210,17 +215,27 @@ class Scorer:
 
     def size_of_half(self) -> int:
         """Images on each side of `half_against_half`."""
-        return min(len(self._data.open()) // 2, self.spec.num_images)
+        return min(len(self._source) // 2, self.spec.num_images)
+
+    @functools.cached_property
+    def _source(self) -> sources.Source:
+        return _reference_source(self._experiment)
 
     def half_against_half(self) -> dict[str, float]:
-        """All metrics of one class-stratified half of the data against the other, or of images drawn from them.
+        """All metrics of one class-stratified half of the reference's images against the other, or of some of each.
 
         Counts below that of a score make a Frechet distance larger: with 1797 digits most of it is this bias.
         """
-        source, rng = self._data.open(), np.random.RandomState(0)
+        source, rng = self._source, np.random.RandomState(0)
         halves = [rng.permutation(half)[: self.size_of_half()] for half in sources.stratified_halves(source.labels)]
-        a, b = (_gather(source, np.sort(half), self.network, self.spec).statistics for half in halves)
-        return statistics.compare(a, b, network=self.network.name)
+        with contextlib.ExitStack() as stack:
+            a, b = (
+                stack.enter_context(
+                    _gathered(source, np.sort(half), self.network, self.spec, f"{self._directory}/half_{name}.npz")
+                )
+                for name, half in zip("ab", halves, strict=True)
+            )
+            return statistics.compare(a.statistics, b.statistics, network=self.network.name)
 
 
 def make_network(experiment: Experiment, directory: str) -> FeatureNetwork:
@@ -229,35 +244,56 @@ def make_network(experiment: Experiment, directory: str) -> FeatureNetwork:
     Raises:
       ValueError: its weights are not there.
     """
-    spec, data = experiment.eval, experiment.data
-    if spec.network in weights.NETWORKS:
-        return weights.load(spec.network, spec.weights or weights.default_path(spec.network), dtype=spec.precision)
-    if spec.precision != "float32" or spec.weights:
+    _check_network(experiment.eval)
+    network = _loaded_network(experiment)
+    if network is None:
+        source = experiment.data.open()
+        with distributed.main_first():
+            network = classifiers.load_or_train(source, directory).network
+    return network.for_calls_of(experiment.eval.batch_size)
+
+
+def _check_network(spec: EvalSpec) -> None:
+    if spec.network not in weights.NETWORKS and (spec.precision != "float32" or spec.weights):
         raise ValueError(f"the network {spec.network!r} has no file and is float32, expected no weights or precision")
+
+
+def _loaded_network(experiment: Experiment) -> FeatureNetwork | None:
+    """From its file; None: it is trained."""
+    spec, data = experiment.eval, experiment.data
+    if spec.network == "classifier":
+        return None
     if spec.network == "pixels":
         return features.pixels((data.resolution, data.resolution, data.channels))
-    source = data.open()
-    with distributed.main_first():
-        return classifiers.load_or_train(source, directory).network
+    return weights.load(spec.network, spec.weights or weights.default_path(spec.network), dtype=spec.precision)
 
 
-def reference_facts(experiment: Experiment) -> dict[str, Any]:
-    """What the config says of the images that its models should be measured against."""
+def reference_facts(experiment: Experiment, said: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What is known of the images that a model should be measured against.
+
+    From the config, and from `said`, the facts of its checkpoint: how the images that it was trained on were resized.
+    """
     facts = {key: getattr(experiment.data, key) for key in ("name", "resolution", "channels")}
-    return facts | {"split": experiment.eval.reference_split or experiment.data.split}
+    facts |= {"split": experiment.eval.reference_split or experiment.data.split}
+    return facts | {"transform": said["transform"]} if said and "transform" in said else facts
 
 
-def compute_reference(experiment: Experiment, network: FeatureNetwork) -> references.Reference:
-    """Statistics of the images of `config.data`, of the split `config.eval.reference_split`."""
+def computed_reference(
+    experiment: Experiment, network: FeatureNetwork, partial: str
+) -> contextlib.AbstractContextManager[reference_statistics.Reference]:
+    """Statistics of the images of `config.data`, of the split `config.eval.reference_split`.
+
+    `partial`: the file of the pass under way, from which one that was killed goes on; it goes when the block ends well.
+    """
     source = _reference_source(experiment)
-    return _gather(source, np.arange(len(source)), network, experiment.eval)
+    return _gathered(source, np.arange(len(source)), network, experiment.eval, partial)
 
 
 def _reference_source(experiment: Experiment) -> sources.Source:
     return dataclasses.replace(experiment.data, split=reference_facts(experiment)["split"]).open()
 
 
-def _reference(experiment: Experiment, network: FeatureNetwork, directory: str) -> references.Reference:
+def _reference(experiment: Experiment, network: FeatureNetwork, directory: str) -> reference_statistics.Reference:
     """The file that the config names, or that of an earlier evaluation, or a new one."""
     spec = experiment.eval
     if spec.reference:
@@ -266,62 +302,76 @@ def _reference(experiment: Experiment, network: FeatureNetwork, directory: str) 
     path = os.path.join(directory, f"reference_{network.name}_{source.split}.npz")
     stored = None
     with contextlib.suppress(FileNotFoundError, ValueError):  # absent, damaged or of another kind: made again
-        stored = references.load(path)
-    wanted = references.describe(source), {"name": network.name, "fingerprint": network.fingerprint}
+        stored = reference_statistics.load(path)
+    wanted = reference_statistics.describe(source), {"name": network.name, "fingerprint": network.fingerprint}
     num_kept = min(spec.num_kept, len(source))
     usable = stored and (stored.data, stored.network) == wanted and len(stored.statistics.kept) == num_kept
     if distributed.everyone(bool(usable)):  # all compute, or none
         return stored
-    reference = compute_reference(experiment, network)
-    if distributed.is_main():
-        references.save(path, reference)
+    with computed_reference(experiment, network, f"{path}.partial.npz") as reference:
+        if distributed.is_main():
+            reference_statistics.save(path, reference)
     return reference
 
 
-def _gather(
-    source: sources.Source, indices: np.ndarray, network: FeatureNetwork, spec: EvalSpec
-) -> references.Reference:
-    return references.compute(
+@contextlib.contextmanager
+def _gathered(
+    source: sources.Source, indices: np.ndarray, network: FeatureNetwork, spec: EvalSpec, path: str
+) -> Iterator[reference_statistics.Reference]:
+    """Statistics of images that all processes decode together; `path` as `computed_reference`'s `partial`."""
+    key = [reference_statistics.describe(source), network.fingerprint, spec.num_kept]
+    key.append(files.fingerprint({"indices": indices}))
+    partial = gathering.Partial(path, key, writes=distributed.is_main())
+    under_way = gathering.Gathering(len(indices), num_kept=spec.num_kept, partial=partial)
+    count = distributed.agree(under_way.count)
+    if not distributed.everyone(under_way.count == count):  # one does not see the file of another
+        under_way = gathering.Gathering(len(indices), num_kept=spec.num_kept, partial=partial, goes_on=False)
+        count = 0
+    reference = reference_statistics.compute(
         source,
         network,
         indices=indices,
         batch_size=spec.batch_size,
-        num_kept=spec.num_kept,
-        watch=cli.Meter(f"{source.name}/{source.split}", len(indices)),
+        gathering=under_way,
+        load=lambda batch: distributed.gathered(lambda part: source.load(part)["image"], batch),
+        watch=cli.Meter(f"{source.name}/{source.split}", len(indices), count),
     )
+    under_way.save()
+    yield reference
+    under_way.remove_file()
 
 
-def check_weights(experiment: Experiment) -> None:
-    """Looks for the files that scoring needs, before hours of training.
+def check(experiment: Experiment, source: sources.Source) -> None:
+    """Looks for all that scoring needs, before hours of training on `source`.
 
     Raises:
-      ConfigError: one is not there.
+      ConfigError: something is not there, or the reference is of other images.
     """
     spec = experiment.eval
     try:
-        if spec.network in weights.NETWORKS:
-            weights.check(spec.network, spec.weights or weights.default_path(spec.network))
+        _check_network(spec)
+        network = _loaded_network(experiment)
         if spec.reference:
-            _load_reference(spec.reference)
+            facts = reference_facts(experiment, {"transform": source.transform})
+            found = reference_statistics.differences(_load_reference(spec.reference), facts, network)
+            if found:
+                raise ValueError(f"reference: got one of other images, {'; '.join(found)}; give the right one")
+        else:
+            _reference_source(experiment)
     except ValueError as error:
         raise ConfigError(
             f"config.eval: {error}, or --config.eval.at_end=False to train without scores at the end"
         ) from error
 
 
-def _load_reference(path: str) -> references.Reference:
+def _load_reference(path: str) -> reference_statistics.Reference:
     try:
-        return references.load(path)
+        return reference_statistics.load(path)
     except FileNotFoundError as error:
         raise ValueError(
             f"got no reference {path}; make it with python -m mscm.metrics.reference, or set config.eval.reference to "
             "None to compute it from the data"
         ) from error
-
-
-def teacher_workdir_of(experiment: Experiment, workdir: str) -> str:
-    """Where the student's teacher lies: config.teacher.workdir, else below the student's own."""
-    return experiment.teacher.workdir or os.path.join(workdir, "teacher")
 
 
 def read_ema(experiment: Experiment, workdir: str, step: int | None = None) -> Params:
@@ -339,10 +389,15 @@ def labels_of_images(experiment: Experiment, seed: int) -> np.ndarray:
     return np.random.RandomState(seed).randint(num_classes, size=num_images)
 
 
+def metrics_of(row: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a row of scores by name: what else it says, of how it was made, is no fraction."""
+    return {name: value for name, value in row.items() if isinstance(value, float)}
+
+
 def result_table(rows: list[dict[str, Any]]) -> str:
     """The scores as a person reads them: one line for each model and sampler, mean and deviation over seeds."""
     known = ("model", "sampler", "nfe", "num_images", "num_steps")
-    metrics = [name for name in rows[0] if name not in NO_METRICS and not name.endswith("_std")]
+    metrics = [name for name in metrics_of(rows[0]) if not name.endswith("_std")]
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(key) for key in known), []).append(row)

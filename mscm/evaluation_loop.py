@@ -5,8 +5,10 @@
     WORKDIR/eval/samples/...         the first images of each, .png and .npz
     WORKDIR/eval/best/STEP           a work directory with the best checkpoint so far
     WORKDIR/eval/events...           the scores by step (TensorBoard)
+    WORKDIR/eval/owner.json          which process does this: one at a time
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,11 +20,12 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mscm import atomic, cli, distributed, evaluation
+from mscm import atomic, cli, distributed, evaluation, lease
 from mscm.checkpoint import CheckpointError, Checkpoints, reading
 from mscm.evaluation import SamplerSpec, Scorer
 from mscm.experiment import Experiment
-from mscm.metrics import files, statistics
+from mscm.metrics import gathering
+from mscm.metrics.gathering import Gathering, Partial
 from mscm.report import grid
 from mscm.report.writer import Writer
 from mscm.types import Params
@@ -30,7 +33,7 @@ from mscm.types import Params
 _Read = TypeVar("_Read")
 
 _POLL_SECONDS = 10.0
-_PARTIAL_KIND = "mscm evaluation under way 1"
+_LOOKS, _LOOK_SECONDS = 16, 2.0  # at a checkpoint that cannot be read: half a minute
 
 # Of a config: where and how fast a training runs, and what it writes.
 _DECIDES_NOTHING = (
@@ -46,11 +49,21 @@ class Evaluation:
     """The scores of a run: its checkpoints, and its teacher's, under the run's settings; a context manager."""
 
     def __init__(
-        self, experiment: Experiment, workdir: str, *, allow_mismatch: bool = False, save_every_seconds: float = 60.0
+        self,
+        experiment: Experiment,
+        workdir: str,
+        *,
+        allow_mismatch: bool = False,
+        save_every_seconds: float = 60.0,
+        wait: bool = False,
     ):
-        """Makes network and reference, and reads the scores that are there.
+        """Takes the directory, makes network and reference, and reads the scores that are there.
+
+        Args:
+          wait: for the end of another job on the directory, instead of refusing.
 
         Raises:
+          LeaseError: there is another.
           ConfigError: as `Scorer`.
         """
         self.experiment, self._workdir = experiment, workdir
@@ -58,14 +71,21 @@ class Evaluation:
         self.scores_file = os.path.join(self.directory, "scores.jsonl")
         self._partial = os.path.join(self.directory, "partial.npz")
         self._save_every_seconds = save_every_seconds
-        self.scorer = Scorer(experiment, self.directory, allow_mismatch=allow_mismatch)
-        self._writer = Writer(self.directory, active=distributed.is_main())
+        with contextlib.ExitStack() as stack:
+            self._check_ours = lambda: None  # the others write nothing
+            if distributed.is_main():
+                owner = os.path.join(self.directory, "owner.json")
+                self._check_ours = stack.enter_context(lease.holding(owner, "evaluation", wait=wait)).check
+            distributed.barrier()  # one that is refused has not been overtaken by the others
+            self.scorer = Scorer(experiment, self.directory, allow_mismatch=allow_mismatch)
+            self._writer = stack.enter_context(Writer(self.directory, active=distributed.is_main()))
+            self._open = stack.pop_all()
 
     def __enter__(self) -> "Evaluation":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._writer.close()
+        self._open.close()
 
     def rows(self) -> list[dict[str, Any]]:
         """The scores that are there and comparable with new ones, in the order in which they were made."""
@@ -109,30 +129,51 @@ class Evaluation:
 
     def _is_last(self, step: int) -> bool:
         """Whether training has ended with the checkpoint of `step`."""
-        config = self._unless_deleted(self._workdir, step, lambda: _config_of(self._workdir, step))
-        return config is not None and step >= config["train"]["num_steps"]
+        facts = self._unless_deleted(self._workdir, step, lambda: _facts_of(self._workdir, step))
+        return facts is not None and step >= facts["config"]["train"]["num_steps"]
 
     def _unless_deleted(self, workdir: str, step: int, read: Callable[[], _Read]) -> _Read | None:
-        """What `read` gives; None where it fails because training has deleted the checkpoint."""
-        try:
-            return read()
-        except Exception:  # whatever Orbax raises when files vanish under it
-            with reading(workdir) as checkpoints:
-                if step in checkpoints.steps():
+        """What `read` gives; None where it fails because training has deleted the checkpoint.
+
+        Which takes its time: the arrays go before the folder, and a step is still listed that cannot be read.
+        """
+        for looks_left in reversed(range(_LOOKS)):
+            try:
+                return read()
+            except Exception as error:  # whatever Orbax raises when files vanish under it
+                with reading(workdir) as checkpoints:
+                    if step not in checkpoints.steps():
+                        break
+                if not looks_left or isinstance(error, CheckpointError):  # of another model, say
                     raise
+            time.sleep(_LOOK_SECONDS)
         logging.warning("Step %d in %s: training has deleted it before it had a score", step, workdir)
         return None
 
-    def score(self, model: Experiment, workdir: str, step: int, specs: list[SamplerSpec]) -> list[dict[str, Any]]:
-        """The rows of a checkpoint, made where they are not there; none where training has deleted it meanwhile."""
-        config = distributed.agree(self._unless_deleted(workdir, step, lambda: _config_of(workdir, step)))
-        if config is None:
+    def score(
+        self, model: Experiment, workdir: str, step: int, specs: list[SamplerSpec], *, make: bool = True
+    ) -> list[dict[str, Any]]:
+        """The rows of a checkpoint, made where they are not there; none where training has deleted it meanwhile.
+
+        Args:
+          make: False gives only those that are there.
+
+        Raises:
+          ConfigError: it was trained on images that were resized otherwise than those of the reference.
+        """
+        facts = distributed.agree(self._unless_deleted(workdir, step, lambda: _facts_of(workdir, step)))
+        if facts is None:
             return []
-        run = _run_of(config)
-        wanted = [self._key(model, run, step, spec, seed) for spec in specs for seed in self.scorer.spec.seeds]
+        run = _run_of(facts["config"])
+        mismatch = self.scorer.differences(evaluation.reference_facts(self.experiment, facts))
+        wanted = [
+            self._key(model, run, step, spec, seed, mismatch) for spec in specs for seed in self.scorer.spec.seeds
+        ]
         done = distributed.agree([[_key_of(row), row] for row in self.rows()])
         done = {tuple(key): row for key, row in done}
         missing = [key for key in wanted if _key_of(key) not in done]
+        if not make:
+            return [done[_key_of(key)] for key in wanted if key not in missing]
         # Not kept where a kill came between the last row and the copy.
         keeps = model is self.experiment and (missing or distributed.agree(self._lacks_best(run, step)))
         if missing or keeps:
@@ -142,10 +183,12 @@ class Evaluation:
             for key in missing:
                 done[_key_of(key)] = self._make(model, params, key)
             if keeps and distributed.agree(self._lacks_best(run, step)):
-                self._keep_best(params, step, run, config)
+                self._keep_best(params, step, facts)
         return [done[_key_of(key)] for key in wanted]
 
-    def _key(self, model: Experiment, run: str, step: int, spec: SamplerSpec, seed: int) -> dict[str, Any]:
+    def _key(
+        self, model: Experiment, run: str, step: int, spec: SamplerSpec, seed: int, mismatch: list[str]
+    ) -> dict[str, Any]:
         settings = self.scorer.spec
         nfe = evaluation.num_evaluations(model, spec)
         return {
@@ -158,14 +201,21 @@ class Evaluation:
             "seed": seed,
             "num_images": settings.num_images,
             "labels": settings.labels,
-            **self.scorer.describe(),
+            **self.scorer.describe(mismatch),
         }
 
     def _make(self, model: Experiment, params: Params, key: dict[str, Any]) -> dict[str, Any]:
         """One row: generates the images, going on where an interrupted evaluation of it stopped, and writes it."""
         spec = SamplerSpec.of_row(key)
-        accumulator, samples = self._restored(key)  # of the main process; the others only take part
-        start = distributed.agree(accumulator.count)
+        under_way = None  # the main process gathers; the others only take part
+        if distributed.is_main():
+            under_way = Gathering(
+                key["num_images"],
+                num_kept=self.scorer.spec.num_kept,
+                num_samples=evaluation.GRID_IMAGES,
+                partial=Partial(self._partial, key, self._save_every_seconds, before_write=self._check_ours),
+            )
+        start = distributed.agree(under_way.count if under_way else None)
         what = f"{model.name}, step {key['step']}, {spec}" + (f", seed {key['seed']}" if key["seed"] else "")
         if start:
             logging.info("%s: continuing after %d images", what, start)
@@ -179,33 +229,19 @@ class Evaluation:
             labels=evaluation.labels_of_images(self.experiment, key["seed"]),
             start=start,
         )
-        meter, saved = cli.Meter(what, key["num_images"], start), time.monotonic()
-        for images in batches:
-            outputs = self.scorer.network(images)
-            if not distributed.is_main():
-                continue
-            samples = np.concatenate([samples, images[: evaluation.GRID_IMAGES - len(samples)]])
-            accumulator.add(outputs)
-            meter(len(images))
-            if time.monotonic() - saved >= self._save_every_seconds:
-                arrays = accumulator.to_arrays() | {"samples": samples}
-                files.save(self._partial, arrays, {"kind": _PARTIAL_KIND, "key": key})
-                saved = time.monotonic()
-        row = key | self._compare(accumulator)
+        gathering.over(batches, self.scorer.network, under_way, watch=cli.Meter(what, key["num_images"], start))
+        row = key | self._compare(under_way)
         logging.info("%s: %s %.4g", what, self.scorer.metric, row[self.scorer.metric])
-        if distributed.is_main():
-            self._write(row, samples)
+        if under_way:
+            self._write(row, under_way)
         distributed.barrier()  # who reads what belongs to the row finds it
         return row
 
     def score_images(self, batches: Iterable[np.ndarray], num_images: int, name: str) -> dict[str, Any]:
         """A row for images of any origin; it is not written."""
-        meter = cli.Meter(name, num_images)
-        accumulator = statistics.Accumulator(num_images, num_kept=self.scorer.spec.num_kept)
-        for images in batches:
-            accumulator.add(self.scorer.network(images))
-            meter(len(images))
-        return {"model": name, "num_images": num_images, **self.scorer.describe(), **self._compare(accumulator)}
+        whole = Gathering(num_images, num_kept=self.scorer.spec.num_kept)
+        gathering.over(batches, self.scorer.network, whole, watch=cli.Meter(name, num_images))
+        return {"model": name, "num_images": num_images, **self.scorer.describe(), **self._compare(whole)}
 
     def newest(self) -> tuple[int, list[dict[str, Any]]]:
         """Step and rows of the newest checkpoint that has scores.
@@ -223,71 +259,60 @@ class Evaluation:
         step = max(row["step"] for row in rows)
         return step, [row for row in rows if row["step"] == step]
 
-    def teacher_rows(self, specs: list[SamplerSpec]) -> list[dict[str, Any]]:
-        """The rows of the newest checkpoint of the teacher; none without one, or where it is not here."""
-        teacher = self.experiment.teacher
-        if teacher is None:
-            return []
-        workdir = evaluation.teacher_workdir_of(self.experiment, self._workdir)
-        step = None
-        try:
-            with reading(workdir) as checkpoints:
-                step = checkpoints.check(teacher.experiment.facts())
-        except CheckpointError as error:
-            logging.warning("No scores of the teacher: %s", error)
-        step = distributed.agree(step)
-        return [] if step is None else self.score(teacher.experiment, workdir, step, specs)
+    def ancestor_rows(self, specs: list[SamplerSpec], *, make: bool = True) -> list[dict[str, Any]]:
+        """The rows of the newest checkpoint of all that the model comes from, oldest first, as `score`.
 
-    def real_rows(self) -> list[dict[str, Any]]:
-        """The reference point of a table, half of the data against the other half; none where only a reference is."""
+        A diffusion model's under `specs`, those of a phase under its own sampler; none of a model that is not here.
+        """
+        rows = []
+        for member in self.experiment.lineage(self._workdir)[:-1]:
+            model, step = member.experiment, None
+            try:
+                with reading(member.workdir) as checkpoints:
+                    step = checkpoints.check(model.facts())
+            except CheckpointError as error:
+                logging.warning("No scores of %s: %s", model.name, error)
+            step = distributed.agree(step)
+            if step is not None:
+                own = specs if model.student_steps is None else evaluation.default_samplers(model)
+                rows += self.score(model, member.workdir, step, own, make=make)
+        return rows
+
+    def real_rows(self, *, make: bool = True) -> list[dict[str, Any]]:
+        """The reference point of a table, half of the images of the reference against the other half.
+
+        None where the reference is a file, and, with `make` False, where it is not there.
+        """
         if self.scorer.spec.reference:
             return []
         count = self.scorer.size_of_half()
         row = dict.fromkeys(_KEY) | {"model": "real, half against half", "nfe": 0, "num_images": count}
         row |= self.scorer.describe()
         there = distributed.agree([other for other in self.rows() if _key_of(other) == _key_of(row)])
-        if there:
+        if there or not make:
             return there
         row |= self.scorer.half_against_half()
         if distributed.is_main():
+            self._check_ours()
             cli.append_json_line(self.scores_file, row)
         return [row]
 
-    def _compare(self, accumulator: statistics.Accumulator) -> dict[str, float]:
+    def _compare(self, gathered: Gathering | None) -> dict[str, float]:
         # By one process: the last digits may differ between hosts.
-        return distributed.agree(self.scorer.compare(accumulator.statistics()) if distributed.is_main() else None)
+        return distributed.agree(self.scorer.compare(gathered.statistics()) if distributed.is_main() else None)
 
-    def _restored(self, key: dict[str, Any]) -> tuple[statistics.Accumulator, np.ndarray]:
-        """What an interrupted evaluation of the same row had gathered: statistics and its first images."""
-        settings, data = self.scorer.spec, self.experiment.data
-        fresh = statistics.Accumulator(settings.num_images, num_kept=settings.num_kept)
-        nothing = fresh, np.zeros((0, data.resolution, data.resolution, data.channels), np.uint8)
-        if not distributed.is_main():
-            return nothing
-        try:
-            arrays, card = files.load(self._partial)
-        except FileNotFoundError:
-            return nothing
-        except ValueError as error:
-            logging.warning("Starting the evaluation again: %s", error)
-            return nothing
-        if (card.get("kind"), card.get("key")) != (_PARTIAL_KIND, key):
-            return nothing
-        return statistics.Accumulator.from_arrays(arrays), arrays["samples"]
-
-    def _write(self, row: dict[str, Any], samples: np.ndarray) -> None:
+    def _write(self, row: dict[str, Any], gathered: Gathering) -> None:
         """All that belongs to a row, and then the row: who finds it there finds the rest."""
-        samples_path = self._samples_path(row)
+        self._check_ours()
+        samples_path, samples = self._samples_path(row), gathered.samples
         grid.save_png(f"{samples_path}.png", evaluation.grid_of({os.path.basename(samples_path): samples}))
         with atomic.writing(f"{samples_path}.npz") as file:
             np.savez(file, images=samples)
-        metrics = {key: value for key, value in row.items() if key not in evaluation.NO_METRICS}
-        name = _name_of(row)
+        name, metrics = _name_of(row), evaluation.metrics_of(row)
         self._writer.write_scalars(row["step"], {f"{metric}/{name}": value for metric, value in metrics.items()})
         self._writer.flush()
-        if _key_of(row) not in map(_key_of, self.rows()):  # another evaluator may have been faster
-            cli.append_json_line(self.scores_file, row)
-        epath.Path(self._partial).unlink(missing_ok=True)
+        cli.append_json_line(self.scores_file, row)
+        gathered.remove_file()
 
     def _lacks_best(self, run: str, step: int) -> bool:
         """Whether `step` is the best of its run so far and its copy is not there."""
@@ -302,14 +327,15 @@ class Evaluation:
         except CheckpointError:
             return False
 
-    def _keep_best(self, params: Params, step: int, run: str, config: dict[str, Any]) -> None:
+    def _keep_best(self, params: Params, step: int, facts: dict[str, Any]) -> None:
         """Copies a checkpoint that is better than all before, because training keeps only its newest."""
+        self._check_ours()
         where = self.best_workdir(step)
         if distributed.is_main() and epath.Path(where).exists():  # of another run, or of a copy that was cut
             epath.Path(where).rmtree()
         distributed.barrier()
         with Checkpoints(where, keep=1) as checkpoints:
-            checkpoints.save_ema(step, params, self.experiment.facts() | {"config": config})
+            checkpoints.save_ema(step, params, facts)
         logging.info("Best so far by %s: step %d, kept in %s", self.scorer.metric, step, where)
         if distributed.is_main():
             for other in epath.Path(where).parent.iterdir():
@@ -351,10 +377,10 @@ class Evaluation:
         return best, means.get(best, np.inf)
 
 
-def _config_of(workdir: str, step: int) -> dict[str, Any]:
-    """The config that a checkpoint was made with."""
+def _facts_of(workdir: str, step: int) -> dict[str, Any]:
+    """What a checkpoint says of its model and its data."""
     with reading(workdir) as checkpoints:
-        return checkpoints.facts(step)["config"]
+        return checkpoints.facts(step)
 
 
 def _run_of(config: dict[str, Any]) -> str:
@@ -374,5 +400,6 @@ def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _name_of(row: dict[str, Any]) -> str:
-    name = f"{row['model']}_{SamplerSpec.of_row(row).file_name}"
+    """Of the pictures and events of a row, beside its step: those under other settings are others."""
+    name = f"{row['model']}_{SamplerSpec.of_row(row).file_name}_{row['num_images']}_{row['labels']}"
     return f"{name}_seed{row['seed']}" if row["seed"] else name

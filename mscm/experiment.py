@@ -179,6 +179,23 @@ class Experiment:
         """The same on other devices, which need not exist: a topology to compile for."""
         return dataclasses.replace(self, devices=tuple(devices))
 
+    def for_evaluation(self) -> "Experiment":
+        """The same for sampling alone, on all devices that are there: the training's mesh and batch need not fit them.
+
+        On the config's mesh where it does; else each device has a copy of the parameters and a part of the images.
+        """
+        sizes = self.mesh_sizes
+        try:
+            mesh = partition.make_mesh(sizes, self.devices)
+        except ValueError:
+            sizes = partition.MeshSizes(data=-1, fsdp=1, tensor=1)
+            mesh = partition.make_mesh(sizes, self.devices)
+        train = dataclasses.replace(self.train, batch_size=partition.rounded_up(1, mesh), num_microbatches=1)
+        teacher = self.teacher
+        if teacher is not None:
+            teacher = dataclasses.replace(teacher, experiment=teacher.experiment.for_evaluation())
+        return dataclasses.replace(self, mesh_sizes=sizes, train=train, teacher=teacher)
+
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
         """The devices as the config arranges them.
@@ -414,8 +431,8 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
     eval_section = root.section("eval")
     spec = EvalSpec(
         **{key: eval_section.number(key, minimum=least) for key, least in _EVAL_NUMBERS.items()},
-        seeds=eval_section.whole_numbers("seeds", minimum=0),
-        teacher_steps=eval_section.whole_numbers("teacher_steps"),
+        seeds=eval_section.whole_numbers("seeds", minimum=0, distinct=True),
+        teacher_steps=eval_section.whole_numbers("teacher_steps", distinct=True),
         teacher_samplers=eval_section.texts("teacher_samplers"),
         student_samplers=eval_section.texts("student_samplers") if eval_section.take("student_samplers") else (),
         labels=eval_section.choose("labels", LABELS),

@@ -21,7 +21,7 @@ def main() -> None:
 
     if run_flags.DISTRIBUTED.value:
         distributed.start(run_flags.DISTRIBUTED.value)
-    training_loop.run(build(run_flags.CONFIG.value), run_flags.WORKDIR.value)
+    training_loop.run(build(run_flags.CONFIG.value), cli.path_of(run_flags.WORKDIR))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import json
 from absl import flags, logging
 from ml_collections import config_flags
 
-from mscm import cli
+from mscm import atomic, cli
 from mscm.cost.plan import describe, does_not_fit
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/imagenet64_cd8.py.")
@@ -39,7 +39,7 @@ def main() -> None:
         plan = planning.with_largest_batch(plan, config)
     if JSON.value:
         try:
-            cli.write_text(JSON.value, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+            atomic.write_text(JSON.value, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
         except OSError as error:
             raise ConfigError(f"--json: got {JSON.value!r}, expected a file to write to: {error.strerror}") from error
     if not plan.fits:

@@ -26,7 +26,7 @@ from clu import parameter_overview
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from mscm import cli
+from mscm import atomic
 from mscm.config import ConfigError
 from mscm.cost import chips, flops, hlo
 from mscm.cost.plan import Plan
@@ -285,4 +285,4 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.write_text(sys.argv[1], json.dumps(_answer(json.load(sys.stdin))))
+    atomic.write_text(sys.argv[1], json.dumps(_answer(json.load(sys.stdin))))

@@ -30,14 +30,15 @@ FORCE = flags.DEFINE_bool("force", False, "Sample a student with a sampler that 
 def main() -> None:
     """Checks, samples, writes."""
     import numpy as np  # here and not above: --help must not wait for jax
+    from etils import epath
 
-    from mscm import evaluation
+    from mscm import atomic, evaluation
     from mscm.config import ConfigError
     from mscm.experiment import build
     from mscm.report import grid
     from mscm.sampling import SamplerSpec, own_steps
 
-    experiment, workdir = build(run_flags.CONFIG.value), run_flags.WORKDIR.value
+    experiment, workdir = build(run_flags.CONFIG.value).for_evaluation(), cli.path_of(run_flags.WORKDIR)
     default = evaluation.default_samplers(experiment)[-1]
     sampler, num_steps = SAMPLER.value or default.sampler, NUM_STEPS.value
     if num_steps is None:
@@ -53,10 +54,10 @@ def main() -> None:
         labels = np.resize(np.array(LABELS.value, np.int32), NUM_IMAGES.value)
 
     output = OUTPUT.value or os.path.join(workdir, "samples.png")
-    folder = output if not output.endswith((".png", ".npz")) else os.path.dirname(os.path.abspath(output))
+    folder = output if not output.endswith((".png", ".npz")) else os.path.dirname(output)
     params = evaluation.read_ema(experiment, workdir, STEP.value)
     try:
-        os.makedirs(folder, exist_ok=True)
+        epath.Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output: got {output!r}, expected a place to write to: {error.strerror}") from error
     images = np.concatenate(
@@ -76,7 +77,8 @@ def main() -> None:
         columns = min(len(images), num_classes, 10)
         grid.save_png(output, grid.image_grid(images, columns=columns, title=f"{experiment.name}, {spec}"))
     elif output.endswith(".npz"):
-        np.savez(output, images=images, labels=labels)
+        with atomic.writing(output) as file:
+            np.savez(file, images=images, labels=labels)
     else:
         for i, image in enumerate(images):
             grid.save_png(os.path.join(output, f"{i:06d}.png"), image)

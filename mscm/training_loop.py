@@ -11,9 +11,10 @@ import jax
 import numpy as np
 from absl import logging
 from clu import parameter_overview
+from etils import epath
 
-from mscm import cli, distributed, evaluation
-from mscm.checkpoint import Checkpoints, reading
+from mscm import atomic, cli, distributed, evaluation
+from mscm.checkpoint import CheckpointError, Checkpoints, reading
 from mscm.config import ConfigError
 from mscm.data import pipeline, sources
 from mscm.evaluation_loop import Evaluation
@@ -48,29 +49,33 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
     """All that can be wrong is found here, before anything is compiled: data, work directory, teacher."""
     source = experiment.data.open()
     logging.info("Mesh: %s", dict(experiment.mesh.shape))  # refuses what does not fit the devices
-    if os.path.exists(workdir) and not os.path.isdir(workdir):
+    folder = epath.Path(workdir)
+    if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--workdir: got {workdir!r}, which is a file, expected a directory to write to")
     try:
-        os.makedirs(workdir, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--workdir: got {workdir!r}, expected a directory to write to: {error.strerror}") from error
+        raise ConfigError(
+            f"--workdir: got {workdir!r}, expected a directory to write to: {error.strerror or error}"
+        ) from error
     for member in experiment.lineage(workdir):
         if member.is_given:
             with reading(member.workdir) as checkpoints:
                 checkpoints.check(member.experiment.facts())
-        elif os.path.isdir(os.path.join(member.workdir, "checkpoints")):
+        elif (epath.Path(member.workdir) / "checkpoints").is_dir():
             with reading(member.workdir) as checkpoints:
                 if checkpoints.steps():
                     checkpoints.check(checkpoint_facts(member.experiment, source))
     if experiment.eval.at_end:
-        evaluation.check_weights(experiment)
+        evaluation.check(experiment, source)
     distributed.barrier()  # nobody has written yet: all have seen the same
     return source
 
 
 def checkpoint_facts(experiment: Experiment, source: sources.Source) -> dict[str, Any]:
     """What a checkpoint says of its model and of the data that it was trained on."""
-    return experiment.facts() | {"data": f"{len(source)} images, fingerprint {source.fingerprint[:16]}"}
+    data = f"{len(source)} images, fingerprint {source.fingerprint[:16]}"
+    return experiment.facts() | {"data": data, "transform": source.transform}
 
 
 def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_params: Params) -> None:
@@ -78,7 +83,7 @@ def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_
     spec = experiment.train
     is_main = distributed.is_main()
     if is_main:
-        cli.write_text(os.path.join(workdir, "config.json"), json.dumps(experiment.config, indent=2) + "\n")
+        atomic.write_text(os.path.join(workdir, "config.json"), json.dumps(experiment.config, indent=2) + "\n")
     with Checkpoints(workdir, keep=spec.keep_checkpoints) as checkpoints, Writer(workdir, active=is_main) as writer:
         if (checkpoints.latest() or 0) >= spec.num_steps:
             logging.info("%s: all %d steps are done", experiment.name, spec.num_steps)
@@ -225,17 +230,21 @@ def finish(experiment: Experiment, workdir: str, teacher_params: Params) -> None
     logging.info("Scoring %d images a sampler", experiment.eval.num_images)
     with reading(workdir) as checkpoints:
         newest = checkpoints.check(experiment.facts())
-    with Evaluation(experiment, workdir) as job:
+    with Evaluation(experiment, workdir, wait=True) as job:
         rows = job.score(experiment, workdir, newest, specs)
         shown = rows[-1:]
         if teacher is not None:
-            rows += job.teacher_rows(evaluation.short_teacher_samplers(experiment))
-            shown += rows[-1:]
-        if distributed.is_main():  # the others need not see its files
+            ancestors = job.ancestor_rows(evaluation.short_teacher_samplers(experiment))
+            rows, shown = rows + ancestors, shown + [row for row in ancestors if row["model"] == ancestors[0]["model"]][-1:]
+        if shown and distributed.is_main():  # the others need not see its files
             _write_grid(report, experiment, job.grid(shown))
+        if not rows:
+            raise CheckpointError(
+                f"{workdir}: got no score, because step {newest} was deleted before it had one; run it again"
+            )
         rows += job.real_rows()
     if distributed.is_main():
-        cli.write_text(os.path.join(report, "scores.json"), json.dumps(rows, indent=2) + "\n")
+        atomic.write_text(os.path.join(report, "scores.json"), json.dumps(rows, indent=2) + "\n")
         print(f"\n{evaluation.result_table(rows)}\n\nsamples: {grid_path}\n", flush=True)
 
 

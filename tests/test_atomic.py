@@ -1,12 +1,18 @@
 """A file is the old one or the new one, whatever happens while it is written."""
 
 import os
+import signal
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from etils import epath
 
-from mscm import atomic
+from mscm import atomic, processes
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -85,8 +91,56 @@ def test_two_processes_do_not_mix(tmp_path, monkeypatch):
     assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
 
 
+# Is killed while it writes.
+PROGRAM = """
+import os, signal, sys
+from mscm import atomic
+
+with atomic.writing(sys.argv[1]) as file:
+    file.write(b"half of the")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    """By the next process that writes into the folder; nothing of those that live, are elsewhere or are nobody's."""
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "killed")]
+    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == -signal.SIGKILL
+    (leftover,) = tmp_path.iterdir()
+    assert leftover.name.startswith("killed.") and leftover.name.endswith(".tmp")
+    elsewhere, users = tmp_path / "killed.0123456789ab.4194999.7.tmp", tmp_path / "notes.tmp"
+    elsewhere.touch()
+    users.touch()
+    with atomic.writing(tmp_path / "one"):
+        atomic._remove_leftovers.cache_clear()
+        atomic.write_text(tmp_path / "two", "")
+        assert len(list(tmp_path.iterdir())) == 4  # also what is being written
+    assert sorted(path.name for path in tmp_path.iterdir()) == [elsewhere.name, users.name, "one", "two"]
+
+
+def test_hosts_do_not_share_names(tmp_path, monkeypatch):
+    """Nor do containers of one host: process 7 of one is not that of another."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    names = []
+    for place in (["a", "boot", "pid:[1]"], ["b", "boot", "pid:[1]"], ["a", "boot", "pid:[2]"]):
+        monkeypatch.setattr(processes, "place", lambda place=place: place)
+        with atomic.writing(tmp_path / "file"):
+            names += [path.name for path in tmp_path.glob("*.tmp")]
+    assert len(set(names)) == 3
+
+
 def test_a_name_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with atomic.writing("file") as file:
         file.write(b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_a_text_is_replaced_whole(tmp_path):
+    """The new text, in a folder that is made, and nothing beside it."""
+    path = tmp_path / "below" / "config.json"
+    atomic.write_text(path, "old and long")
+    atomic.write_text(path, "néw\n")
+    assert path.read_bytes() == "néw\n".encode()
+    assert list(path.parent.iterdir()) == [path]

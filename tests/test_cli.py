@@ -74,15 +74,6 @@ def test_an_interrupted_append_changes_nothing(tmp_path, monkeypatch):
     assert path.read_text() == '{"step": 1}\n' and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_text_is_replaced_whole(tmp_path):
-    """The new text, in a folder that is made, and nothing beside it."""
-    path = tmp_path / "below" / "config.json"
-    cli.write_text(path, "old and long")
-    cli.write_text(path, "néw\n")
-    assert path.read_bytes() == "néw\n".encode()
-    assert list(path.parent.iterdir()) == [path]
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.0, "0s"), (59.4, "59s"), (59.6, "1m 00s"), (3599.6, "1h 00m"), (3600.0 * 30 + 305, "30h 05m")],

@@ -88,6 +88,32 @@ def test_two_processes_train_and_score_a_student_of_a_teacher(run_both, config, 
     assert (tmp_path / "run" / "report" / "samples.png").exists()
 
 
+GATHER = """
+import sys
+import numpy as np
+from mscm import distributed
+
+distributed.start(sys.argv[1])
+loaded = []
+
+def load(indices):
+    loaded.extend(indices.tolist())
+    return np.stack([np.full((2, 3), i, np.uint8) for i in indices])
+
+rows = distributed.gathered(load, np.array([9, 4, 7, 1, 5]))
+assert rows.shape == (5, 2, 3) and rows.dtype == np.uint8
+print(rows[:, 0, 0].tolist(), loaded)
+"""
+
+
+def test_each_process_loads_its_share(run_together):
+    """The same rows in both, in order, though five do not divide; none loads all."""
+    results = run_together(*[[sys.executable, "-c", GATHER, "WHERE"]] * 2)
+    for (code, output, errors), loaded in zip(results, ([9, 4, 7], [1, 5, 9]), strict=True):
+        assert code == 0, errors
+        assert output.splitlines()[-1] == f"[9, 4, 7, 1, 5] {loaded}"
+
+
 def test_an_error_of_one_ends_all(run_both, config, tmp_path):
     """With its sentence and its number, in every process."""
     (tmp_path / "file").write_text("")

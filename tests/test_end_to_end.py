@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mscm import evaluation, training_loop
-from mscm.checkpoint import reading
+from mscm import evaluation, evaluation_loop, lease, training_loop
+from mscm.checkpoint import CheckpointError, reading
 from mscm.config import load_config
 from mscm.experiment import build
 
@@ -103,6 +103,9 @@ def test_a_run_leaves_what_the_readme_says(tiny):
     assert b"fd_classifier/digits_cd2_ddim_2" in events.read_bytes()
     with Image.open(tiny.workdir / "report" / "samples.png") as image:
         assert min(image.size) > 200
+    with reading(tiny.workdir) as checkpoints:
+        facts = checkpoints.facts()
+    assert facts["data"].startswith("1797 images, fingerprint") and facts["transform"] is None
     rows = json.loads((tiny.workdir / "report" / "scores.json").read_text())
     assert [(row["sampler"], row["nfe"]) for row in rows] == [("ddim", 2), ("addim", 2), ("addim", 3), (None, 0)]
     assert [row["num_images"] for row in rows] == [60, 60, 60, 60]
@@ -177,6 +180,38 @@ def test_eval_reproduces_the_scores_of_the_run(tiny, flags):
     assert [json.loads(line) for line in lines.read_text().splitlines()] == rows
 
 
+def test_one_checkpoint_is_scored_and_nothing_else(tiny, flags, tmp_path):
+    """Neither its teacher nor the real images, which cost as much."""
+    for name in ("checkpoints", "teacher"):
+        shutil.copytree(tiny.workdir / name, tmp_path / name)
+    result = command("eval", flags[0], f"--workdir={tmp_path}", "--checkpoint=2")
+    assert result.returncode == 0, result.stderr
+    (row,) = [json.loads(line) for line in (tmp_path / "eval" / "scores.jsonl").read_text().splitlines()]
+    assert (row["model"], row["step"]) == ("digits_cd2", 2) and "digits_cd2" in result.stdout
+
+
+def test_a_run_without_any_score_says_so(tiny, monkeypatch):
+    """Where all checkpoints were deleted before they had one."""
+    monkeypatch.setattr(evaluation_loop.Evaluation, "score", lambda *args, **kwargs: [])
+    monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.0)
+    with pytest.raises(CheckpointError, match="got no score, because step 4 was deleted before it had one"):
+        training_loop.finish(tiny.experiment, str(tiny.workdir), {})
+
+
+def test_a_run_waits_for_an_evaluation_under_way(tiny, monkeypatch):
+    """What ends training does not collide with mscm.eval, which ends by itself after the last checkpoint."""
+    held = []
+
+    def holding(path, what, *, wait):
+        held.append((path, wait))
+        raise _Interrupted
+
+    monkeypatch.setattr(lease, "holding", holding)
+    with pytest.raises(_Interrupted):
+        training_loop.finish(tiny.experiment, str(tiny.workdir), {})
+    assert held == [(str(tiny.workdir / "eval" / "owner.json"), True)]
+
+
 def test_sample_writes_arrays_a_grid_and_a_folder(tiny, flags, tmp_path):
     """The output's name decides what is written; image i is the same in all of them."""
     npz, png, folder = tmp_path / "a" / "images.npz", tmp_path / "b" / "grid.png", tmp_path / "folder"
@@ -229,6 +264,13 @@ def test_mistakes_on_the_command_line_are_one_sentence(tiny, flags, tmp_path):
     assert "got 'linear', expected one of constant, cosine" in said
     said = sentence_of(command("eval", config, fresh, "--once"))
     assert "expected the work directory of a training" in said
+    for words, sentence in (
+        (["--images=x.npz", "--once"], "got --images and --once, expected one of them"),
+        (["--images=x.npz", "--checkpoint=2"], "got --images and --checkpoint, expected one of them"),
+        (["--checkpoint=2", "--once"], "got --checkpoint and --once, expected one of them"),
+        (["--images="], "--images: got an empty name"),
+    ):
+        assert sentence in sentence_of(command("eval", config, workdir, *words))
     said = sentence_of(command("sample", config, workdir, "--step=3"))
     assert "got step 3, expected one of 2, 4" in said
 

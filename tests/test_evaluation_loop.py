@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -17,12 +18,12 @@ import numpy as np
 import pytest
 
 from configs import digits
-from mscm import cli, evaluation, evaluation_loop
+from mscm import cli, evaluation, evaluation_loop, lease
 from mscm.checkpoint import Checkpoints, reading
 from mscm.config import ConfigError
 from mscm.evaluation_loop import Evaluation
 from mscm.experiment import build
-from mscm.metrics import references
+from mscm.metrics import reference_statistics
 from mscm.report import grid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,16 +74,22 @@ def network_and_reference(experiment, tmp_path_factory):
     return directory
 
 
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    """Nobody else starts at the same moment."""
+    monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.0)
+
+
 @pytest.fixture
 def workdir(tmp_path, network_and_reference):
     shutil.copytree(network_and_reference, tmp_path / "run" / "eval")
     return tmp_path / "run"
 
 
-def save(experiment, workdir, *states, keep=9):
+def save(experiment, workdir, *states, keep=9, **said):
     with Checkpoints(workdir, keep=keep) as checkpoints:
         for state in states:
-            checkpoints.save(state, experiment.facts())
+            checkpoints.save(state, experiment.facts() | said)
 
 
 def rows_of(workdir):
@@ -99,7 +106,9 @@ def test_it_waits_for_checkpoints_and_ends_with_training(experiment, states, wor
     assert not (workdir / "eval" / "partial.npz").exists()
     assert len({row["fd_classifier"] for row in rows_of(workdir)}) == 3
     names = sorted(path.name for path in (workdir / "eval" / "samples").iterdir())
-    assert names == [f"digits_teacher_addim_2_{step:08d}.{kind}" for step in (10, 20, 30) for kind in ("npz", "png")]
+    assert names == [
+        f"digits_teacher_addim_2_60_balanced_{step:08d}.{kind}" for step in (10, 20, 30) for kind in ("npz", "png")
+    ]
 
 
 def test_once_does_not_wait(experiment, states, workdir, monkeypatch):
@@ -221,8 +230,40 @@ def test_it_continues_inside_an_evaluation(experiment, states, workdir, monkeypa
     with Evaluation(experiment, str(workdir)) as job:
         job.watch(once=True)
     assert started == [0, 40]
-    with np.load(workdir / "eval" / "samples" / "digits_teacher_addim_2_00000010.npz") as file:
+    with np.load(workdir / "eval" / "samples" / "digits_teacher_addim_2_60_balanced_00000010.npz") as file:
         assert file["images"].shape == (50, 8, 8, 1)
+
+
+def test_a_second_job_on_the_directory_is_refused(experiment, states, workdir):
+    """Before it makes anything; when the first has ended, and when its start has failed, the next may."""
+    save(experiment, workdir, states[0])
+    with Evaluation(experiment, str(workdir)), pytest.raises(lease.LeaseError, match="is at work on this evaluation"):
+        Evaluation(experiment, str(workdir))
+    with pytest.raises(ConfigError):
+        Evaluation(experiment_of(reference="absent.npz"), str(workdir))
+    with Evaluation(experiment, str(workdir)):
+        assert (workdir / "eval" / "owner.json").exists()
+    assert not (workdir / "eval" / "owner.json").exists()
+
+
+@pytest.mark.parametrize("place", ["partial", "row", "best", "real"])
+def test_a_job_that_another_has_replaced_writes_nothing(experiment, states, workdir, monkeypatch, place):
+    save(experiment, workdir, states[0])
+
+    def check(self):
+        if replaced:
+            raise lease.LeaseError("another has taken over")
+
+    monkeypatch.setattr(lease.Lease, "check", check)
+    replaced = place == "partial"
+    seconds = 0.0 if place == "partial" else 60.0
+    with pytest.raises(lease.LeaseError), Evaluation(experiment, str(workdir), save_every_seconds=seconds) as job:
+        if place in ("best", "real"):
+            monkeypatch.setattr(job, "_write", lambda *args: cli.append_json_line(job.scores_file, args[0]))
+        replaced = True
+        job.real_rows() if place == "real" else job.watch(once=True)
+    assert len(rows_of(workdir) if (workdir / "eval" / "scores.jsonl").exists() else []) == (place == "best")
+    assert not (workdir / "eval" / "partial.npz").exists() and not (workdir / "eval" / "best").exists()
 
 
 def test_a_damaged_copy_of_an_evaluation_costs_only_time(experiment, states, workdir):
@@ -249,11 +290,83 @@ def test_a_checkpoint_that_training_deletes_is_left_out(experiment, states, work
     assert [row["step"] for row in rows_of(workdir)] == [10, 30]
 
 
-def test_a_checkpoint_that_cannot_be_read_is_an_error(experiment, states, workdir):
+def test_a_checkpoint_that_cannot_be_read_is_an_error(experiment, states, workdir, monkeypatch):
+    """After half a minute in which it could have gone."""
     save(experiment, workdir, states[0])
     shutil.rmtree(workdir / "checkpoints" / "10" / "ema")
+    waits = []
+    monkeypatch.setattr(evaluation_loop.time, "sleep", waits.append)
     with pytest.raises(Exception, match="ema"), Evaluation(experiment, str(workdir)) as job:
         job.watch(once=True)
+    assert sum(waits) == 30
+
+
+def test_a_checkpoint_that_is_just_being_deleted_is_left_out(experiment, states, workdir, monkeypatch):
+    """Its arrays have gone, its folder has not."""
+    save(experiment, workdir, *states)
+    folder = workdir / "checkpoints" / "20"
+    shutil.rmtree(folder / "ema")
+    monkeypatch.setattr(evaluation_loop.time, "sleep", lambda seconds: shutil.rmtree(folder))
+    with Evaluation(experiment, str(workdir)) as job:
+        job.watch(once=True)
+    assert [row["step"] for row in rows_of(workdir)] == [10, 30]
+
+
+def test_what_is_not_to_be_made_is_only_looked_up(experiment, states, workdir):
+    save(experiment, workdir, states[0])
+    specs = evaluation.default_samplers(experiment)
+    with Evaluation(experiment, str(workdir)) as job:
+        assert job.score(experiment, str(workdir), 10, specs, make=False) == job.real_rows(make=False) == []
+        made = job.score(experiment, str(workdir), 10, specs), job.real_rows()
+        assert made == (job.score(experiment, str(workdir), 10, specs, make=False), job.real_rows(make=False))
+
+
+def test_real_images_are_of_the_split_of_the_reference(workdir):
+    with Evaluation(experiment_of(reference_split="half_a", num_images=1000), str(workdir)) as job:
+        (row,) = job.real_rows()
+    assert row["num_images"] == 449  # of 899, not of 1797
+
+
+@pytest.mark.parametrize("place", ["reference", "half_b"])
+def test_statistics_of_real_images_go_on_after_a_kill(experiment, tmp_path, network_and_reference, monkeypatch, place):
+    """Of the reference, and of the second half: the first is not computed again. The same numbers come out."""
+    spec = experiment.eval
+    for kept in network_and_reference.iterdir():
+        if place != "reference" or kept.name.startswith("classifier"):
+            shutil.copy(kept, tmp_path)
+    seconds = 0.0 if place == "reference" else 1e9  # a half is kept when it is whole
+    partial = functools.partial(evaluation.gathering.Partial, save_every_seconds=seconds)
+    monkeypatch.setattr(evaluation.gathering, "Partial", partial)
+    call, seen = evaluation.FeatureNetwork.__call__, []
+
+    def counted(network, images):
+        if killed_after is not None and len(seen) == killed_after:
+            raise _Killed
+        seen.append(len(images))
+        return call(network, images)
+
+    def run():
+        seen.clear()
+        scorer = evaluation.Scorer(experiment, str(tmp_path))
+        return scorer.reference.statistics.features.mean if place == "reference" else scorer.half_against_half()
+
+    monkeypatch.setattr(evaluation.FeatureNetwork, "__call__", counted)
+    killed_after = 3 if place == "reference" else 4  # batches, of which three are a half of 60 images
+    with pytest.raises(_Killed):
+        run()
+    assert list(tmp_path.glob("*.partial.npz" if place == "reference" else "half_?.npz"))
+    killed_after = None
+    again = run()
+    total = 1797 if place == "reference" else 2 * spec.num_images
+    assert sum(seen) == total - 3 * spec.batch_size
+    assert not list(tmp_path.glob("*.partial.npz")) and not list(tmp_path.glob("half_?.npz"))
+    (tmp_path / "reference_classifier_all.npz").unlink()
+    np.testing.assert_equal(again, run())
+
+
+def test_seeds_are_given_once():
+    with pytest.raises(ConfigError, match=r"config.eval.seeds: got \(0, 3, 0\), expected each of them once"):
+        experiment_of(seeds=(0, 3, 0))
 
 
 def test_the_best_checkpoint_is_kept(experiment, states, workdir, monkeypatch):
@@ -284,6 +397,11 @@ def test_scores_under_other_settings_are_made_anew(experiment, states, workdir):
     assert [(row["num_images"], row["labels"]) for row in rows_of(workdir)] == [
         (60, "balanced"), (80, "balanced"), (60, "uniform")
     ]
+    names = ["60_balanced", "60_uniform", "80_balanced"]
+    pictures = sorted((workdir / "eval" / "samples").glob("*.png"))
+    assert [path.name for path in pictures] == [f"digits_teacher_addim_2_{name}_00000010.png" for name in names]
+    events = b"".join(path.read_bytes() for path in (workdir / "eval").glob("events.*"))
+    assert all(f"fd_classifier/digits_teacher_addim_2_{name}".encode() in events for name in names)
 
 
 def test_another_training_in_the_same_directory_has_scores_of_its_own(experiment, states, workdir):
@@ -308,7 +426,7 @@ def test_a_reference_of_other_images_is_refused_or_marked(experiment, states, wo
         job.watch(once=True)
         reference = job.scorer.reference
     other = tmp_path / "other.npz"
-    references.save(other, references.Reference(
+    reference_statistics.save(other, reference_statistics.Reference(
         reference.statistics, {**reference.data, "split": "half_a", "resolution": 16}, reference.network
     ))
     changed = experiment_of(reference=str(other))
@@ -324,14 +442,54 @@ def test_a_reference_of_other_images_is_refused_or_marked(experiment, states, wo
         Evaluation(experiment_of(reference=str(tmp_path / "absent.npz")), str(workdir))
 
 
+def test_a_model_of_images_that_were_resized_otherwise_is_refused_or_marked(experiment, states, workdir):
+    """The checkpoint says how its images were resized; one that does not say it, or the same, has its score."""
+    save(experiment, workdir, states[0])
+    save(experiment, workdir, states[1], transform=None)
+    save(experiment, workdir, states[2], transform="adm")
+    for _ in range(2):  # a row with a mark is no reason to let the next one pass
+        with Evaluation(experiment, str(workdir)) as job:
+            with pytest.raises(ConfigError, match="transform None in the reference, 'adm' in what is scored"):
+                job.watch(once=True)
+        with Evaluation(experiment, str(workdir), allow_mismatch=True) as job:
+            job.watch(once=True)
+            assert job.newest()[0] == 30
+        assert [(row["step"], "mismatch" in row) for row in rows_of(workdir)] == [(10, False), (20, False), (30, True)]
+
+
 def test_missing_weights_are_said_before_training(experiment, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     without = experiment_of(network="inception")
-    for refuse in (evaluation.check_weights, lambda e: evaluation.Scorer(e, str(tmp_path))):
+    for refuse in (lambda e: evaluation.check(e, e.data.open()), lambda e: evaluation.Scorer(e, str(tmp_path))):
         with pytest.raises(ConfigError, match="pytorch-fid.*python -m mscm.metrics.convert --network=inception"):
             refuse(without)
     with pytest.raises(ConfigError, match="trained on the spot in float32"):
         evaluation.Scorer(experiment_of(precision="bfloat16"), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"precision": "bfloat16"}, "trained on the spot in float32, expected no weights or precision"),
+        ({"weights": "x.npz"}, "trained on the spot in float32, expected no weights or precision"),
+        ({"reference_split": "b"}, "unknown split of 'digits': got 'b', expected one of all, half_a, half_b"),
+        ({"reference": "OTHER"}, "split 'all' in the reference, 'half_b' in what is scored; transform None in the ref"),
+        ({"reference": "absent.npz"}, "got no reference absent.npz; make it with"),
+    ],
+)
+def test_what_cannot_be_scored_is_said_before_training(network_and_reference, settings, sentence):
+    """And how to train without; of no flag that mscm.main has not."""
+    if settings.get("reference") == "OTHER":
+        path = network_and_reference / "reference_classifier_all.npz"
+        settings = {"reference": str(path), "reference_split": "half_b"}
+    experiment = experiment_of(**settings)
+    source = experiment.data.open()
+    object.__setattr__(source, "transform", "area")
+    with pytest.raises(ConfigError) as error:
+        evaluation.check(experiment, source)
+    text = str(error.value)
+    assert sentence in text and text.endswith("or --config.eval.at_end=False to train without scores at the end")
+    assert "allow_mismatch" not in text
 
 
 def start_eval(directory, *flags):

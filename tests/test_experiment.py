@@ -1,5 +1,10 @@
 """What the config switches on reaches the loss: guidance, dropped labels, flipped images, the mesh."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +19,7 @@ from mscm.experiment import build
 from mscm.models import layers
 from mscm.objectives.multistep_consistency import consistency_loss
 
+ROOT = Path(__file__).resolve().parents[1]
 BATCH = 256
 
 
@@ -162,3 +168,42 @@ def test_training_and_sampling_are_traced_where_the_mesh_is_known(monkeypatch):
     jax.eval_shape(make_sample_fn(experiment, SamplerSpec("ddim", 2)), params, jax.random.key(0), indices, indices)
     assert len(meshes) >= 4
     assert {mesh.axis_names for mesh in meshes} == {("data", "fsdp", "tensor")}
+
+
+@pytest.mark.parametrize("fsdp, expected", [(1, (1, 1, 1)), (8, (1, 1, 1))])
+def test_evaluation_takes_the_devices_that_are_there(fsdp, expected):
+    """A mesh of eight does not fit one, and neither does its teacher's; training on it is refused."""
+    config = digits.student(student_steps=2, distil=True)
+    config.mesh.fsdp = fsdp
+    experiment = build(config)
+    scored = experiment.for_evaluation()
+    for model in (scored, scored.teacher.experiment):
+        assert tuple(model.mesh.shape.values()) == expected
+    assert scored.facts() == experiment.facts()  # its checkpoints are the same
+    if fsdp == 8:
+        with pytest.raises(ConfigError, match="expected sizes whose product"):
+            experiment.mesh  # noqa: B018
+
+
+def test_evaluation_needs_no_batch_that_divides():
+    """Of 32 images on five devices there is no training; each device has a part of what is sampled."""
+    program = """
+from configs import digits
+from mscm.config import ConfigError
+from mscm.experiment import build
+
+config = digits.teacher()
+experiment = build(config)
+try:
+    experiment.mesh
+except ConfigError as error:
+    print(error)
+print(tuple(experiment.for_evaluation().mesh.shape.values()))
+config.mesh.update(dict(data=-1, fsdp=2))
+print(tuple(build(config).for_evaluation().mesh.shape.values()))
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=5"}
+    result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    refused, *meshes = result.stdout.splitlines()
+    assert "train.batch_size: got 32" in refused and meshes == ["(5, 1, 1)"] * 2

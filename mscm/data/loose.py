@@ -75,9 +75,10 @@ def open_images(path: str | os.PathLike, *, resolution: int, channels: int) -> L
 def _array(path: str) -> np.ndarray:
     try:
         with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
-            name = next((name for name in _ARRAYS if name in file.files), None)
-            if name is None:
-                raise ValueError(f"got no array called {' or '.join(_ARRAYS)} in it")
-            return np.asarray(file[name])
+            there = file.files
+            name = next((name for name in _ARRAYS if name in there), None)
+            if name is not None:
+                return np.asarray(file[name])
     except Exception as error:  # zipfile and numpy raise a dozen types for what is damaged
         raise ValueError(f"{path}: got a file that cannot be read ({error}), expected an .npz of images") from error
+    raise ValueError(f"{path}: got arrays called {', '.join(there) or 'nothing'}, expected {' or '.join(_ARRAYS)}")

@@ -204,7 +204,9 @@ def _read_note(shard: _Shard, settings: Settings) -> dict | None:
     if not note.exists() or not Path(shard.path).exists():
         return None
     found = _read(note)
-    return found if found.get("files") == shard.files and (settings.skip_broken or not found["broken"]) else None
+    # Without num_resized, an earlier version's.
+    ours = found.get("files") == shard.files and "num_resized" in found
+    return found if ours and (settings.skip_broken or not found["broken"]) else None
 
 
 # Shared by the workers of a pool: how many images they have done, and whether they should end.
@@ -242,13 +244,13 @@ def _write_shard(files: ImageFiles | TfdsFiles, settings: Settings, shard: _Shar
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
     note = {"settings": shard.settings, "files": shard.files, **found}
-    _write_text(records.note_path(shard.path), json.dumps(note))
+    atomic.write_text(records.note_path(shard.path), json.dumps(note))
     return note
 
 
 def _write_images(writer: ArrayRecordWriter, files: ImageFiles | TfdsFiles, settings: Settings) -> dict:
     """Writes the records; returns what the card needs of them."""
-    digests, labels, broken, num_enlarged = [], [], [], 0
+    digests, labels, broken, num_enlarged, num_resized = [], [], [], 0, 0
     for index, entry in enumerate(files.entries):
         if _stop.is_set():
             raise InterruptedError("another worker failed")
@@ -265,6 +267,7 @@ def _write_images(writer: ArrayRecordWriter, files: ImageFiles | TfdsFiles, sett
             broken.append(entry.name)
         else:
             num_enlarged += min(pixels.shape[:2]) < settings.resolution
+            num_resized += pixels.shape != square.shape
             writer.write(records.encode(square, settings.encoding))
             digests.append(hashlib.sha256(square.tobytes()).digest())
             labels.append(entry.label)
@@ -275,6 +278,7 @@ def _write_images(writer: ArrayRecordWriter, files: ImageFiles | TfdsFiles, sett
         "labels": labels,
         "broken": broken,
         "num_enlarged": num_enlarged,
+        "num_resized": num_resized,
     }
 
 
@@ -290,7 +294,7 @@ def _card(
     card = records.Card(
         source=os.path.basename(os.path.normpath(files.path)),
         split=split,
-        transform=settings.transform,
+        transform=settings.transform if any(note["num_resized"] for note in notes) else None,
         resolution=settings.resolution,
         channels=settings.channels,
         encoding=settings.encoding,
@@ -306,10 +310,5 @@ def _card(
     )
     with atomic.writing(records.labels_path(output, split)) as file:
         np.save(file, labels)
-    _write_text(records.card_path(output, split), card.to_json())
+    atomic.write_text(records.card_path(output, split), card.to_json())
     return card
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic.writing(path) as file:
-        file.write(text.encode())

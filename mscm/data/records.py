@@ -32,7 +32,7 @@ class Card:
 
     source: str  # where the images came from
     split: str
-    transform: str  # one of images.TRANSFORMS
+    transform: str | None  # one of images.TRANSFORMS; None: every image had the size, which all of them leave as it is
     resolution: int
     channels: int
     encoding: str  # one of ENCODINGS

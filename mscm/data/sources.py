@@ -146,8 +146,6 @@ class FileSource:
     For small data sets and first tries: `mscm.prepare` does the same once, and reading is then many times faster.
     """
 
-    transform = "area"
-
     def __init__(self, name: str, files: folders.ImageFiles, *, resolution: int, channels: int = 3):
         self.name, self.split = name, files.split or "train"
         self.resolution, self.channels = resolution, channels
@@ -160,11 +158,20 @@ class FileSource:
         return len(self.class_names)
 
     @functools.cached_property
+    def transform(self) -> str | None:
+        """`area`; None where the files that the fingerprint reads have the size, which `area` leaves as it is."""
+        shapes = {self._decoded(i).shape[:2] for i in self._some}
+        return None if shapes == {(self.resolution, self.resolution)} else "area"
+
+    @property
+    def _some(self) -> list[int]:
+        return np.unique(np.linspace(0, len(self) - 1, _FINGERPRINT_FILES).astype(int)).tolist()
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         # Not the path: a copy elsewhere is the same data. Not all bytes: that would be reading the whole data set.
         sizes = [self._files.size(i) for i in range(len(self))]
-        some = np.unique(np.linspace(0, len(self) - 1, _FINGERPRINT_FILES).astype(int))
-        digests = [hashlib.sha256(self._files.read(int(i))).hexdigest() for i in some]
+        digests = [hashlib.sha256(self._files.read(i)).hexdigest() for i in self._some]
         what = [self._files.entries, sizes, digests, self.class_names, self.resolution, self.channels]
         return hashlib.sha256(repr(what).encode()).hexdigest()
 
@@ -180,8 +187,11 @@ class FileSource:
         return {"image": np.stack([self._load(int(i)) for i in indices]), "label": self.labels[indices]}
 
     def _load(self, index: int) -> images.Square:
+        return images.area(self._decoded(index), self.resolution)
+
+    def _decoded(self, index: int) -> images.Pixels:
         try:
-            return images.area(images.decode(self._files.read(index), channels=self.channels), self.resolution)
+            return images.decode(self._files.read(index), channels=self.channels)
         except (images.BrokenImage, OSError, zlib.error) as error:
             name = self._files.entries[index].name
             raise images.BrokenImage(

@@ -21,7 +21,6 @@ import numpy as np
 import optax
 from absl import logging
 from flax import linen as nn
-from flax import traverse_util
 from jaxtyping import Array, Float, Integer, UInt8
 
 from mscm import compilation
@@ -84,7 +83,7 @@ class Classifier:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the weights: names, shapes, types and bytes."""
-        return files.fingerprint(_flatten(self.params))
+        return files.fingerprint(files.flat(self.params))
 
     @functools.cached_property
     def network(self) -> FeatureNetwork:
@@ -167,7 +166,7 @@ def load_or_train(source: LabelledImages, cache_dir: str | os.PathLike, *, seed:
     except ValueError as error:
         logging.warning("Not using the feature network: %s; training it again.", error)
     classifier = train_classifier(source, seed=seed)
-    files.save(path, _flatten(classifier.params), classifier.card)
+    files.save(path, files.flat(classifier.params), classifier.card)
     return classifier
 
 
@@ -186,13 +185,9 @@ def _card(source: LabelledImages, *, seed: int) -> dict[str, Any]:
     }
 
 
-def _flatten(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value) for name, value in traverse_util.flatten_dict(params, sep="/").items()}
-
-
 def _load(path: str, expected: Mapping[str, Any]) -> Classifier:
     arrays, card = files.load(path)
     for name, value in expected.items():
         if card.get(name) != value:
             raise ValueError(f"{path}: got a card with {name} = {card.get(name)!r}, expected {value!r}")
-    return Classifier(traverse_util.unflatten_dict(arrays, sep="/"), card)
+    return Classifier(files.tree(arrays), card)

@@ -41,6 +41,22 @@ class FeatureNetwork:
     forward: Callable[[Any, UInt8[Array, "n h w c"]], Outputs]
     batch_size: int  # images at a time on a CPU, whose caches are small
     shape: tuple[int, int, int] | None = None  # of the images that it takes; None: of any
+    largest_call: int | None = None  # images that it is given at once; None: not known
+
+    def for_calls_of(self, num_images: int) -> "FeatureNetwork":
+        """The same for calls of at most so many images: fewer devices' worth of padding, and still one program."""
+        return dataclasses.replace(self, largest_call=num_images)
+
+    @property
+    def _at_a_time(self) -> int:
+        """Images of one run of the program, on all devices together: a number that never changes, so that neither what
+        came before nor the last, smaller call decides the last bits of a row."""
+        devices = jax.device_count()
+        most = self.batch_size * devices * (1 if jax.default_backend() == "cpu" else _ACCELERATOR_FACTOR)
+        if self.largest_call is None:
+            return most
+        runs = -(-self.largest_call // most)  # of equal size
+        return -(-self.largest_call // (runs * devices)) * devices
 
     @functools.cached_property
     def _placed(self) -> tuple[Callable[[Any, np.ndarray], Outputs], Any]:
@@ -71,10 +87,7 @@ class FeatureNetwork:
                 f"(n, {expected}); convert floats with transforms.to_uint8."
             )
         compiled, params = self._placed
-        batch_size = self.batch_size * jax.device_count()
-        if jax.default_backend() != "cpu":
-            batch_size *= _ACCELERATOR_FACTOR
-        parts = []
+        batch_size, parts = self._at_a_time, []
         for start in range(0, max(len(images), 1), batch_size):
             batch = images[start : start + batch_size]
             # The last batch is padded, not shortened: a second shape would compile a second time.

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from flax import traverse_util
 
 from mscm import atomic
 
@@ -26,6 +27,16 @@ def fingerprint(arrays: Arrays) -> str:
         digest.update(f"{name} {value.dtype.str} {value.shape}\n".encode())
         digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of nested mappings by their path, as a file keeps them."""
+    return {name: np.asarray(value) for name, value in traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def tree(arrays: Arrays) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    return traverse_util.unflatten_dict(dict(arrays), sep="/")
 
 
 def save(path: str | os.PathLike, arrays: Arrays, card: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@
 From the data of a config, under its config.eval (network, reference_split); or from an .npz of ADM's evaluation or of
 pytorch-fid, which does not hold the number of its images (--count) nor how they were resized (--transform, where you
 know it). The result says data set, split, transform, resolution, count and network, and mscm.eval refuses it for other
-images: --config.eval.reference=imagenet64.npz.
+images: --config.eval.reference=imagenet64.npz. Killed, it continues where it was.
 """
 
 from absl import flags
@@ -19,6 +19,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as c
 OUTPUT = flags.DEFINE_string("output", None, "File to write, .npz.")
 IMPORT = flags.DEFINE_string("import", None, "File of ADM's or pytorch-fid's form to take the statistics from.")
 COUNT = flags.DEFINE_integer("count", None, "Number of images behind an imported file.", lower_bound=2)
+DISTRIBUTED = flags.DEFINE_string("distributed", None, "One of several processes, as of mscm.main.")
 TRANSFORM = flags.DEFINE_string("transform", None, "How the images behind an imported file were resized, if known.")
 
 
@@ -26,29 +27,52 @@ def main() -> None:
     """Computes or imports, and writes."""
     import os  # here and not above: --help must not wait for jax
 
-    from mscm import evaluation
+    from mscm import distributed, evaluation
     from mscm.config import ConfigError
     from mscm.experiment import build
-    from mscm.metrics import references
+    from mscm.metrics import reference_statistics
 
-    experiment = build(CONFIG.value)
-    directory = os.path.dirname(os.path.abspath(OUTPUT.value))
+    for flag in (COUNT, TRANSFORM):
+        if IMPORT.value is None and flag.value is not None:
+            raise ConfigError(
+                f"--{flag.name}: got {flag.value}, expected it with --import only: the config's data say it themselves"
+            )
     if IMPORT.value is not None and COUNT.value is None:
         raise ConfigError("--count: got none, expected the number of images behind the imported file")
+    output = cli.path_of(OUTPUT)
+    if DISTRIBUTED.value:
+        distributed.start(DISTRIBUTED.value)
+    experiment = build(CONFIG.value)
     try:
-        network = evaluation.make_network(experiment, directory)
+        network = evaluation.make_network(experiment, os.path.dirname(output))
         if IMPORT.value is None:
-            reference = evaluation.compute_reference(experiment, network)
+            with evaluation.computed_reference(experiment, network, f"{output}.partial.npz") as reference:
+                _write(reference, output)
         else:
             unknown = {"transform": TRANSFORM.value, "count": COUNT.value, "fingerprint": None}
             facts = evaluation.reference_facts(experiment) | unknown
-            reference = references.import_npz(IMPORT.value, facts, network, num_kept=experiment.eval.num_kept)
-        references.save(OUTPUT.value, reference)
+            reference = reference_statistics.import_npz(IMPORT.value, facts, network, num_kept=experiment.eval.num_kept)
+            _write(reference, output)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    except OSError as error:  # of the data, or of what is kept on the way
+        raise ConfigError(f"{error.filename or output}: {error.strerror or error}") from error
+
+
+def _write(reference, output: str) -> None:
+    """By one process, and says so."""
+    from mscm import distributed
+    from mscm.config import ConfigError
+    from mscm.metrics import reference_statistics
+
+    if not distributed.is_main():
+        return
+    try:
+        reference_statistics.save(output, reference)
     except OSError as error:
-        raise ConfigError(f"--output: {OUTPUT.value}: {error.strerror or error}") from error
-    print(f"{reference}, features of {network.name} {network.fingerprint[:12]}: {OUTPUT.value}")
+        raise ConfigError(f"--output: {output}: {error.strerror or error}") from error
+    network = reference.network
+    print(f"{reference}, features of {network['name']} {network['fingerprint'][:12]}: {output}", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ def main() -> None:
     from mscm.metrics import weights
     from mscm.report import table
 
+    if WEIGHTS.value is not None and not NETWORK.value:
+        raise ConfigError(f"--weights: got {WEIGHTS.value}, expected it with --network only: whose weights are they?")
     checks = [*_gaussians(), *_real_images()]
     if NETWORK.value:
         if NETWORK.value not in weights.NETWORKS:
@@ -75,7 +77,7 @@ def _real_images() -> list[tuple[str, float, float, float]]:
     import numpy as np
 
     from mscm.data import sources
-    from mscm.metrics import references, statistics
+    from mscm.metrics import reference_statistics, statistics
     from mscm.metrics.features import FeatureNetwork, Outputs
 
     matrix = np.random.RandomState(0).standard_normal((64, 32)).astype(np.float32)
@@ -86,8 +88,8 @@ def _real_images() -> list[tuple[str, float, float, float]]:
 
     network = FeatureNetwork("projection", "none", matrix, forward, batch_size=256)
     source = sources.open_source("digits", split="all")
-    computed = references.compute(source, network, batch_size=100).statistics
-    again = references.compute(source, network, batch_size=299).statistics
+    computed = reference_statistics.compute(source, network, batch_size=100).statistics
+    again = reference_statistics.compute(source, network, batch_size=299).statistics
     scores = statistics.compare(computed, again, network="projection")
     return [
         ("real images against themselves: Frechet distance", scores["fd_projection"], 0.0, 1e-5),

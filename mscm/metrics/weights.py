@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import traverse_util
 
 from mscm.metrics import dinov2, files, inception
 from mscm.metrics.features import FeatureNetwork
@@ -71,9 +70,9 @@ def convert(network: str, source: str | os.PathLike, output: str | os.PathLike) 
         )
     try:
         params = NETWORKS[network].from_torch(read_torch_file(source))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
-    flat = _flatten(params)
+    flat = files.flat(params)
     card = {"kind": _KIND, "network": network, "source": source.name, "source_sha256": sha256}
     card["weights_sha256"] = files.fingerprint(flat)
     probe = NETWORKS[network].make(params, fingerprint=card["weights_sha256"])(probe_images())
@@ -90,14 +89,9 @@ def load(network: str, path: str | os.PathLike, *, dtype: str = "float32") -> Fe
     """
     arrays, card = _read(network, path)
     flat = {name: value for name, value in arrays.items() if not name.startswith(_PROBE)}
-    params = jax.tree.map(lambda array: jnp.asarray(array, dtype), traverse_util.unflatten_dict(flat, sep="/"))
+    params = jax.tree.map(lambda array: jnp.asarray(array, dtype), files.tree(flat))
     suffix = "" if dtype == "float32" else f"-{dtype}"
     return NETWORKS[network].make(params, fingerprint=card["weights_sha256"] + suffix)
-
-
-def check(network: str, path: str | os.PathLike) -> None:
-    """Raises what `load` would raise."""
-    _read(network, path)
 
 
 def probe(network: str, path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -126,7 +120,3 @@ def _read(network: str, path: str | os.PathLike) -> tuple[dict[str, np.ndarray],
             "make it with python -m mscm.metrics.convert"
         )
     return arrays, card
-
-
-def _flatten(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value) for name, value in traverse_util.flatten_dict(params, sep="/").items()}

@@ -51,15 +51,3 @@ def ict_grid_points(step: int | Int[Array, ""], *, start: int, end: int, num_ste
     num_doublings = (-(-end // start) - 1).bit_length()  # the least that reach the end
     doublings = jnp.minimum(jnp.asarray(step) // stage_steps, num_doublings)
     return jnp.minimum(start * 2**doublings, end) + 1
-
-
-def halvings(start: int, end: int) -> tuple[int, ...]:
-    """Student steps of the phases of progressive distillation: `start` / 2, `start` / 4, ..., `end`.
-
-    Raises:
-      ValueError: `start` is not `end` times a power of two, at least two.
-    """
-    ratio = start // end if end > 0 else 0
-    if ratio < 2 or ratio & (ratio - 1) or ratio * end != start:
-        raise ValueError(f"got {start} teacher steps to halve to {end}, expected {end} times 2, 4, 8, ...")
-    return tuple(start >> phase for phase in range(1, ratio.bit_length()))

@@ -79,6 +79,21 @@ def test_the_card_says_what_there_is(photos, prepared):
     assert sorted(os.listdir(output)) == sorted((*card.shards, "train.json", "train-labels.npy"))
 
 
+@pytest.mark.parametrize("transform", images.TRANSFORMS)
+def test_images_that_have_the_size_are_not_resized(tmp_path, transform):
+    """Every transform leaves them as they are, and the card says that there was none."""
+    pixels = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 3)).astype(np.uint8)
+    for i, image in enumerate(pixels):
+        (tmp_path / "photos" / "cat").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / "cat" / f"{i}.png").write_bytes(png.encode(image))
+    card, _ = _prepare(tmp_path / "photos", tmp_path / "same", transform=transform)
+    source = sources.open_source("x", split="train", path=tmp_path / "same")
+    np.testing.assert_array_equal(source.load(np.arange(3))["image"], pixels)
+    assert card.transform is source.transform is None
+    (tmp_path / "photos" / "cat" / "3.png").write_bytes(png.encode(pixels[0, :7]))
+    assert _prepare(tmp_path / "photos", tmp_path / "one", transform=transform)[0].transform == transform
+
+
 def test_the_checksum_is_of_the_pixels(photos, prepared, tmp_path):
     """The same for other shards and raw pixels; another for another transform."""
     raw, _ = _prepare(photos, tmp_path / "raw", encoding="raw", images_per_shard=100)

@@ -103,6 +103,18 @@ def test_a_folder_is_the_same_data_wherever_it_lies(tmp_path):
     assert fingerprint("there") != original
 
 
+def test_images_that_have_the_size_are_not_resized(tmp_path):
+    """`area` leaves them as they are: they are the images of a source that has no transform."""
+    for i, side in enumerate((8, 8, 9)):
+        grid.save_png(tmp_path / "of_8" / f"{i}" / "1.png", np.zeros((8, 8, 3), np.uint8))
+        grid.save_png(tmp_path / "mixed" / f"{i}" / "1.png", np.zeros((side, 8, 3), np.uint8))
+
+    def transform(folder, resolution):
+        return sources.open_source("x", split="train", path=tmp_path / folder, resolution=resolution).transform
+
+    assert (transform("of_8", 8), transform("of_8", 4), transform("mixed", 8)) == (None, "area", "area")
+
+
 @pytest.mark.parametrize("folder", ["val", "Test", "training"])
 def test_another_split_is_not_taken_for_the_training_images(tmp_path, folder):
     """Without splits all is `train`; a folder that names another split is no such thing."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mscm.metrics import dinov2, files, references, weights
+from mscm.metrics import dinov2, files, reference_statistics, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "--config=configs/digits_cd4.py"
@@ -29,7 +29,7 @@ def command(name, *flags, code=0, **env):
 def small_dinov2(tmp_path_factory):
     """A converted file of a network of two blocks."""
     path = tmp_path_factory.mktemp("weights") / "dinov2.npz"
-    flat = weights._flatten(dinov2.random_params(0))
+    flat = files.flat(dinov2.random_params(0))
     sha256 = files.fingerprint(flat)
     rows = dinov2.network(dinov2.random_params(0), fingerprint=sha256)(weights.probe_images()).features
     card = {"kind": "mscm weights 1", "network": "dinov2", "weights_sha256": sha256}
@@ -59,14 +59,24 @@ def test_a_reference_is_computed_or_imported(tmp_path):
     computed, imported = tmp_path / "computed.npz", tmp_path / "imported.npz"
     printed = command("reference", CONFIG, "--config.eval.reference_split=half_a", f"--output={computed}")
     assert "digits/half_a, 899 images, features of classifier" in printed
-    reference = references.load(computed)
+    reference = reference_statistics.load(computed)
     assert reference.data["split"] == "half_a" and reference.statistics.features.count == 899
     mean, cov = reference.statistics.features.mean, reference.statistics.features.cov
     np.savez(tmp_path / "theirs.npz", mu=mean, sigma=cov)
     flags = [CONFIG, f"--import={tmp_path / 'theirs.npz'}", f"--output={imported}"]
     assert "--count: got none" in command("reference", *flags, code=2)
     assert "digits/all, 1797 images, from theirs.npz" in command("reference", *flags, "--count=1797")
-    np.testing.assert_array_equal(references.load(imported).statistics.features.cov, cov)
+    np.testing.assert_array_equal(reference_statistics.load(imported).statistics.features.cov, cov)
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    """The file itself, also where it is another than --output."""
+    (tmp_path / "file").touch()
+    said = command("reference", CONFIG, f"--output={tmp_path / 'file' / 'x.npz'}", code=2)
+    assert f"error: {tmp_path / 'file'}" in said
+    weights_file = tmp_path / "x.pth"
+    weights_file.touch()
+    assert f"error: --source: {weights_file}: got" in command("convert", f"--source={weights_file}", code=2)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +89,10 @@ def test_a_reference_is_computed_or_imported(tmp_path):
         ("reference", [CONFIG, "--output=x.npz", "--import=README.md", "--count=9"], "README.md: got a file that"),
         ("reference", [CONFIG, "--output=x.npz", "--config.eval.network=dinov2"], "got no weights of the network"),
         ("reference", [CONFIG, "--output=x.npz", "--config.eval.reference_split=b"], "split of 'digits': got 'b'"),
+        ("reference", [CONFIG, "--output=x.npz", "--count=9"], "--count: got 9, expected it with --import only"),
+        ("reference", [CONFIG, "--output=x.npz", "--transform=area"], "--transform: got area, expected it with"),
+        ("reference", [CONFIG, "--output=abfs://x.npz"], "expected a local path, or one that begins with gs://"),
+        ("selfcheck", ["--weights=x.npz"], "expected it with --network only"),
         ("selfcheck", ["--network=dinov2"], "dinov2_vitl14_pretrain.pth of the DINOv2 project"),
         ("selfcheck", ["--network=vgg"], "--network: got 'vgg', expected one of inception, dinov2"),
     ],

@@ -25,6 +25,7 @@ from tests.metrics import test_features
 
 parts = []
 outputs = test_features.network(parts=parts)(test_features.many_images())
+test_features.network(parts=parts).for_calls_of(5)(test_features.many_images()[:5])
 print(json.dumps({"rows": outputs.features.tolist(), "parts": parts, "devices": jax.device_count()}))
 """
 
@@ -75,6 +76,17 @@ def test_the_last_batch_is_padded():
     for num_images in (1, 4, 7, 0):
         counting(IMAGES[:num_images])
     assert traces == [(4, 2, 2, 3)]
+
+
+@pytest.mark.parametrize("largest_call, at_a_time", [(1, 1), (3, 3), (4, 4), (5, 3), (9, 3), (10, 4)])
+def test_calls_of_a_known_size_are_padded_to_it(largest_call, at_a_time):
+    """In runs of equal size, and one program for all calls up to it."""
+    traces = []
+    counting = network(batch_size=4, traces=traces).for_calls_of(largest_call)
+    for num_images in (largest_call, 1, largest_call):
+        images = np.resize(IMAGES, (num_images, 2, 2, 3))
+        np.testing.assert_allclose(counting(images).features, expected_rows(images), rtol=1e-5, atol=1e-5)
+    assert traces == [(at_a_time, 2, 2, 3)]
 
 
 def test_a_row_does_not_depend_on_the_other_images(linear):
@@ -157,7 +169,8 @@ def test_several_devices_give_the_same_rows(run_together, processes, devices):
         assert code == 0, errors
         result = json.loads(output.splitlines()[-1])
         assert result["devices"] == processes * devices
-        assert result["parts"] == [[2, 2, 2, 3]]
+        # Two images on each device; of five at most, which is fewer than there are devices or not, what holds them.
+        assert result["parts"] == [[2, 2, 2, 3], [-(-5 // (processes * devices)), 2, 2, 3]]
         np.testing.assert_allclose(result["rows"], expected, rtol=1e-6, atol=1e-6)
 
 

@@ -64,7 +64,6 @@ def test_a_converted_network_is_the_network(source, tmp_path, write):
     pixels = weights.probe_images()
     np.testing.assert_allclose(network(pixels).features, pixels.mean((1, 2)) @ SIX.T, rtol=1e-5)
     assert network.params["layer"]["kernel"].dtype == jnp.float32
-    weights.check("fake", output)
 
 
 def test_the_probe_is_kept_and_is_no_weight(converted):
@@ -138,7 +137,7 @@ def test_other_sources_are_refused(tmp_path, monkeypatch, content, reason):
     assert [path.name for path in tmp_path.iterdir()] == (["source.pth"] if content is not None else [])
 
 
-READERS = pytest.mark.parametrize("read", [weights.load, weights.check, weights.probe])
+READERS = pytest.mark.parametrize("read", [weights.load, weights.probe])
 
 
 @READERS
@@ -155,10 +154,10 @@ def test_a_missing_file_is_a_sentence(tmp_path, read):
 def test_the_real_networks_say_where_their_files_are(tmp_path):
     for name, network in weights.NETWORKS.items():
         with pytest.raises(ValueError) as error:
-            weights.check(name, tmp_path / "absent.npz")
+            weights.load(name, tmp_path / "absent.npz")
         assert network.where in str(error.value) and len(network.where) > 20 or name == "fake"
     with pytest.raises(ValueError, match="pt_inception-2015-12-05-6726825d.pth"):
-        weights.check("inception", tmp_path / "absent.npz")
+        weights.load("inception", tmp_path / "absent.npz")
 
 
 @READERS

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mscm.data.sources import ArraySource
-from mscm.metrics import files, moments, references
+from mscm.metrics import files, moments, reference_statistics
 from mscm.metrics.features import FeatureNetwork, Outputs
 
 FACTS = {"name": "noise", "split": "train", "transform": None, "resolution": 4, "channels": 3, "count": 50}
@@ -37,11 +37,13 @@ def source():
 
 @pytest.fixture(scope="module")
 def reference(source, network):
-    return references.compute(source, network, batch_size=20, num_kept=30)
+    return reference_statistics.compute(source, network, batch_size=20, num_kept=30)
 
 
-def assert_same(one: references.Reference, two: references.Reference):
-    assert (one.data, one.network, one.imported_from) == (two.data, two.network, two.imported_from)
+def assert_same(one: reference_statistics.Reference, two: reference_statistics.Reference):
+    assert (one.data, one.network, one.imported_from, one.remark) == (
+        two.data, two.network, two.imported_from, two.remark
+    )
     arrays, others = one.statistics.to_arrays(), two.statistics.to_arrays()
     assert arrays.keys() == others.keys()
     for name, array in arrays.items():
@@ -49,7 +51,7 @@ def assert_same(one: references.Reference, two: references.Reference):
 
 
 def test_the_facts_are_those_of_the_data(source, reference, network):
-    assert references.describe(source) == FACTS | {"fingerprint": source.fingerprint} == reference.data
+    assert reference_statistics.describe(source) == FACTS | {"fingerprint": source.fingerprint} == reference.data
     assert reference.network == {"name": "linear", "fingerprint": network.fingerprint}
     assert reference.imported_from is None and str(reference) == "noise/train, 50 images"
 
@@ -76,7 +78,7 @@ def test_a_part_of_the_data(source, network):
 
     fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
     indices = np.array([40, 3, 7, 8, 21])
-    part = references.compute(
+    part = reference_statistics.compute(
         Watched(**fields), network, indices=indices, batch_size=2, num_kept=5, watch=watched.append
     )
     np.testing.assert_array_equal(np.concatenate(loaded), indices)
@@ -87,27 +89,33 @@ def test_a_part_of_the_data(source, network):
 
 def test_round_trip(tmp_path, reference):
     path = tmp_path / "below" / "reference.npz"
-    references.save(path, reference)
-    assert_same(references.load(path), reference)
+    reference_statistics.save(path, reference)
+    assert_same(reference_statistics.load(path), reference)
 
 
 def test_what_is_no_reference_is_refused(tmp_path):
     path = tmp_path / "reference.npz"
     with pytest.raises(FileNotFoundError):
-        references.load(path)
+        reference_statistics.load(path)
     files.save(path, {"w": np.zeros(2)}, {"kind": "mscm weights 1"})
     with pytest.raises(ValueError, match=f"{path}: got a file of kind 'mscm weights 1', expected 'mscm reference 1'"):
-        references.load(path)
+        reference_statistics.load(path)
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=f"{path}: got a file that cannot be read"):
-        references.load(path)
+        reference_statistics.load(path)
+
+
+def test_a_file_of_adms_is_told_how_it_is_imported(tmp_path):
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(4), sigma=np.eye(4))
+    with pytest.raises(ValueError, match=f"reference --import={tmp_path}/adm.npz --count=NUMBER_OF_ITS_IMAGES"):
+        reference_statistics.load(tmp_path / "adm.npz")
 
 
 # What an imported file does not say.
 IMPORTED = FACTS | {"transform": None, "fingerprint": None}
 
 
-def arrays_of(reference: references.Reference, *, spatial: bool) -> dict[str, np.ndarray]:
+def arrays_of(reference: reference_statistics.Reference, *, spatial: bool) -> dict[str, np.ndarray]:
     features, others = reference.statistics.features, reference.statistics.spatial
     arrays = {"mu": features.mean, "sigma": features.cov}
     return arrays | ({"mu_s": others.mean, "sigma_s": others.cov} if spatial else {})
@@ -117,7 +125,7 @@ def test_a_file_of_pytorch_fids_form(tmp_path, reference, network):
     """Mean and covariance; what it does not hold is None, and stays so on disk."""
     path = tmp_path / "cifar10.npz"
     np.savez(path, **arrays_of(reference, spatial=False))
-    imported = references.import_npz(path, IMPORTED, network)
+    imported = reference_statistics.import_npz(path, IMPORTED, network)
     assert imported.imported_from == "cifar10.npz" and imported.data == IMPORTED
     assert str(imported) == "noise/train, 50 images, from cifar10.npz"
     assert imported.network == {"name": "linear", "fingerprint": network.fingerprint}
@@ -127,8 +135,8 @@ def test_a_file_of_pytorch_fids_form(tmp_path, reference, network):
     np.testing.assert_array_equal(features.cov, reference.statistics.features.cov, strict=True)
     rest = imported.statistics.spatial, imported.statistics.kept, imported.statistics.class_sums
     assert rest == (None, None, None)
-    references.save(tmp_path / "reference.npz", imported)
-    assert_same(references.load(tmp_path / "reference.npz"), imported)
+    reference_statistics.save(tmp_path / "reference.npz", imported)
+    assert_same(reference_statistics.load(tmp_path / "reference.npz"), imported)
 
 
 def test_a_file_of_adms_form(tmp_path, source, reference, network):
@@ -136,15 +144,25 @@ def test_a_file_of_adms_form(tmp_path, source, reference, network):
     path = tmp_path / "VIRTUAL_imagenet64.npz"
     arrays = {name: array.astype(np.float32) for name, array in arrays_of(reference, spatial=True).items()}
     np.savez(path, arr_0=source.images[:20], **arrays)
-    imported = references.import_npz(path, IMPORTED, network, num_kept=12)
+    imported = reference_statistics.import_npz(path, IMPORTED, network, num_kept=12)
     np.testing.assert_array_equal(imported.statistics.kept, network(source.images[:12]).features)
     for name in ("features", "spatial"):
         got, expected = getattr(imported.statistics, name), getattr(reference.statistics, name)
         assert type(got) is moments.Moments and got.count == 50 and got.mean.dtype == got.cov.dtype == np.float64
         np.testing.assert_allclose(got.mean, expected.mean, rtol=1e-6)
         np.testing.assert_allclose(got.cov, expected.cov, rtol=1e-5, atol=1e-7)
-    references.save(tmp_path / "reference.npz", imported)
-    assert_same(references.load(tmp_path / "reference.npz"), imported)
+    reference_statistics.save(tmp_path / "reference.npz", imported)
+    assert_same(reference_statistics.load(tmp_path / "reference.npz"), imported)
+
+
+@pytest.mark.parametrize("form, is_marked", [("pytorch-fid", True), ("ADM", False)])
+def test_features_of_another_resize_are_marked(tmp_path, reference, form, is_marked):
+    """pytorch-fid resizes and scales in its own way before Inception; every score against its statistics says so."""
+    np.savez(tmp_path / "x.npz", **arrays_of(reference, spatial=form == "ADM"))
+    imported = reference_statistics.import_npz(tmp_path / "x.npz", IMPORTED, linear(name="inception"))
+    assert ("whose resize and scaling are others" in str(imported)) == is_marked
+    reference_statistics.save(tmp_path / "reference.npz", imported)
+    assert_same(reference_statistics.load(tmp_path / "reference.npz"), imported)
 
 
 MU, SIGMA = np.zeros(4), np.eye(4)
@@ -179,7 +197,7 @@ def test_a_file_of_another_form_is_refused(tmp_path, monkeypatch, network, array
     path = tmp_path / "statistics.npz"
     np.savez(path, **arrays)
     with pytest.raises(ValueError, match=f"^{path}: .*{reason}"):
-        references.import_npz(path, IMPORTED, network)
+        reference_statistics.import_npz(path, IMPORTED, network)
 
 
 def npy_file(path):
@@ -202,7 +220,7 @@ def test_an_import_that_cannot_be_read_is_refused(tmp_path, network, damage):
     path = tmp_path / "statistics.npz"
     damage(path)
     with pytest.raises(ValueError, match=f"^{path}: got a file that cannot be read .*, expected an .npz"):
-        references.import_npz(path, IMPORTED, network)
+        reference_statistics.import_npz(path, IMPORTED, network)
 
 
 @pytest.mark.parametrize(
@@ -211,24 +229,25 @@ def test_an_import_that_cannot_be_read_is_refused(tmp_path, network, damage):
 )
 def test_a_difference_names_both_sides(reference, network, fact, other):
     scored = reference.data | {fact: other}
-    assert references.differences(reference, scored, network) == [
+    assert reference_statistics.differences(reference, scored, network) == [
         f"{fact} {reference.data[fact]!r} in the reference, {other!r} in what is scored"
     ]
     del scored[fact]  # nothing is known of it
-    assert references.differences(reference, scored, network) == []
+    assert reference_statistics.differences(reference, scored, network) == []
 
 
 def test_the_same_facts_differ_in_nothing(reference, network):
     """How many images there are, and which, may differ: halves are compared, and sets of samples."""
-    assert references.differences(reference, dict(reference.data), network) == []
-    assert references.differences(reference, reference.data | {"count": 7, "fingerprint": "other"}, network) == []
+    assert reference_statistics.differences(reference, dict(reference.data), network) == []
+    others = reference.data | {"count": 7, "fingerprint": "other"}
+    assert reference_statistics.differences(reference, others, network) == []
 
 
 @pytest.mark.parametrize("change", [{"name": "other"}, {"fingerprint": "e" * 64}])
 def test_another_network_is_a_difference(reference, network, change):
     """Of another name or other weights; scores of the two are not comparable."""
     other = linear(**change)
-    (difference,) = references.differences(reference, reference.data, other)
+    (difference,) = reference_statistics.differences(reference, reference.data, other)
     assert difference == (
         f"network linear {'f' * 12} in the reference, {other.name} {other.fingerprint[:12]} in what is scored"
     )
@@ -236,20 +255,21 @@ def test_another_network_is_a_difference(reference, network, change):
 
 def test_all_differences_are_named(reference):
     scored = reference.data | {"name": "cats", "resolution": 8}
-    found = references.differences(reference, scored, linear(name="other"))
+    found = reference_statistics.differences(reference, scored, linear(name="other"))
     assert [difference.split()[0] for difference in found] == ["name", "resolution", "network"]
 
 
 def test_what_nobody_knows_of_an_imported_file_is_no_difference(reference, network):
     """Of computed statistics None is a fact: the images were not resized."""
     scored = reference.data | {"transform": "area"}
-    assert reference.data["transform"] is None and len(references.differences(reference, scored, network)) == 1
+    assert reference.data["transform"] is None
+    assert len(reference_statistics.differences(reference, scored, network)) == 1
     imported = dataclasses.replace(reference, imported_from="x.npz")
-    assert references.differences(imported, scored, network) == []
+    assert reference_statistics.differences(imported, scored, network) == []
     known = dataclasses.replace(imported, data=reference.data | {"transform": "adm"})
-    assert references.differences(known, scored, network) == [
+    assert reference_statistics.differences(known, scored, network) == [
         "transform 'adm' in the reference, 'area' in what is scored"
     ]
-    assert references.differences(known, reference.data, network) == [
+    assert reference_statistics.differences(known, reference.data, network) == [
         "transform 'adm' in the reference, None in what is scored"
     ]

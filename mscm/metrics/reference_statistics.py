@@ -7,7 +7,7 @@ agree with what is being scored.
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,10 +17,12 @@ from etils import epath
 from mscm.metrics import files, statistics
 from mscm.metrics.classifier import LabelledImages
 from mscm.metrics.features import FeatureNetwork
+from mscm.metrics.gathering import Gathering, over
 from mscm.metrics.moments import Moments
 from mscm.metrics.statistics import Statistics
 
 _KIND = "mscm reference 1"
+_PYTORCH_FID = "of pytorch-fid's form, whose resize and scaling are others: slightly another distance"
 _COMPARED = ("name", "split", "transform", "resolution", "channels")
 
 
@@ -32,10 +34,12 @@ class Reference:
     data: Mapping[str, Any]  # name, split, transform, resolution, channels, count, fingerprint
     network: Mapping[str, str]  # name, fingerprint
     imported_from: str | None = None
+    remark: str | None = None  # what a reader of its scores should know
 
     def __str__(self) -> str:
         name, split, count = (self.data[key] for key in ("name", "split", "count"))
-        return f"{name}/{split}, {count} images" + (f", from {self.imported_from}" if self.imported_from else "")
+        imported = f", from {self.imported_from}" if self.imported_from else ""
+        return f"{name}/{split}, {count} images{imported}" + (f" ({self.remark})" if self.remark else "")
 
 
 def describe(source: LabelledImages) -> dict[str, Any]:
@@ -51,39 +55,29 @@ def compute(
     indices: np.ndarray | None = None,
     batch_size: int,
     num_kept: int = statistics.NUM_KEPT,
+    gathering: Gathering | None = None,
+    load: Callable[[np.ndarray], np.ndarray] | None = None,
     watch: Callable[[int], None] = lambda num_images: None,
 ) -> Reference:
     """Statistics of all images of a data set, or of those at `indices`, in their order.
 
-    `watch` is told the number of images of each batch when it is done.
+    Args:
+      gathering: goes on with this one, which then decides `num_kept`.
+      load: images at indices; None: the source's.
+      watch: is told the number of images of each batch when it is done.
     """
     indices = np.arange(len(source)) if indices is None else indices
-    batches = (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
-    images = (source.load(batch)["image"] for batch in batches)
-    gathered = gather(images, len(indices), network, num_kept=num_kept, watch=watch)
+    gathering = gathering or Gathering(len(indices), num_kept=num_kept)
+    load = load or (lambda batch: source.load(batch)["image"])
+    starts = range(gathering.count, len(indices), batch_size)
+    over((load(indices[start : start + batch_size]) for start in starts), network, gathering, watch=watch)
     facts = describe(source) | {"count": len(indices)}
-    return Reference(gathered, facts, {"name": network.name, "fingerprint": network.fingerprint})
-
-
-def gather(
-    batches: Iterable[np.ndarray],
-    num_images: int,
-    network: FeatureNetwork,
-    *,
-    num_kept: int = statistics.NUM_KEPT,
-    watch: Callable[[int], None] = lambda num_images: None,
-) -> Statistics:
-    """Statistics of uint8 images `n h w c` that come in batches."""
-    accumulator = statistics.Accumulator(num_images, num_kept=num_kept)
-    for images in batches:
-        accumulator.add(network(images))
-        watch(len(images))
-    return accumulator.statistics()
+    return Reference(gathering.statistics(), facts, {"name": network.name, "fingerprint": network.fingerprint})
 
 
 def save(path: str | os.PathLike, reference: Reference) -> None:
     """Writes a reference to one file."""
-    card = {key: getattr(reference, key) for key in ("data", "network", "imported_from")}
+    card = {key: getattr(reference, key) for key in ("data", "network", "imported_from", "remark")}
     files.save(path, reference.statistics.to_arrays(), {"kind": _KIND} | card)
 
 
@@ -94,13 +88,22 @@ def load(path: str | os.PathLike) -> Reference:
       FileNotFoundError: there is none.
       ValueError: it is damaged or something else.
     """
-    arrays, card = files.load(path)
+    try:
+        arrays, card = files.load(path)
+    except ValueError as error:
+        if not _names(path) >= {"mu", "sigma"}:
+            raise
+        raise ValueError(
+            f"{os.fspath(path)}: got an .npz of ADM's or pytorch-fid's form, expected one of mscm.metrics.reference; "
+            f"make it with python -m mscm.metrics.reference --import={os.fspath(path)} --count=NUMBER_OF_ITS_IMAGES"
+        ) from error
     if card.get("kind") != _KIND:
         raise ValueError(
             f"{os.fspath(path)}: got a file of kind {card.get('kind')!r}, expected {_KIND!r}; make it with "
             "python -m mscm.metrics.reference"
         )
-    return Reference(Statistics.from_arrays(arrays), card["data"], card["network"], card["imported_from"])
+    said = (card[key] for key in ("data", "network", "imported_from"))
+    return Reference(Statistics.from_arrays(arrays), *said, card.get("remark"))
 
 
 def import_npz(
@@ -157,14 +160,26 @@ def import_npz(
             )
     gathered = Statistics(features, spatial, None, kept)
     described = {"name": network.name, "fingerprint": network.fingerprint}
-    return Reference(gathered, data, described, os.path.basename(os.fspath(path)))
+    # ADM's files have more, and are of TensorFlow's resize, as the network here is.
+    remark = _PYTORCH_FID if network.name == "inception" and arrays.keys() == {"mu", "sigma"} else None
+    return Reference(gathered, data, described, os.path.basename(os.fspath(path)), remark)
 
 
-def differences(reference: Reference, data: Mapping[str, Any], network: FeatureNetwork) -> list[str]:
+def _names(path: str | os.PathLike) -> set[str]:
+    """Of the arrays in an .npz; none where it is something else."""
+    try:
+        with epath.Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            return set(file.files)
+    except Exception:  # as in files.load
+        return set()
+
+
+def differences(reference: Reference, data: Mapping[str, Any], network: FeatureNetwork | None) -> list[str]:
     """Sentences about what is not the same on the two sides; what an imported file does not know is no difference.
 
     Args:
       data: what is known of the facts about the scored images, as `describe` gives them.
+      network: None where it is not known yet.
     """
     found = [
         f"{key} {reference.data[key]!r} in the reference, {data[key]!r} in what is scored"
@@ -172,7 +187,8 @@ def differences(reference: Reference, data: Mapping[str, Any], network: FeatureN
         if key in data and reference.data[key] != data[key]
         if not (reference.imported_from and reference.data[key] is None)
     ]
-    theirs, ours = reference.network, {"name": network.name, "fingerprint": network.fingerprint}
+    theirs = reference.network
+    ours = theirs if network is None else {"name": network.name, "fingerprint": network.fingerprint}
     if theirs != ours:
         found.append(f"network {label(**theirs)} in the reference, {label(**ours)} in what is scored")
     return found

@@ -1,0 +1,35 @@
+"""Which process this is, and whether another one on this machine lives."""
+
+import contextlib
+import os
+import platform
+from pathlib import Path
+
+
+def place() -> list[str]:
+    """Where a process number means something: host, its boot, and the container's numbering; all that are known."""
+    boot, numbering = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    with contextlib.suppress(OSError):
+        return [platform.node(), boot.read_text().strip(), os.readlink(numbering)]
+    return [platform.node()]
+
+
+def start_of(pid: int) -> str:
+    """When a process started, in ticks: its number may be used again. Empty where it has ended or nobody says it."""
+    try:
+        # The name, in parentheses, may hold anything.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in ("Z", "X") else fields[19]
+
+
+def is_alive(pid: int, start: str) -> bool:
+    """Whether the process of this place that had the number `pid` and started at `start` lives."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return start_of(pid) == start

@@ -200,6 +200,8 @@ def test_samples_are_from_common_noise(four_runs, monkeypatch):
             ((comparison.SAMPLE_COLUMNS, 1, 1, 1), p.spec.num_steps, p.spec.num_steps) for p in found.points
         ]
         assert all((d.seconds_per_image is not None) == timed for d in drawn)
+    monkeypatch.setattr(comparison, "median_seconds", lambda work: 2.0)
+    assert {d.seconds_per_image for d in comparison.draw(found, timed=True)} == {2.0 / 4096}
 
 
 def test_times_are_the_median_of_a_few_calls():

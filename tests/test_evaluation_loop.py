@@ -463,8 +463,9 @@ def test_missing_weights_are_said_before_training(experiment, tmp_path, monkeypa
     for refuse in (lambda e: evaluation.check(e, e.data.open()), lambda e: evaluation.Scorer(e, str(tmp_path))):
         with pytest.raises(ConfigError, match="pytorch-fid.*python -m mscm.metrics.convert --network=inception"):
             refuse(without)
-    with pytest.raises(ConfigError, match="trained on the spot in float32"):
-        evaluation.Scorer(experiment_of(precision="bfloat16"), str(tmp_path))
+    for setting in (dict(precision="bfloat16"), dict(network="pixels", weights="pixels.npz")):
+        with pytest.raises(ConfigError, match="the network '(classifier|pixels)' has no file and is float32"):
+            evaluation.Scorer(experiment_of(**setting), str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,8 @@ def finish(experiment: Experiment, workdir: str, teacher_params: Params) -> None
         shown = rows[-1:]
         if teacher is not None:
             ancestors = job.ancestor_rows(evaluation.short_teacher_samplers(experiment))
-            rows, shown = rows + ancestors, shown + [row for row in ancestors if row["model"] == ancestors[0]["model"]][-1:]
+            rows += ancestors
+            shown += [row for row in ancestors if row["model"] == ancestors[0]["model"]][-1:]
         if shown and distributed.is_main():  # the others need not see its files
             _write_grid(report, experiment, job.grid(shown))
         if not rows:

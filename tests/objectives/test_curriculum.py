@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mscm.objectives.curriculum import cm_grid_points, cm_target_decay, halvings, ict_grid_points, teacher_steps
+from mscm.objectives.curriculum import cm_grid_points, cm_target_decay, ict_grid_points, teacher_steps
 
 
 @pytest.mark.parametrize("step, expected", [
@@ -75,22 +75,11 @@ def test_grid_points_of_improved_training_that_do_not_divide(start, end):
     assert values == [min(start * 2 ** (k // stage), end) + 1 for k in range(0, 140, 3)]
 
 
-@pytest.mark.parametrize("start, end, expected", [
-    (1024, 1, (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)), (32, 4, (16, 8, 4)), (12, 6, (6,)), (12, 3, (6, 3)),
-])
-def test_phases_of_progressive_distillation(start, end, expected):
-    """Student steps of the phases: halves, down to the end."""
-    assert halvings(start, end) == expected
-
-
 def test_impossible_curricula_are_named():
-    """Ends before starts, fewer steps than stages, and what is not a power of two."""
+    """Ends before starts, and fewer steps than stages."""
     with pytest.raises(ValueError, match="start=5 and end=4 grid points"):
         cm_grid_points(0, start=5, end=4, num_steps=10)
     with pytest.raises(ValueError, match="start=0 and end=4 intervals"):
         ict_grid_points(0, start=0, end=4, num_steps=10)
     with pytest.raises(ValueError, match="num_steps=7"):
         ict_grid_points(0, start=10, end=1280, num_steps=7)
-    for start, end in ((12, 4), (4, 4), (4, 8), (9, 4), (8, 0)):
-        with pytest.raises(ValueError, match=f"{start} teacher steps to halve to {end}"):
-            halvings(start, end)

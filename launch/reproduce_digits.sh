@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Trains every method on the digits at 1, 2, 4 and 8 steps, and draws the README's table of methods and its figure.
+#
+#   launch/reproduce_digits.sh DIR [SEEDS]
+#
+# From a checkout with mscm installed; three seeds by default, each run on one core, about an hour on two cores. Killed,
+# the same command goes on where it was. Below DIR: the runs, and compare/ with table, figure and samples.
+set -euo pipefail
+
+if (( $# < 1 || $# > 2 )); then
+  echo "usage: $0 DIR [SEEDS]" >&2
+  exit 2
+fi
+mkdir -p "$1"
+root="$(cd "$1" && pwd)"
+seeds="${2:-3}"
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python benchmarks/digits_table.py --workdir="$root" --seeds="$seeds"
+runs=""
+for (( seed = 0; seed < seeds; seed++ )); do
+  for run in "$root/teacher_default_student_default/seed_$seed"/*/; do
+    runs+="${runs:+,}${run%/}"
+  done
+done
+python -m mscm.compare --workdir="$runs" --output="$root/compare"

@@ -24,7 +24,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mscm import cli, evaluation, evaluation_loop
+from mscm import atomic, cli, evaluation, evaluation_loop
 from mscm.checkpoint import CheckpointError
 from mscm.config import ConfigError
 from mscm.data import sources, transforms
@@ -352,8 +352,8 @@ def write(comparison: Comparison, drawn: Sequence[Drawn | None], output: str, *,
     """Writes tables, the figures of `metric`, and samples below `output`, and returns their paths."""
     points = comparison.points
     written = [os.path.join(output, f"compare.{kind}") for kind in ("csv", "md")]
-    cli.write_text(written[0], _csv(comparison, drawn))
-    cli.write_text(written[1], markdown(comparison, drawn))
+    atomic.write_text(written[0], _csv(comparison, drawn))
+    atomic.write_text(written[1], markdown(comparison, drawn))
     level = None
     if comparison.real is not None and metric in comparison.real:
         level = f"{comparison.real['model']} ({comparison.real['num_images']} images)", comparison.real[metric]

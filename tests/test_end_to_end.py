@@ -260,8 +260,8 @@ def test_mistakes_on_the_command_line_are_one_sentence(tiny, flags, tmp_path):
     assert str(tmp_path / "empty") in said and "checkpoints" in said
     said = sentence_of(command("main", config, f"--workdir={tmp_path / 'file'}"))
     assert "which is a file, expected a directory" in said
-    said = sentence_of(command("main", config, fresh, "--config.optimizer.decay=linear"))
-    assert "got 'linear', expected one of constant, cosine" in said
+    said = sentence_of(command("main", config, fresh, "--config.optimizer.decay=linaer"))
+    assert "got 'linaer', expected one of constant, cosine, linear" in said
     said = sentence_of(command("eval", config, fresh, "--once"))
     assert "expected the work directory of a training" in said
     for words, sentence in (

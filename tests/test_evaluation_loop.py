@@ -144,7 +144,8 @@ def test_a_row_says_sampler_and_evaluations(states, workdir):
         ("addim", 2, None), ("heun:grid=karras,clip=static", 3, 2)
     ]
     names = {path.stem for path in (workdir / "eval" / "samples").iterdir()}
-    assert names == {"digits_teacher_addim_2_00000010", "digits_teacher_heun-grid-karras-clip-static_2_00000010"}
+    samplers = ("addim", "heun-grid-karras-clip-static")
+    assert names == {f"digits_teacher_{sampler}_2_60_balanced_00000010" for sampler in samplers}
     assert job.best(rows[0]["run"]) == (10, rows[1]["fd_classifier"])  # by the last sampler, as mscm.sample has it
     assert job.grid(rows).ndim == 3
     table = evaluation.result_table(rows)
@@ -471,8 +472,8 @@ def test_missing_weights_are_said_before_training(experiment, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"precision": "bfloat16"}, "trained on the spot in float32, expected no weights or precision"),
-        ({"weights": "x.npz"}, "trained on the spot in float32, expected no weights or precision"),
+        ({"precision": "bfloat16"}, "has no file and is float32, expected no weights or precision"),
+        ({"weights": "x.npz"}, "has no file and is float32, expected no weights or precision"),
         ({"reference_split": "b"}, "unknown split of 'digits': got 'b', expected one of all, half_a, half_b"),
         ({"reference": "OTHER"}, "split 'all' in the reference, 'half_b' in what is scored; transform None in the ref"),
         ({"reference": "absent.npz"}, "got no reference absent.npz; make it with"),

@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import optax
 
 DECAYS = ("constant", "cosine", "linear")
@@ -26,6 +27,8 @@ def make_learning_rate(*, learning_rate: float, warmup_steps: int, decay: str, n
         "cosine": optax.cosine_decay_schedule(learning_rate, rest),
         "linear": optax.linear_schedule(learning_rate, 0.0, rest),
     }[decay]
+    if warmup_steps == 0:
+        return lambda step: jnp.asarray(after(step), jnp.float32)  # of a constant schedule optax gives Python's number
     return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), after], [warmup_steps])
 
 

@@ -391,7 +391,7 @@ def runners(setting: Setting) -> dict[str, Callable[[], int]]:
     """By name, a function that takes some optimiser steps and says how many."""
     experiment = setting.experiment
     state, frozen, batch, key = random_inputs(experiment)
-    step = Step(setting, *(jax.device_get(tree) for tree in (state.params, frozen)))
+    step = Step(setting, *(jax.device_get(tree) for tree in (state.params, frozen.teacher)))
     images, labels = (torch.tensor(np.asarray(batch[name])).clone() for name in ("image", "label"))
     run_ours, num_steps = experiment.train_steps(), experiment.train.steps_per_dispatch
 

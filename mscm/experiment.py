@@ -25,7 +25,7 @@ from mscm.config import ConfigError, Section, load_config
 from mscm.data import sources
 from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import schedule as schedules
-from mscm.methods import OBJECTIVES, Method, Parts, network
+from mscm.methods import OBJECTIVES, Frozen, Method, Parts, network
 from mscm.metrics import weights
 from mscm.models import attention, mlp, uvit
 from mscm.sampling import SamplerSpec, own_steps
@@ -46,7 +46,7 @@ PREDICTIONS: dict[str, Callable[[Schedule], denoisers.Prediction]] = {
 PRECONDITIONED = ("edm", "consistency")  # those that scale the network's input
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LABELS = ("balanced", "uniform")  # in turn, or drawn independently
-FEATURE_NETWORKS = ("classifier", "pixels", *weights.NETWORKS)
+FEATURE_NETWORKS = ("classifier", "pixels", *weights.SCORING)
 _EVAL_NUMBERS = {"num_images": 4, "batch_size": 1, "num_kept": 4}  # and the least that each may be
 
 
@@ -260,28 +260,51 @@ class Experiment:
         """The same with the places on the mesh: what a checkpoint is restored to."""
         return partition.placed(self.abstract_state(), self.state_shardings())
 
-    def frozen_shardings(self) -> Params:
-        """Where the parameters that training reads and does not change lie: a teacher's, in distillation."""
-        return partition.shardings(self.teacher.experiment._boxed_params, self.mesh) if self.distil else {}
+    def frozen(self, teacher_params: Params) -> Frozen:
+        """What training reads and does not change: a teacher's parameters, in distillation, and those of features."""
+        return Frozen(teacher_params if self.distil else {}, self.read_features())
 
-    def placed_frozen(self) -> Params:
+    def read_features(self) -> Params:
+        """Parameters of the network in which the loss compares images, from its file; nothing where there is none.
+
+        Raises:
+          ConfigError: there is no such file, or it holds something else.
+        """
+        try:
+            params = self.method.features.load()
+        except ValueError as error:
+            raise ConfigError(f"config.objective.distance.weights: {error}") from error
+        return jax.device_put(params, partition.replicated(self.mesh))
+
+    def abstract_frozen(self) -> Frozen:
+        """Shapes and types of what training reads and does not change; no file is read."""
+        features = jax.eval_shape(self.method.features.random, jax.random.key(0))
+        return Frozen(self.teacher.experiment.abstract_params() if self.distil else {}, features)
+
+    def frozen_shardings(self) -> Frozen:
+        """Where it lies: a teacher as a student; features, which are small beside their activations, on all devices."""
+        teacher = partition.shardings(self.teacher.experiment._boxed_params, self.mesh) if self.distil else {}
+        return Frozen(teacher, jax.tree.map(lambda _: partition.replicated(self.mesh), self.abstract_frozen().features))
+
+    def placed_frozen(self) -> Frozen:
         """The same with shapes and types."""
-        if not self.distil:
-            return {}
-        return partition.placed(self.teacher.experiment.abstract_params(), self.frozen_shardings())
+        return partition.placed(self.abstract_frozen(), self.frozen_shardings())
 
-    def random_frozen(self, key: Key) -> Params:
+    def random_frozen(self, key: Key) -> Frozen:
         """The same as arrays, at random."""
-        if not self.distil:
-            return {}
-        return jax.jit(self.teacher.experiment.init_params, out_shardings=self.frozen_shardings())(key)
+
+        def make(key: Key) -> Frozen:
+            teacher = self.teacher.experiment.init_params(key) if self.distil else {}
+            return Frozen(teacher, self.method.features.random(key))
+
+        return jax.jit(make, out_shardings=self.frozen_shardings())(key)
 
     def random_state(self, key: Key) -> TrainState:
         """Training state before the first step of parameters at random, on the mesh."""
         make_state = jax.jit(lambda key: self.init_state(self.init_params(key)), out_shardings=self.state_shardings())
         return make_state(key)
 
-    def train_steps(self) -> Callable[[TrainState, Params, Batch, Key], tuple[TrainState, Averages]]:
+    def train_steps(self) -> Callable[[TrainState, Frozen, Batch, Key], tuple[TrainState, Averages]]:
         """The jitted step; batches carry a leading axis of `train.steps_per_dispatch`."""
         state, whole = self.state_shardings(), partition.replicated(self.mesh)
         return make_train_steps(

@@ -13,9 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mscm.config import ConfigError, Section
+from mscm.config import ConfigError, Section, nearest
 from mscm.data import transforms
 from mscm.diffusion import denoiser as denoisers
+from mscm.metrics import lpips
+from mscm.metrics import weights as feature_weights
 from mscm.objectives import curriculum, solvers
 from mscm.objectives import distance as distances
 from mscm.objectives.consistency import consistency_model_loss, lognormal_log_weights
@@ -46,6 +48,7 @@ IMAGE_DISTANCES: dict[str, Callable[..., PerExample]] = {
     "l2": distances.squared_l2,
     "pseudo_huber": distances.norm_pseudo_huber,
 }
+FEATURE_PRECISIONS = ("float32", "bfloat16")
 INTERVAL_WEIGHTS: dict[str, distances.IntervalWeight | None] = {"one": None, "inverse_gap": distances.inverse_gap}
 SOLVERS: dict[str, Callable[..., solvers.Solver]] = {
     "addim": lambda *, x_var_frac: functools.partial(solvers.addim, x_var_frac=x_var_frac),
@@ -61,6 +64,20 @@ GRIDS: dict[str, Callable[..., Array]] = {
 
 # (parameters, labels, guidance weights where they are an input) -> what the teacher answers
 Answer = Callable[[Params, Labels, Times | None], Teacher]
+
+
+class Frozen(NamedTuple):
+    """What a loss reads and training does not change: parameters, or nothing."""
+
+    teacher: Params = {}
+    features: Params = {}  # of a network in which images are compared
+
+
+class Features(NamedTuple):
+    """The parameters of a network in which images are compared; by default there is none."""
+
+    load: Callable[[], Params] = dict  # from its file; raises ValueError where it is not there
+    random: Callable[[Key], Params] = lambda key: {}  # of the same shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +106,7 @@ class Method:
     has_segments: bool = False  # whether the loss says in which of `student_steps` segments an example is
     target_decay: TargetDecay | None = None  # None: the loss has no target network
     guidance_range: tuple[float, float] | None = None  # of the weights that are an input; None: they are not
+    features: Features = Features()
 
 
 class Example(NamedTuple):
@@ -148,7 +166,7 @@ def _diffusion(section: Section, parts: Parts) -> Method:
     distance = _scaled(section, section.choose("loss", DIFFUSION_LOSSES), parts)
     label_dropout = section.number("label_dropout", minimum=0.0, below=1.0)
 
-    def loss_fn(params: Params, target: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]):
+    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
         del target, frozen, step
         example = _example(parts, None, batch, key)
         k_label, k_loss = example.keys
@@ -177,13 +195,13 @@ def _multistep_consistency(section: Section, parts: Parts) -> Method:
     )
     x_var_frac = section.number("x_var_frac", minimum=0.0)
 
-    def loss_fn(params: Params, target: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]):
+    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
         del target
         example = _example(parts, parts.guidance_range, batch, key)
         current_steps = teacher_steps(step)
         loss, metrics = consistency_loss(
             _denoiser(parts, params, example),
-            parts.teacher(frozen, example.labels, example.guidance) if distil else None,
+            parts.teacher(frozen.teacher, example.labels, example.guidance) if distil else None,
             parts.schedule,
             example.x,
             example.keys[0],
@@ -216,12 +234,12 @@ def _progressive(section: Section, parts: Parts) -> Method:
         )
     distance, solver = _scaled(section, section.choose("distance", SQUARED), parts), _solver(section)
 
-    def loss_fn(params: Params, target: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]):
+    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
         del target, step
         example = _example(parts, parts.guidance_range, batch, key)
         return progressive_loss(
             _denoiser(parts, params, example),
-            parts.teacher(frozen, example.labels, example.guidance),
+            parts.teacher(frozen.teacher, example.labels, example.guidance),
             parts.schedule,
             example.x,
             example.keys[0],
@@ -238,12 +256,12 @@ def _tract(section: Section, parts: Parts) -> Method:
     distance, solver = _scaled(section, section.choose("distance", SQUARED), parts), _solver(section)
     decay = section.number("self_teacher_decay", minimum=0.0, below=1.0)
 
-    def loss_fn(params: Params, target: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]):
+    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
         del step
         example = _example(parts, parts.guidance_range, batch, key)
         return tract_loss(
             _denoiser(parts, params, example),
-            parts.teacher(frozen, example.labels, example.guidance),
+            parts.teacher(frozen.teacher, example.labels, example.guidance),
             _denoiser(parts, target, example),
             parts.schedule,
             example.x,
@@ -270,18 +288,18 @@ def _consistency(section: Section, parts: Parts) -> Method:
     grid = section.section("grid")
     points_at = grid.bind(functools.partial(grid.choose("name", GRIDS), num_steps=parts.num_steps))
     max_points = int(points_at(jnp.int32(parts.num_steps)))  # a grid only grows
-    noise, image, decays = (section.optional_section(key) for key in ("noise", "distance", "target_decay"))
+    noise, decays = (section.optional_section(key) for key in ("noise", "target_decay"))
     draw = noise and noise.bind(functools.partial(lognormal_log_weights, parts.schedule, max_points=max_points))
-    distance = image.bind(image.choose("name", IMAGE_DISTANCES))
+    distance, features = _image_distance(section.section("distance"), parts)
     weight = section.choose("weight", INTERVAL_WEIGHTS)
     target_decay = decays and _consistency_target_decay(decays, grid, points_at)
 
-    def loss_fn(params: Params, target: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]):
+    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
         example = _example(parts, parts.guidance_range, batch, key)
         points = points_at(step)
         loss, metrics = consistency_model_loss(
             _denoiser(parts, params, example),
-            parts.teacher(frozen, example.labels, example.guidance) if distil else None,
+            parts.teacher(frozen.teacher, example.labels, example.guidance) if distil else None,
             parts.schedule,
             example.x,
             example.keys[0],
@@ -290,11 +308,43 @@ def _consistency(section: Section, parts: Parts) -> Method:
             solver=solver,
             log_weights=draw(points) if draw else None,
             weight=weight,
-            distance=distance,
+            distance=distance(frozen.features),
         )
         return loss, {**metrics, "grid_points": points.astype(jnp.float32)}
 
-    return Method(loss_fn, 1, distil, target_decay=target_decay, guidance_range=parts.guidance_range)
+    return Method(loss_fn, 1, distil, target_decay=target_decay, guidance_range=parts.guidance_range, features=features)
+
+
+def _image_distance(section: Section, parts: Parts) -> tuple[Callable[[Params], distances.ImageDistance], Features]:
+    """The distance that parameters of features give, and where they come from."""
+    name = section.choose("name", (*IMAGE_DISTANCES, "lpips"))
+    if name == "lpips":
+        return section.bind(_lpips)(parts)
+    distance = section.bind(IMAGE_DISTANCES[name])
+    return lambda params: distance, Features()
+
+
+def _lpips(
+    parts: Parts, *, weights: str | None, resize: int | None, precision: str = "float32", pooling: str = "max"
+) -> tuple[Callable[[Params], distances.ImageDistance], Features]:
+    side = parts.resolution if resize is None else resize
+    if type(side) is not int or side < lpips.MIN_SIDE:
+        raise ConfigError(
+            f"config.objective.distance.resize: got {resize!r} for images of {parts.resolution} pixels, expected a "
+            f"whole number such as 224, or None for images as they are, of {lpips.MIN_SIDE} pixels at least"
+        )
+    for key, got, choices in (("precision", precision, FEATURE_PRECISIONS), ("pooling", pooling, lpips.POOLINGS)):
+        if got not in choices:
+            hint = nearest(str(got), choices)
+            raise ConfigError(
+                f"config.objective.distance.{key}: got {got!r}{hint}, expected one of {', '.join(choices)}"
+            )
+    path = weights or feature_weights.default_path("lpips")
+    features = Features(
+        load=lambda: feature_weights.load("lpips", path, dtype=precision).params,
+        random=functools.partial(lpips.random_params, dtype=precision),
+    )
+    return lambda params: functools.partial(lpips.distance, params, resize=resize, pooling=pooling), features
 
 
 def _consistency_target_decay(section: Section, grid: Section, points_at: Callable[..., Array]) -> TargetDecay:
@@ -314,14 +364,14 @@ def _guided(section: Section, parts: Parts) -> Method:
             "knows the null class: without it there is nothing to guide away from"
         )
 
-    def loss_fn(params: Params, target: Params, frozen: Params, batch: Batch, key: Key, step: Int[Array, ""]):
+    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
         del target, step
         example = _example(parts, (low, high), batch, key)
         null = jnp.full_like(example.labels, parts.num_classes)
         return guidance_loss(
             _denoiser(parts, params, example),
-            parts.teacher(frozen, example.labels, None),
-            parts.teacher(frozen, null, None),
+            parts.teacher(frozen.teacher, example.labels, None),
+            parts.teacher(frozen.teacher, null, None),
             parts.schedule,
             example.x,
             example.guidance,

@@ -46,7 +46,7 @@ def run(experiment: Experiment, workdir: str) -> None:
 
 
 def check(experiment: Experiment, workdir: str) -> sources.Source:
-    """All that can be wrong is found here, before anything is compiled: data, work directory, teacher."""
+    """All that can be wrong is found here, before anything is compiled: data, work directory, teacher, features."""
     source = experiment.data.open()
     logging.info("Mesh: %s", dict(experiment.mesh.shape))  # refuses what does not fit the devices
     folder = epath.Path(workdir)
@@ -62,7 +62,9 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
         if member.is_given:
             with reading(member.workdir) as checkpoints:
                 checkpoints.check(member.experiment.facts())
-        elif (epath.Path(member.workdir) / "checkpoints").is_dir():
+            continue
+        member.experiment.read_features()  # refuses what is not there
+        if (epath.Path(member.workdir) / "checkpoints").is_dir():
             with reading(member.workdir) as checkpoints:
                 if checkpoints.steps():
                     checkpoints.check(checkpoint_facts(member.experiment, source))
@@ -92,7 +94,7 @@ def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_
         step = int(state.step)
         run_steps = experiment.train_steps()
         root = jax.random.key(experiment.seed + 1)  # not the key of the initialisation
-        frozen = teacher_params if experiment.distil else {}
+        frozen = experiment.frozen(teacher_params)
         progress = Progress(experiment, step, writer)
         for batch in progress.waiting_for(on_device(experiment, batches(experiment, source, step))):
             state, averages = run_steps(state, frozen, batch, root)

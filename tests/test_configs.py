@@ -350,7 +350,7 @@ def _abstract_step(name: str):
         "image": jax.ShapeDtypeStruct((*lead, data.resolution, data.resolution, data.channels), jnp.uint8),
         "label": jax.ShapeDtypeStruct(lead, jnp.int32),
     }
-    frozen = experiment.teacher.experiment.abstract_params() if experiment.distil else {}
+    frozen = experiment.abstract_frozen()
     state = experiment.abstract_state()
     return state, *jax.eval_shape(experiment.train_steps(), state, frozen, batch, jax.random.key(0))
 
@@ -413,6 +413,7 @@ def _changed(name: str, **changes) -> ConfigDict:
 
 
 _REMOVED = object()
+_LPIPS = {"name": "lpips", "weights": None, "resize": 224}
 
 
 @pytest.mark.parametrize(
@@ -473,6 +474,7 @@ def test_a_missing_key_is_named(path):
         ("eval__teacher_samplers", ("consistency",), "samplers: got 'consistency', expected a sampler of diffusion"),
         ("eval__labels", "random", "config.eval.labels: got 'random', expected one of balanced, uniform"),
         ("eval__network", "inceptoin", "config.eval.network: got 'inceptoin' .did you mean 'inception'"),
+        ("eval__network", "lpips", "config.eval.network: got 'lpips', expected one of classifier, pixels, inception, din"),
         ("eval__precision", "float16", "config.eval.precision: got 'float16'.*, expected one of float32, bfloat16"),
         ("objective__multiscale", (8, 3), "config.objective.multiscale: got 3, expected divisors of .*resolution = 8"),
         ("objective__teacher_steps__start", 0.0, "config.objective.teacher_steps.start: got 0.0, expected"),
@@ -520,6 +522,15 @@ def test_an_impossible_value_is_refused(path, value, sentence):
         ("digits_cm_ct", "objective__solver", {"name": "heun"}, "objective.solver: nothing reads this key"),
         ("digits_cm_cd", "teacher", None, "config.teacher: got None, expected a section naming the diffusion model"),
         ("digits_cm_cd", "objective__weight", "two", "objective.weight: got 'two', expected one of one, inverse_gap"),
+        ("digits_cm_cd", "objective__distance", {"name": "lpip"}, "name: got 'lpip' .did you mean 'lpips'"),
+        ("digits_cm_cd", "objective__distance", {"name": "lpips", "weights": None}, "distance: got no key 'resize'"),
+        ("digits_cm_cd", "objective__distance", _LPIPS | {"resize": None}, "resize: got None for images of 8 pixels"),
+        ("digits_cm_cd", "objective__distance", _LPIPS | {"resize": 15}, "resize: got 15 .* of 16 pixels at least"),
+        ("digits_cm_cd", "objective__distance", _LPIPS | {"resize": 64.0}, "resize: got 64.0 .* a whole number"),
+        ("digits_cm_cd", "objective__distance", _LPIPS | {"pooling": "mean"}, "pooling: got 'mean', expected one of max"),
+        ("digits_cm_cd", "objective__distance", _LPIPS | {"precision": "float16"}, "precision: got 'float16'.*bfloat16"),
+        ("digits_cm_cd", "objective__distance", _LPIPS | {"scale": 1.0}, "distance.scale: nothing reads this key"),
+        ("digits_cm_cd", "objective__distance", None, "config.objective.distance: got None, expected a section"),
         ("digits_ict", "prediction", "v", "got 'v', expected one of edm, consistency with the schedule 'karras'"),
         ("digits_ict", "schedule__sigma_min", 0.0, "got sigma_min=0.0 and sigma_max=80.0, expected 0 < sigma_min"),
         ("digits_guided", "teacher__config", "configs/digits_teacher.py", "expected one that knows the null class"),

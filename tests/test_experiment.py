@@ -53,7 +53,7 @@ def calls(monkeypatch):
 
 
 def _loss(config):
-    return build(config).loss_fn({}, {}, {}, _batch(), jax.random.key(0), jnp.int32(0))
+    return build(config).loss_fn({}, {}, methods.Frozen(), _batch(), jax.random.key(0), jnp.int32(0))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25])
@@ -125,7 +125,7 @@ def test_guidance_reaches_the_teacher_and_its_samples(guided):
     assert np.abs(expected - x_cond).max() > 1e-3
     np.testing.assert_allclose(teacher.denoiser(params, labels)(z_t, t), expected, atol=1e-4)
 
-    loss, _ = experiment.loss_fn(params, {}, params, batch, key, jnp.int32(0))
+    loss, _ = experiment.loss_fn(params, {}, methods.Frozen(params), batch, key, jnp.int32(0))
     k_loss = jax.random.split(key, 3)[2]
     x = jnp.asarray(batch["image"]) / 127.5 - 1
     by_hand, _ = consistency_loss(
@@ -162,7 +162,7 @@ def test_training_and_sampling_are_traced_where_the_mesh_is_known(monkeypatch):
         "image": jax.ShapeDtypeStruct((10, 32, 8, 8, 1), jnp.uint8),
         "label": jax.ShapeDtypeStruct((10, 32), jnp.int32),
     }
-    jax.eval_shape(experiment.train_steps(), state, params, batch, jax.random.key(0))
+    jax.eval_shape(experiment.train_steps(), state, methods.Frozen(params), batch, jax.random.key(0))
     assert len(meshes) >= 3  # the student, its reference and the teacher
     indices = jax.ShapeDtypeStruct((4,), jnp.int32)
     jax.eval_shape(make_sample_fn(experiment, SamplerSpec("ddim", 2)), params, jax.random.key(0), indices, indices)

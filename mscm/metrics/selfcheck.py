@@ -14,7 +14,7 @@ from absl import flags
 
 from mscm import cli
 
-NETWORK = flags.DEFINE_string("network", None, "Check the weights of this network too: inception or dinov2.")
+NETWORK = flags.DEFINE_string("network", None, "Check the weights of this network too: inception, dinov2 or lpips.")
 WEIGHTS = flags.DEFINE_string("weights", None, "Their file. Default: where mscm.metrics.convert writes it.")
 DIM = 256  # of the Gaussians
 

@@ -7,7 +7,7 @@ and recorded with every score.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mscm.metrics import dinov2, files, inception
+from mscm.metrics import dinov2, files, inception, lpips
 from mscm.metrics.features import FeatureNetwork
 from mscm.metrics.torch_files import read_torch_file
 
@@ -30,6 +30,7 @@ class Network(NamedTuple):
     from_torch: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]
     make: Callable[..., FeatureNetwork]  # (params, *, fingerprint)
     where: str  # people get its file
+    sources: str = "FILE"  # how the command says them
 
 
 NETWORKS = {
@@ -42,7 +43,15 @@ NETWORKS = {
     "dinov2": Network(
         dinov2.from_torch, dinov2.network, "dinov2_vitl14_pretrain.pth of the DINOv2 project (its ViT-L/14 backbone)"
     ),
+    "lpips": Network(
+        lpips.from_torch,
+        lpips.network,
+        "vgg16-397923af.pth of torchvision (VGG16 of ImageNet) and vgg.pth of the LPIPS project (PerceptualSimilarity, "
+        "lpips/weights/v0.1)",
+        "vgg16-397923af.pth,vgg.pth",
+    ),
 }
+SCORING = ("inception", "dinov2")  # whose rows are few enough numbers for means and covariances
 
 
 def default_path(network: str) -> str:
@@ -51,13 +60,39 @@ def default_path(network: str) -> str:
     return os.path.join(home, "mscm", f"{network}.npz")
 
 
-def convert(network: str, source: str | os.PathLike, output: str | os.PathLike) -> dict[str, Any]:
-    """Converts a file of PyTorch's, without executing what may be in it; returns the card.
+def convert(
+    network: str, source: str | os.PathLike | Sequence[str | os.PathLike], output: str | os.PathLike
+) -> dict[str, Any]:
+    """Converts a file of PyTorch's, or several that belong together, without executing what may be in them.
+
+    Returns the card.
 
     Raises:
-      ValueError: it is no such file, damaged, or of another network.
+      ValueError: one is no such file, damaged, or of another network.
     """
-    source = epath.Path(source)
+    sources = [epath.Path(path) for path in ([source] if isinstance(source, str | os.PathLike) else source)]
+    tensors, digests = {}, []
+    for path in sources:
+        digest, found = _read_source(path)
+        if twice := tensors.keys() & found.keys():
+            raise ValueError(f"{path}: got {min(twice)} a second time, expected files of different tensors")
+        tensors |= found
+        digests.append(digest)
+    try:
+        params = NETWORKS[network].from_torch(tensors)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(map(str, sources))}: {error}") from error
+    flat = files.flat(params)
+    card = {"kind": _KIND, "network": network, "source": ", ".join(path.name for path in sources)}
+    card |= {"source_sha256": ", ".join(digests), "weights_sha256": files.fingerprint(flat)}
+    probe = NETWORKS[network].make(params, fingerprint=card["weights_sha256"])(probe_images())
+    outputs = {f"{_PROBE}{name}": rows for name, rows in probe._asdict().items() if rows is not None}
+    files.save(output, {**flat, **outputs}, card)
+    return card
+
+
+def _read_source(source: epath.Path) -> tuple[str, dict[str, np.ndarray]]:
+    """SHA-256 of a file of PyTorch's, and its tensors."""
     try:
         sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
     except OSError as error:
@@ -69,16 +104,9 @@ def convert(network: str, source: str | os.PathLike, output: str | os.PathLike) 
             "get it again"
         )
     try:
-        params = NETWORKS[network].from_torch(read_torch_file(source))
+        return sha256, read_torch_file(source)
     except (ValueError, OSError) as error:
         raise ValueError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
-    flat = files.flat(params)
-    card = {"kind": _KIND, "network": network, "source": source.name, "source_sha256": sha256}
-    card["weights_sha256"] = files.fingerprint(flat)
-    probe = NETWORKS[network].make(params, fingerprint=card["weights_sha256"])(probe_images())
-    outputs = {f"{_PROBE}{name}": rows for name, rows in probe._asdict().items() if rows is not None}
-    files.save(output, {**flat, **outputs}, card)
-    return card
 
 
 def load(network: str, path: str | os.PathLike, *, dtype: str = "float32") -> FeatureNetwork:
@@ -111,7 +139,8 @@ def _read(network: str, path: str | os.PathLike) -> tuple[dict[str, np.ndarray],
     except FileNotFoundError as error:
         raise ValueError(
             f"{os.fspath(path)}: got no weights of the network {network!r}; get {NETWORKS[network].where}, and convert "
-            f"it once: python -m mscm.metrics.convert --network={network} --source=FILE"
+            f"it once: python -m mscm.metrics.convert --network={network} "
+            f"--source={NETWORKS[network].sources}"
         ) from error
     got = (card.get("kind"), card.get("network"))
     if got != (_KIND, network):

@@ -47,7 +47,7 @@ def train(directory: str, name: str, mesh: str, num_steps: int) -> None:
         first = int(state.step)
         batches = training_loop.on_device(experiment, training_loop.batches(experiment, source, first))
         for _ in range(first, num_steps):
-            state, averages = steps(state, frozen, next(batches), jax.random.key(1))
+            state, averages = steps(state, experiment.frozen(frozen), next(batches), jax.random.key(1))
             losses.append(float(averages["loss"].compute()))
         batches.close()
         checkpoints.save(state, experiment.facts())

@@ -174,7 +174,7 @@ def test_dropout_is_the_same_in_both_calls_of_the_student(student, monkeypatch):
     params = jax.tree.map(lambda p: p + 0.1, jax.jit(student.init_params)(jax.random.key(0)))
     batch = {"image": jnp.zeros((2, 8, 8, 1), jnp.uint8), "label": jnp.zeros(2, jnp.int32)}
     for seed in (0, 1):
-        student.loss_fn(params, {}, params, batch, jax.random.key(seed), jnp.int32(0))
+        student.loss_fn(params, {}, methods.Frozen(params), batch, jax.random.key(seed), jnp.int32(0))
     (first, second, teacher, teacher_again), (other, *_, teacher_other, _) = outputs
     np.testing.assert_array_equal(first, second)
     assert not np.allclose(first, other)

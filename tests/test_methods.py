@@ -1,0 +1,103 @@
+"""A distance in the features of a network: its parameters come from a file into the step, beside the teacher's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import digits
+from mscm import methods, planning, training_loop
+from mscm.checkpoint import reading
+from mscm.config import ConfigError
+from mscm.experiment import build
+from mscm.metrics import files, lpips
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A small consistency model under LPIPS, without a teacher, of two steps; the features are narrow."""
+    flat = files.flat(jax.jit(lambda key: lpips.random_params(key, widths=(4, 6, 8, 8, 8)))(jax.random.key(0)))
+    card = {"kind": "mscm weights 1", "network": "lpips", "weights_sha256": files.fingerprint(flat)}
+    files.save(tmp_path / "lpips.npz", flat, card)
+    config = digits.consistency_training()
+    config.model.middle.update(dict(width=32, num_blocks=1))
+    config.model.update(dict(emb_dim=16, head_dim=16))
+    config.train.update(dict(num_steps=2, batch_size=4, steps_per_dispatch=1, log_every_steps=1, save_every_steps=2))
+    config.objective.distance = ConfigDict(dict(name="lpips", weights=str(tmp_path / "lpips.npz"), resize=24))
+    return config
+
+
+def test_the_distance_of_a_consistency_model_is_lpips(config, monkeypatch):
+    """In the features of the file, with the config's size, pooling and precision."""
+    config.objective.distance.update(dict(pooling="average", precision="bfloat16"))
+    distances = []
+
+    def loss(*args, distance, **_):
+        distances.append(distance)
+        return jnp.zeros(4), {}
+
+    monkeypatch.setattr(methods, "consistency_model_loss", loss)
+    experiment = build(config)
+    frozen = experiment.frozen({})
+    assert frozen.teacher == {} and all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(frozen.features))
+    arrays, _ = files.load(config.objective.distance.weights)
+    params = jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), files.tree(arrays))
+    jax.tree.map(np.testing.assert_array_equal, frozen.features, params)
+    batch = {"image": jnp.zeros((4, 8, 8, 1), jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
+    experiment.loss_fn({}, {}, frozen, batch, jax.random.key(0), jnp.int32(0))
+    a, b = jax.random.uniform(jax.random.key(1), (2, 4, 8, 8, 1), minval=-1.0)
+    expected = jax.jit(lambda p, a, b: lpips.distance(p, a, b, resize=24, pooling="average"))(params, a, b)
+    np.testing.assert_allclose(jax.jit(distances[0])(a, b), expected, rtol=0.02)
+
+
+def test_training_under_it(config, tmp_path):
+    """Two steps: a finite loss, another model."""
+    experiment = build(config)
+    training_loop.train(experiment, str(tmp_path), training_loop.check(experiment, str(tmp_path)), {})
+    with reading(str(tmp_path)) as checkpoints:
+        assert checkpoints.latest() == 2
+        state = checkpoints.restore(experiment.abstract_state())
+    before = experiment.random_state(jax.random.key(experiment.seed))
+    moved = jax.tree.map(lambda p, q: np.abs(p - q).max(), state.params, before.params)
+    assert 0 < max(jax.tree.leaves(moved)) < 1
+
+
+def test_a_missing_file_is_a_sentence_before_anything_is_trained(config, tmp_path, monkeypatch):
+    config.objective.distance.weights = str(tmp_path / "absent.npz")
+    monkeypatch.setattr(training_loop, "train", None)
+    sentence = "config.objective.distance.weights: .*absent.npz: got no weights of the network 'lpips'; get vgg16-397923af"
+    with pytest.raises(ConfigError, match=sentence):
+        training_loop.run(build(config), str(tmp_path / "run"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with config.unlocked():
+        config.objective.distance.weights = None
+    with pytest.raises(ConfigError, match="distance.weights: .*cache/mscm/lpips.npz: got no weights"):
+        build(config).read_features()
+
+
+def test_features_are_an_argument_of_the_step_and_a_plan_needs_no_file(config, tmp_path):
+    """Of the published shapes, whole on every device; nothing of their size is a constant of the program."""
+    config.objective.distance.weights = str(tmp_path / "absent.npz")
+    experiment = build(config)
+    inputs = planning.abstract_inputs(experiment)
+    features = jax.tree.leaves(inputs[1].features)
+    assert sum(leaf.size for leaf in features) == 14_716_160 and all(leaf.sharding.spec == () for leaf in features)
+    traced = experiment.train_steps().trace(*inputs)
+    assert max((np.size(constant) for constant in traced.jaxpr.consts), default=0) < 1000
+    _, step = planning.model_flops(experiment)
+    with config.unlocked():
+        config.objective.distance = dict(name="l2")
+    _, without = planning.model_flops(build(config))
+    # Two images through VGG16: at each pixel 2 x 9 x in x out operations in a convolution.
+    sides = {"1": 24, "2": 12, "3": 6, "4": 3, "5": 1}
+    vgg = sum(2 * np.prod(shape) * sides[name[4]] ** 2 for name, _, shape in lpips.convolutions())
+    assert step - without == pytest.approx(2 * 4 * vgg, rel=0.01)
+
+
+def test_random_features_are_as_the_plan_says(config):
+    experiment = build(config)
+    got = jax.eval_shape(lambda key: experiment.random_frozen(key), jax.random.key(0))
+    expected = experiment.placed_frozen()
+    jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a}, {b}"), got, expected)
+    assert experiment.frozen({})._fields == expected._fields == ("teacher", "features")

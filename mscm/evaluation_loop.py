@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mscm import atomic, cli, distributed, evaluation, lease
+from mscm import atomic, cli, distributed, evaluation
 from mscm.checkpoint import CheckpointError, Checkpoints, reading
 from mscm.evaluation import SamplerSpec, Scorer
 from mscm.experiment import Experiment
@@ -72,11 +72,8 @@ class Evaluation:
         self._partial = os.path.join(self.directory, "partial.npz")
         self._save_every_seconds = save_every_seconds
         with contextlib.ExitStack() as stack:
-            self._check_ours = lambda: None  # the others write nothing
-            if distributed.is_main():
-                owner = os.path.join(self.directory, "owner.json")
-                self._check_ours = stack.enter_context(lease.holding(owner, "evaluation", wait=wait)).check
-            distributed.barrier()  # one that is refused has not been overtaken by the others
+            owner = os.path.join(self.directory, "owner.json")
+            self._check_ours = stack.enter_context(distributed.holding(owner, "evaluation", wait=wait))
             self.scorer = Scorer(experiment, self.directory, allow_mismatch=allow_mismatch)
             self._writer = stack.enter_context(Writer(self.directory, active=distributed.is_main()))
             self._open = stack.pop_all()

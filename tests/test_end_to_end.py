@@ -140,10 +140,10 @@ def test_an_interrupted_run_continues_bit_for_bit(tiny, tmp_path, monkeypatch):
     teacher = evaluation.read_ema(tiny.experiment.teacher.experiment, str(workdir / "teacher"))
     source = training_loop.check(tiny.experiment, str(workdir))
     with pytest.raises(_Interrupted):
-        training_loop.train(tiny.experiment, str(workdir), source, teacher)
+        training_loop.train(tiny.experiment, str(workdir), source, teacher, check_ours=lambda: None)
     assert states_of(tiny.experiment, workdir)[0] == 2
     monkeypatch.undo()
-    training_loop.train(tiny.experiment, str(workdir), source, teacher)
+    training_loop.train(tiny.experiment, str(workdir), source, teacher, check_ours=lambda: None)
     (step, got), (expected_step, expected) = (states_of(tiny.experiment, w) for w in (workdir, tiny.workdir))
     assert step == expected_step == 4
     jax.tree.map(np.testing.assert_array_equal, got, expected)
@@ -155,7 +155,7 @@ def test_a_finished_run_trains_no_further(tiny, tmp_path):
     shutil.copytree(tiny.workdir, workdir)
     before = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
     source = training_loop.check(tiny.experiment, str(workdir))
-    training_loop.train(tiny.experiment, str(workdir), source, {})
+    training_loop.train(tiny.experiment, str(workdir), source, {}, check_ours=lambda: None)
     assert before == {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
 
 
@@ -308,9 +308,8 @@ def test_a_run_that_diverges_stops_before_it_saves(tiny, tmp_path):
     experiment = build(config)
     source = training_loop.check(experiment, str(workdir))
     with pytest.raises(FloatingPointError, match="digits_cd2: got a loss of (nan|inf) in steps"):
-        training_loop.train(experiment, str(workdir), source, evaluation.read_ema(
-            experiment.teacher.experiment, str(workdir / "teacher")
-        ))
+        teacher = evaluation.read_ema(experiment.teacher.experiment, str(workdir / "teacher"))
+        training_loop.train(experiment, str(workdir), source, teacher, check_ours=lambda: None)
     with reading(workdir) as checkpoints:
         params = checkpoints.restore_ema(experiment.abstract_params())
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
@@ -374,5 +373,6 @@ def test_fewer_steps_than_the_checkpoint_has_are_done(tiny, tmp_path):
     config = load_config(str(tiny.root / "student.py"))
     config.train.num_steps = 2
     experiment = build(config)
-    training_loop.train(experiment, str(workdir), training_loop.check(experiment, str(workdir)), {})
+    source = training_loop.check(experiment, str(workdir))
+    training_loop.train(experiment, str(workdir), source, {}, check_ours=lambda: None)
     assert states_of(experiment, workdir)[0] == 4

@@ -113,11 +113,9 @@ def main_first() -> Iterator[None]:
 def holding(path: str | os.PathLike, what: str, *, wait: bool = False) -> Iterator[Callable[[], None]]:
     """`lease.holding` by the main process for all; gives what raises LeaseError when another has taken over."""
     with contextlib.ExitStack() as stack:
-        check_ours = lambda: None  # the others write nothing
-        if is_main():
-            check_ours = stack.enter_context(lease.holding(path, what, wait=wait)).check
+        held = stack.enter_context(lease.holding(path, what, wait=wait)) if is_main() else None
         barrier()  # one that is refused has not been overtaken by the others
-        yield check_ours
+        yield held.check if held else lambda: None  # the others write nothing
 
 
 def end_all(sentence: str, status: int) -> None:

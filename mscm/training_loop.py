@@ -15,10 +15,10 @@ from etils import epath
 
 from mscm import atomic, cli, distributed, evaluation
 from mscm.checkpoint import CheckpointError, Checkpoints, reading
-from mscm.config import ConfigError
+from mscm.config import ConfigError, differences
 from mscm.data import pipeline, sources
 from mscm.evaluation_loop import Evaluation
-from mscm.experiment import Experiment
+from mscm.experiment import Experiment, Member
 from mscm.report import grid
 from mscm.report.writer import Writer
 from mscm.training import partition
@@ -75,11 +75,29 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
         elif (epath.Path(member.workdir) / "checkpoints").is_dir():
             with reading(member.workdir) as checkpoints:
                 if checkpoints.steps():
+                    check_config(member, checkpoints)
                     checkpoints.check(checkpoint_facts(member.experiment, source))
     if experiment.eval.at_end:
         evaluation.check(experiment, source)
     distributed.barrier()  # nobody has written yet: all have seen the same
     return source
+
+
+def check_config(member: Member, checkpoints: Checkpoints) -> None:
+    """Refuses another config than the one that has made the newest checkpoint: the same training goes on, or none.
+
+    Where, how fast and how long it trains may change, and what it writes.
+    """
+    config, remembered, done = member.experiment.config, checkpoints.facts()["config"], checkpoints.latest()
+    differing = differences(config, remembered)
+    # Not fewer steps than are done; the checkpoint has more than its config's where the last dispatch went beyond.
+    if config["train"]["num_steps"] >= done:
+        differing.pop("train.num_steps", None)
+    if differing:
+        raise ConfigError(
+            f"{member.workdir}: got another config than its checkpoint of step {done} was trained with: "
+            f"{'; '.join(differing.values())}; use that config, or another work directory"
+        )
 
 
 def checkpoint_facts(experiment: Experiment, source: sources.Source) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mscm import atomic, cli, evaluation, evaluation_loop
+from mscm import atomic, cli, evaluation
 from mscm.checkpoint import CheckpointError
-from mscm.config import ConfigError
+from mscm.config import ConfigError, decides, flat
 from mscm.data import sources, transforms
 from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import paths
@@ -263,11 +263,11 @@ def _methods(entries: Sequence[tuple[Model, dict[str, Any]]]) -> list[str]:
     """
     by_name: dict[str, list[dict[str, Any]]] = {}
     for model, _ in entries:
-        by_name.setdefault(model.experiment.name, []).append(_flat(evaluation_loop.decides(model.config)))
+        by_name.setdefault(model.experiment.name, []).append(flat(decides(model.config)))
     labels = []
     for model, _ in entries:
         name, steps = model.experiment.name, model.experiment.student_steps
-        config, others = _flat(evaluation_loop.decides(model.config)), by_name[name]
+        config, others = flat(decides(model.config)), by_name[name]
         differing = [key for key in config if key != "seed" and any(o.get(key) != config[key] for o in others)]
         label = re.sub(rf"^(.*[a-z])_?{steps}(?=_|$)", r"\1", name)
         inside = ", ".join(f"{key.rpartition('.')[2]}={config[key]}" for key in differing)
@@ -276,13 +276,6 @@ def _methods(entries: Sequence[tuple[Model, dict[str, Any]]]) -> list[str]:
     shared = os.path.commonprefix(names)
     start = shared.rfind("_") + 1
     return [label[start:] for label in labels]
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for key, value in section.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 def choose_metric(comparison: Comparison, metric: str | None) -> str:

@@ -13,6 +13,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+# Where and how fast a training runs, what it writes, and what scores it: keys that may change while it goes on.
+_DECIDES_NOTHING = (
+    "eval", "mesh", "path", "num_threads", "num_workers", "workdir", "attention", "remat", "num_microbatches",
+    "steps_per_dispatch", "log_every_steps", "save_every_steps", "keep_checkpoints",
+)
+
 
 class ConfigError(ValueError):
     """The config asks for something that is not there; the message says what was got, expected and to do."""
@@ -142,6 +148,31 @@ def load_config(path: str) -> ConfigDict:
         return get_config(variant) if variant else get_config()
     except ValueError as error:  # an unknown variant
         raise ConfigError(f"{file}: {error}") from error
+
+
+def decides(section: Any) -> Any:
+    """Of a config as JSON: what decides the parameters."""
+    if not isinstance(section, dict):
+        return section
+    return {name: decides(value) for name, value in section.items() if name not in _DECIDES_NOTHING}
+
+
+def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a config as JSON by their dotted paths."""
+    found = {}
+    for key, value in section.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def differences(got: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, str]:
+    """Of two configs as JSON: what decides the parameters and differs, by its dotted path, as words."""
+    got, expected = flat(decides(got)), flat(decides(expected))
+    return {
+        path: f"{path}: got {got.get(path, 'no such key')!r}, expected {expected.get(path, 'no such key')!r}"
+        for path in sorted(got.keys() | expected.keys())
+        if path not in got or path not in expected or got[path] != expected[path]
+    }
 
 
 def nearest(name: str, choices: Any) -> str:

@@ -21,6 +21,7 @@ from absl import logging
 from jax._src.distributed import global_state  # the only way to the coordinator's key-value store
 from jax.experimental import multihost_utils
 
+from mscm import lease
 from mscm.config import ConfigError
 
 _KEY = "mscm/error"
@@ -106,6 +107,15 @@ def main_first() -> Iterator[None]:
     yield
     if is_main():
         barrier()
+
+
+@contextlib.contextmanager
+def holding(path: str | os.PathLike, what: str, *, wait: bool = False) -> Iterator[Callable[[], None]]:
+    """`lease.holding` by the main process for all; gives what raises LeaseError when another has taken over."""
+    with contextlib.ExitStack() as stack:
+        held = stack.enter_context(lease.holding(path, what, wait=wait)) if is_main() else None
+        barrier()  # one that is refused has not been overtaken by the others
+        yield held.check if held else lambda: None  # the others write nothing
 
 
 def end_all(sentence: str, status: int) -> None:

@@ -20,8 +20,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mscm import atomic, cli, distributed, evaluation, lease
+from mscm import atomic, cli, distributed, evaluation
 from mscm.checkpoint import CheckpointError, Checkpoints, reading
+from mscm.config import decides
 from mscm.evaluation import SamplerSpec, Scorer
 from mscm.experiment import Experiment
 from mscm.metrics import gathering
@@ -34,12 +35,6 @@ _Read = TypeVar("_Read")
 
 _POLL_SECONDS = 10.0
 _LOOKS, _LOOK_SECONDS = 16, 2.0  # at a checkpoint that cannot be read: half a minute
-
-# Of a config: where and how fast a training runs, and what it writes.
-_DECIDES_NOTHING = (
-    "eval", "mesh", "path", "num_threads", "num_workers", "workdir", "attention", "remat", "num_microbatches",
-    "steps_per_dispatch", "log_every_steps", "save_every_steps", "keep_checkpoints",
-)
 
 # Of a row: what it is a score of. A row is written once for each.
 _KEY = ("identity", "run", "model", "step", "sampler", "nfe", "seed", "num_images", "labels")
@@ -72,11 +67,8 @@ class Evaluation:
         self._partial = os.path.join(self.directory, "partial.npz")
         self._save_every_seconds = save_every_seconds
         with contextlib.ExitStack() as stack:
-            self._check_ours = lambda: None  # the others write nothing
-            if distributed.is_main():
-                owner = os.path.join(self.directory, "owner.json")
-                self._check_ours = stack.enter_context(lease.holding(owner, "evaluation", wait=wait)).check
-            distributed.barrier()  # one that is refused has not been overtaken by the others
+            owner = os.path.join(self.directory, "owner.json")
+            self._check_ours = stack.enter_context(distributed.holding(owner, "evaluation", wait=wait))
             self.scorer = Scorer(experiment, self.directory, allow_mismatch=allow_mismatch)
             self._writer = stack.enter_context(Writer(self.directory, active=distributed.is_main()))
             self._open = stack.pop_all()
@@ -386,13 +378,6 @@ def _facts_of(workdir: str, step: int) -> dict[str, Any]:
 def _run_of(config: dict[str, Any]) -> str:
     """Hash of what decides the parameters: another training in the same directory is another run."""
     return hashlib.sha256(json.dumps(decides(config), sort_keys=True).encode()).hexdigest()[:8]
-
-
-def decides(section: Any) -> Any:
-    """Of a config as JSON: what decides the parameters."""
-    if not isinstance(section, dict):
-        return section
-    return {name: decides(value) for name, value in section.items() if name not in _DECIDES_NOTHING}
 
 
 def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ import collections
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,10 +15,10 @@ from etils import epath
 
 from mscm import atomic, cli, distributed, evaluation
 from mscm.checkpoint import CheckpointError, Checkpoints, reading
-from mscm.config import ConfigError
+from mscm.config import ConfigError, differences
 from mscm.data import pipeline, sources
 from mscm.evaluation_loop import Evaluation
-from mscm.experiment import Experiment
+from mscm.experiment import Experiment, Member
 from mscm.report import grid
 from mscm.report.writer import Writer
 from mscm.training import partition
@@ -30,25 +30,29 @@ def run(experiment: Experiment, workdir: str) -> None:
     """Trains the teacher if there is none, the phases if there are some, then the experiment, and scores all.
 
     Raises:
-      ConfigError, CheckpointError: before anything is compiled.
+      ConfigError, CheckpointError, LeaseError: before anything is compiled.
     """
     started = time.monotonic()
-    source = check(experiment, workdir)
-    params = {}
-    for member in experiment.lineage(workdir):
-        teacher_params = params
-        if not member.is_given:
-            logging.info("Training %s in %s", member.experiment.name, member.workdir)
-            train(member.experiment, member.workdir, source, teacher_params)
-        params = evaluation.read_ema(member.experiment, member.workdir)
-    finish(experiment, workdir, teacher_params)
+    make_directory(workdir)
+    with distributed.holding(os.path.join(workdir, "owner.json"), "training") as check_ours:
+        source = check(experiment, workdir)
+        params = {}
+        for member in experiment.lineage(workdir):
+            teacher_params = params
+            if not member.is_given:
+                logging.info("Training %s in %s", member.experiment.name, member.workdir)
+                train(member.experiment, member.workdir, source, teacher_params, check_ours=check_ours)
+            params = evaluation.read_ema(member.experiment, member.workdir)
+        finish(experiment, workdir, teacher_params)
     logging.info("Done in %s", cli.duration(time.monotonic() - started))
 
 
-def check(experiment: Experiment, workdir: str) -> sources.Source:
-    """All that can be wrong is found here, before anything is compiled: data, work directory, teacher, features."""
-    source = experiment.data.open()
-    logging.info("Mesh: %s", dict(experiment.mesh.shape))  # refuses what does not fit the devices
+def make_directory(workdir: str) -> None:
+    """The directory of a run, also where it exists.
+
+    Raises:
+      ConfigError: it cannot be one.
+    """
     folder = epath.Path(workdir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--workdir: got {workdir!r}, which is a file, expected a directory to write to")
@@ -58,6 +62,12 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
         raise ConfigError(
             f"--workdir: got {workdir!r}, expected a directory to write to: {error.strerror or error}"
         ) from error
+
+
+def check(experiment: Experiment, workdir: str) -> sources.Source:
+    """All that can be wrong is found here, before anything is compiled: data, devices, checkpoints, teacher."""
+    source = experiment.data.open()
+    logging.info("Mesh: %s", dict(experiment.mesh.shape))  # refuses what does not fit the devices
     for member in experiment.lineage(workdir):
         if member.is_given:
             with reading(member.workdir) as checkpoints:
@@ -67,11 +77,29 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
         if (epath.Path(member.workdir) / "checkpoints").is_dir():
             with reading(member.workdir) as checkpoints:
                 if checkpoints.steps():
+                    check_config(member, checkpoints)
                     checkpoints.check(checkpoint_facts(member.experiment, source))
     if experiment.eval.at_end:
         evaluation.check(experiment, source)
     distributed.barrier()  # nobody has written yet: all have seen the same
     return source
+
+
+def check_config(member: Member, checkpoints: Checkpoints) -> None:
+    """Refuses another config than the one that has made the newest checkpoint: the same training goes on, or none.
+
+    Where, how fast and how long it trains may change, and what it writes.
+    """
+    config, remembered, done = member.experiment.config, checkpoints.facts()["config"], checkpoints.latest()
+    differing = differences(config, remembered)
+    # Not fewer steps than are done; the checkpoint has more than its config's where the last dispatch went beyond.
+    if config["train"]["num_steps"] >= done:
+        differing.pop("train.num_steps", None)
+    if differing:
+        raise ConfigError(
+            f"{member.workdir}: got another config than its checkpoint of step {done} was trained with: "
+            f"{'; '.join(differing.values())}; use that config, or another work directory"
+        )
 
 
 def checkpoint_facts(experiment: Experiment, source: sources.Source) -> dict[str, Any]:
@@ -80,8 +108,18 @@ def checkpoint_facts(experiment: Experiment, source: sources.Source) -> dict[str
     return experiment.facts() | {"data": data, "transform": source.transform}
 
 
-def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_params: Params) -> None:
-    """Trains from the newest checkpoint of `workdir`, or from the teacher's weights, to the last step."""
+def train(
+    experiment: Experiment,
+    workdir: str,
+    source: sources.Source,
+    teacher_params: Params,
+    *,
+    check_ours: Callable[[], None],
+) -> None:
+    """Trains from the newest checkpoint of `workdir`, or from the teacher's weights, to the last step.
+
+    `check_ours` raises where another process has taken the directory over; called before each save.
+    """
     spec = experiment.train
     is_main = distributed.is_main()
     if is_main:
@@ -105,6 +143,7 @@ def train(experiment: Experiment, workdir: str, source: sources.Source, teacher_
             if step % spec.log_every_steps == 0 or saves:
                 progress.report(step)  # before the checkpoint: what has diverged is not kept
             if saves:
+                check_ours()
                 checkpoints.save(state, checkpoint_facts(experiment, source))
             if done:
                 break

@@ -135,7 +135,7 @@ def test_training_checks_a_directory_in_a_bucket(bucket, experiment, tmp_path, m
     _Bucket.pseudo_dirs = [""]
     atomic.write_text(bucket, "")
     with pytest.raises(ConfigError, match="--workdir: got 's3://bucket/run', which is a file"):
-        training_loop.check(experiment, str(bucket))
+        training_loop.make_directory(str(bucket))
     assert not list(tmp_path.iterdir())
 
 

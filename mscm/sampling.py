@@ -169,8 +169,8 @@ class SamplerSpec:
 
     @property
     def is_plain_ddim(self) -> bool:
-        """Whether it is Algorithm 2, but for clipping."""
-        return self.name == "ddim" and not _parse(self.sampler)[1].keys() - {"clip"}
+        """Whether it is Algorithm 2, but for clipping and for the weight that a guided student takes as an input."""
+        return self.name == "ddim" and not _parse(self.sampler)[1].keys() - {"clip", "guidance"}
 
     def clip(self, denoiser: Denoiser) -> Denoiser:
         """The denoiser under the sampler's policy of clipping."""

@@ -12,9 +12,9 @@ import pytest
 
 from configs import digits
 from mscm import methods
-from mscm.config import ConfigError
+from mscm.config import ConfigError, load_config
 from mscm.diffusion import denoiser as denoisers
-from mscm.evaluation import SamplerSpec, make_sample_fn
+from mscm.evaluation import SamplerSpec, check_sampler, make_sample_fn, num_evaluations
 from mscm.experiment import build
 from mscm.models import layers
 from mscm.objectives.multistep_consistency import consistency_loss
@@ -139,6 +139,106 @@ def test_guidance_reaches_the_teacher_and_its_samples(guided):
     np.testing.assert_allclose(loss, by_hand, rtol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def guided_student(tmp_path_factory):
+    """A 2-step student of a model with the weight of guidance as an input, and parameters that are nowhere zero."""
+    folder = tmp_path_factory.mktemp("guided")
+    for name, family, before in (
+        ("teacher", "guidable()", None),
+        ("guided", "guided()", "teacher"),
+        ("student", "guided_student(student_steps=2)", "guided"),
+    ):
+        (folder / f"{name}.py").write_text(
+            "from configs import digits\n"
+            "def get_config():\n"
+            f"    config = digits.{family}\n"
+            "    config.model.middle.update(dict(width=32, num_blocks=1))\n"
+            "    config.model.update(dict(emb_dim=16, head_dim=16))\n"
+            + (f"    config.teacher.config = {str(folder / f'{before}.py')!r}\n" if before else "")
+            + "    return config\n"
+        )
+    experiment = build(load_config(str(folder / "student.py")))
+    key = jax.random.key(3)
+    params = jax.jit(experiment.init_params)(key)
+    return experiment, jax.tree.map(lambda p: p + 0.1 * jax.random.normal(key, p.shape), params)
+
+
+def test_a_guided_student_is_sampled_with_the_weight_of_its_sampler(guided_student):
+    """The weight is an input: one evaluation a step, and 0 where the sampler says nothing."""
+    experiment, params = guided_student
+    z_t, t, labels = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), jnp.linspace(0.2, 0.9, 4), jnp.arange(4)
+
+    def by_hand(weight):
+        def network(z_t, logsnr, labels):
+            weights = jnp.full(labels.shape, weight)
+            return experiment.model.apply({"params": params}, z_t, logsnr, labels, weights, train=False)
+
+        return denoisers.make_denoiser(network, experiment.schedule, experiment.prediction, labels=labels)(z_t, t)
+
+    for text, weight in (("ddim", 0.0), ("ddim:guidance=2", 2.0)):
+        spec = SamplerSpec(text, 2)
+        check_sampler(experiment, spec)
+        assert num_evaluations(experiment, spec) == 2
+        actual = experiment.for_sampler(spec).denoiser(params, labels)(z_t, t)
+        np.testing.assert_allclose(actual, by_hand(weight), rtol=1e-4, atol=1e-4)
+    assert np.abs(by_hand(2.0) - by_hand(0.0)).max() > 1e-3
+    for text, sentence in (("ddim:guidance=5", "got 5.0, expected one weight from 0 to 4"),
+                           ("ddim:guidance=2,guidance_low=0", "got 2.0 at some times")):
+        with pytest.raises(ConfigError, match=sentence):
+            check_sampler(experiment, SamplerSpec(text, 2))
+
+
+def test_one_weight_is_drawn_for_student_and_teacher(guided_student, monkeypatch):
+    """Each example's weight is an input of all three calls of the loss: student, its reference, teacher."""
+    experiment, params = guided_student
+    seen = []
+    apply = type(experiment.model).apply
+
+    def spy(model, variables, z_t, logsnr, labels, guidance, **options):
+        seen.append(np.asarray(guidance))
+        return jnp.zeros_like(z_t)
+
+    monkeypatch.setattr(type(experiment.model), "apply", spy)
+    experiment.loss_fn(params, {}, methods.Frozen(params), _batch(), jax.random.key(0), jnp.int32(0))
+    monkeypatch.setattr(type(experiment.model), "apply", apply)
+    assert len(seen) == 3
+    for weights in seen:
+        np.testing.assert_array_equal(weights, seen[0])
+    assert 0 <= seen[0].min() < 0.2 and 3.8 < seen[0].max() <= 4 and len(np.unique(seen[0])) == BATCH
+
+
+def test_a_guided_model_begins_as_its_teacher_and_asks_for_both_outputs(guided_student, monkeypatch):
+    """With the teacher's weights it is the conditional model; the loss asks for the label's answer and the null's."""
+    experiment, _ = guided_student
+    guided = experiment.teacher.experiment
+    key = jax.random.key(1)
+    teacher_params = jax.jit(guided.teacher.experiment.init_params)(key)
+    teacher_params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(key, p.shape), teacher_params)
+    params = guided.from_teacher(teacher_params, key)
+    labels, z_t, t = jnp.arange(4), jax.random.normal(key, (4, 8, 8, 1)), jnp.linspace(0.2, 0.9, 4)
+    conditional = guided.teacher.experiment.denoiser(teacher_params, labels)(z_t, t)
+    np.testing.assert_allclose(guided.denoiser(params, labels)(z_t, t), conditional, rtol=1e-4, atol=1e-4)
+    assert guided.adds_guidance and not experiment.adds_guidance
+
+    asked = []
+
+    def spy(model, variables, z_t, logsnr, labels, *weights, **options):
+        asked.append((np.asarray(labels), len(weights)))
+        # What each network says of v: the target is then known.
+        return jnp.full_like(z_t, {0: 3.0, 1: 0.0}[len(weights)] if labels[0] != 10 else 1.0)
+
+    monkeypatch.setattr(type(guided.model), "apply", spy)
+    loss, metrics = guided.loss_fn(params, {}, methods.Frozen(teacher_params), _batch(), key, jnp.int32(0))
+    label = np.asarray(_batch()["label"])
+    (conditional, none), (null, nothing), (student, one) = asked
+    np.testing.assert_array_equal([student, conditional, null], [label, label, np.full(BATCH, 10)])
+    assert (one, none, nothing) == (1, 0, 0)
+    # v differs from the target's, 3 + w (3 - 1), by as much everywhere: x by sigma of it, weighed by max(SNR, 1).
+    snr = np.exp(np.asarray(metrics["logsnr"]))
+    expected = (3 + 2 * np.asarray(metrics["guidance"])) ** 2 / (1 + snr) * np.maximum(snr, 1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-3)
+
+
 def test_guidance_that_nobody_would_ask_for_is_refused(guided):
     """Consistency training asks no teacher."""
     guided.objective.distil = False
@@ -189,7 +289,7 @@ def test_evaluation_needs_no_batch_that_divides():
     """Of 32 images on five devices there is no training; each device has a part of what is sampled."""
     program = """
 from configs import digits
-from mscm.config import ConfigError
+from mscm.config import ConfigError, load_config
 from mscm.experiment import build
 
 config = digits.teacher()

@@ -7,7 +7,7 @@ denoisers in `mscm/objectives/`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -325,7 +325,7 @@ def _image_distance(section: Section, parts: Parts) -> tuple[Callable[[Params], 
 
 
 def _lpips(
-    parts: Parts, *, weights: str | None, resize: int | None, precision: str = "float32", pooling: str = "max"
+    parts: Parts, *, weights: str | None, resize: Any, precision: str = "float32", pooling: str = "max"
 ) -> tuple[Callable[[Params], distances.ImageDistance], Features]:
     side = parts.resolution if resize is None else resize
     if type(side) is not int or side < lpips.MIN_SIDE:

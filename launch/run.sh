@@ -7,6 +7,7 @@
 #
 # The first argument is an extra of setup.cfg. A run continues from the last checkpoint of its work directory, so the
 # same command is right for a start and for a restart; as a start-up script of the machine it also survives a reboot.
+# Exit status 75 (stopped by SIGTERM, and saved) is started again at once and is no failure.
 # VENV, PYTHON, MAX_RETRIES and MIN_SECONDS may be set in the environment.
 set -euo pipefail
 
@@ -41,13 +42,20 @@ export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
   python -m pip install --quiet --no-input -e ".[$extra]"
 } 9>"$venv.lock"
 
-for (( attempt = 0; ; attempt++ )); do
+attempt=0
+while true; do
   started=$SECONDS
   status=0
   "$@" || status=$?
   (( status != 0 )) || exit 0
   # 130 is Ctrl-C: the operator meant it.
   (( status != 130 )) || exit "$status"
+  # 75 is a training that was asked to end and has saved: no failure, however often.
+  if (( status == 75 )); then
+    echo "$0: exit status 75, a run that was stopped and has saved; starting it again" >&2
+    sleep 10
+    continue
+  fi
   # A wrong flag or work directory fails before anything compiles; trying it again would only repeat the message.
   if (( SECONDS - started < min_seconds )); then
     echo "$0: exit status $status within $min_seconds seconds; not a preemption, giving up" >&2
@@ -57,6 +65,7 @@ for (( attempt = 0; ; attempt++ )); do
     echo "$0: exit status $status after $max_retries retries; giving up" >&2
     exit "$status"
   fi
-  echo "$0: exit status $status; retry $(( attempt + 1 )) of $max_retries" >&2
+  (( ++attempt ))
+  echo "$0: exit status $status; retry $attempt of $max_retries" >&2
   sleep 10
 done

@@ -50,7 +50,8 @@ requeue() {
 }
 trap requeue USR1
 
-# run.sh around srun and not within it: one installation, before the tasks start, and one restart of all of them.
+# run.sh around srun and not within it: one installation, before the tasks start, and one restart of all of them, also
+# of those that SIGTERM has stopped with status 75, which no task reports before all have saved.
 launch/run.sh "$extra" srun --kill-on-bad-exit=1 --gpu-bind=none --open-mode=append --output="$logs/%t.log" "$@" &
 while kill -0 "$!" 2>/dev/null; do  # the signal ends the wait, not the run
   wait "$!" || true

@@ -1,28 +1,41 @@
 """Checkpoints of a work directory: the only file that knows Orbax and where checkpoints lie.
 
     WORKDIR/checkpoints/STEP/{params,ema,opt,facts}
+    WORKDIR/checkpoints/STEP/files.json                the files that it had when it was finished, and their sizes
+    WORKDIR/damaged/STEP                               moved there by training: files are missing or cut
 
 The four items of a step are separate, so that a sampler reads `ema` and `facts` alone. `facts` is JSON: what a sampler
 must know of the model (schedule, prediction, student steps, shapes, the whole config).
+
+A save that was cut has no name yet, and nobody sees it. What is damaged later (a copy that was cut, a disk that was
+full, a hand) is found by the files' sizes: the newest whole checkpoint counts, and a warning says why.
 """
 
+import concurrent.futures
 import contextlib
+import functools
+import itertools
+import json
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import LatestN
 from orbax.checkpoint.options import MultiprocessingOptions
 
-from mscm import remote
+from mscm import atomic, remote
 from mscm.training.step import TrainState
 from mscm.types import Params
 
 # Facts without which the same parameters are another function: checked wherever a checkpoint is used.
 _MEANING = ("student_steps", "schedule", "prediction", "logsnr_input")
+
+_FILES = "files.json"
+_STAT_THREADS = 32  # a bucket answers each question in its time
 
 
 class CheckpointError(ValueError):
@@ -35,6 +48,7 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, *, keep: int | None = None):
         """`keep` is the number of newest checkpoints to keep when saving; None for reading only."""
         self._directory = remote.absolute(workdir) / "checkpoints"
+        self._saved: int | None = None  # whose files are not written down yet
         # Readers do not wait for each other: what one process sees of a directory, another may not see yet.
         alone = MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
         options = ocp.CheckpointManagerOptions(
@@ -59,22 +73,32 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        """Steps of the whole checkpoints, ascending."""
+        return [step for step in sorted(self._manager.all_steps()) if step not in self.damaged]
 
     def latest(self) -> int | None:
-        """Step of the newest finished checkpoint."""
-        return self._manager.latest_step()
+        """Step of the newest whole checkpoint."""
+        return max(self.steps(), default=None)
+
+    @functools.cached_property
+    def damaged(self) -> dict[int, str]:
+        """Steps whose files are not those that they had when they were finished, and what is wrong with them."""
+        reasons = {step: _damage(self._directory / str(step)) for step in sorted(self._manager.all_steps())}
+        found = {step: reason for step, reason in reasons.items() if reason is not None}
+        for step, reason in found.items():
+            logging.warning("%s: step %d is damaged and not used: %s", self._directory, step, reason)
+        return found
 
     def save(self, state: TrainState, facts: dict[str, Any]) -> None:
         """Starts to save `state` under its step; saving the newest step again does nothing."""
         step = int(state.step)
-        if step == self.latest():
+        if step == self._manager.latest_step():
             return
+        self.wait()
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -86,9 +110,19 @@ class Checkpoints:
         )
         if not saved:  # Orbax says nothing else when a newer step is already there
             raise CheckpointError(
-                f"{self._directory}: got step {step} to save after step {self.latest()}, expected a newer step; "
-                "remove the newer checkpoints or use an empty work directory"
+                f"{self._directory}: got step {step} to save after step {self._manager.latest_step()}, expected a "
+                "newer step; remove the newer checkpoints or use an empty work directory"
             )
+        self._saved = step
+
+    def wait(self) -> None:
+        """Until what `save` has started is finished; writes down its files."""
+        self._manager.wait_until_finished()
+        if self._saved is not None and jax.process_index() == 0:
+            folder = self._directory / str(self._saved)
+            files = {os.fspath(path.relative_to(folder)): path.stat().length for path in _files_below(folder)}
+            atomic.write_text(folder / _FILES, json.dumps(files, indent=0))
+        self._saved = None
 
     def save_ema(self, step: int, ema: Params, facts: dict[str, Any]) -> None:
         """Saves averaged parameters alone: enough to sample from."""
@@ -144,6 +178,12 @@ class Checkpoints:
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
+        if not steps and self.damaged:
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in self.damaged.items())
+            raise CheckpointError(
+                f"{self._directory}: got damaged checkpoints only ({reasons}), expected a whole one; bring back their "
+                "files from a copy, or use another work directory"
+            )
         if not steps:
             raise CheckpointError(
                 f"{self._directory}: got no finished checkpoint, expected at least one; "
@@ -161,6 +201,60 @@ class Checkpoints:
                 f"{self._directory}/{step}: got another architecture than the config's: parameter {name} has shape "
                 f"{got}, expected {expected}; use the config that it was trained with"
             )
+
+
+def set_damaged_aside(workdir: str | os.PathLike) -> None:
+    """Moves damaged checkpoints to WORKDIR/damaged, so that training can make their steps again.
+
+    Where no whole one is left they stay: who reads them will say so.
+    """
+    if not (epath.Path(workdir) / "checkpoints").is_dir():
+        return
+    with reading(workdir) as checkpoints:
+        damaged = checkpoints.damaged if checkpoints.steps() else {}
+        for step in damaged:
+            names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(1)))
+            paths = (remote.absolute(workdir) / "damaged" / name for name in names)
+            aside = next(path for path in paths if not path.exists())
+            aside.parent.mkdir(exist_ok=True)
+            (checkpoints._directory / str(step)).rename(aside)
+            logging.warning("Moved to %s; step %d is the newest that is whole", aside, checkpoints.latest())
+
+
+def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files_below(path)
+        else:
+            yield path
+
+
+def _damage(folder: epath.Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None where all are as they were when it was finished.
+
+    Also where nobody has written down what they were: training was killed in that moment, or has written `ema` alone.
+    """
+    try:
+        expected = json.loads((folder / _FILES).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        return f"{_FILES} is no JSON ({error})"
+
+    def size(name: str) -> int | None:
+        try:
+            return (folder / name).stat().length
+        except OSError:
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
+        sizes = dict(zip(expected, pool.map(size, expected), strict=True))
+    for name, got in sizes.items():
+        if got is None:
+            return f"{name} is missing"
+        if got != expected[name]:
+            return f"{name} has {got} bytes, expected {expected[name]}"
+    return None
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
         from mscm.checkpoint import CheckpointError
         from mscm.data.images import BrokenImage
         from mscm.lease import LeaseError
+        from mscm.stopping import Stopped
 
         remote.look_each_time()
         logging.set_verbosity(logging.INFO)
@@ -47,6 +48,9 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
             traceback.print_exc()
             distributed.end_all(f"{type(error).__name__}: {error}", 1)
             sys.exit(1)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(stopped.status)
         except KeyboardInterrupt:
             print("interrupted; run the same command again to continue", file=sys.stderr)
             sys.exit(130)  # as a shell says it

@@ -2,9 +2,10 @@
 
   python -m mscm.main --config=configs/digits_cd4.py --workdir=DIR
 
-Run again with the same flags, it continues from the last checkpoint. Any key of the config can be overridden:
---config.train.num_steps=100. Writes below DIR: checkpoints/, events (TensorBoard), report/samples.png,
-report/scores.json, and teacher/ (the teacher's own work directory, unless config.teacher.workdir names one).
+Run again with the same flags, it continues from the last checkpoint; SIGTERM (exit code 75) or Ctrl-C makes one. Any
+key of the config can be overridden: --config.train.num_steps=100. Writes below DIR: checkpoints/, events (TensorBoard),
+report/samples.png, report/scores.json, and teacher/ (the teacher's own work directory, unless config.teacher.workdir
+names one).
 """
 
 from absl import flags
@@ -16,11 +17,12 @@ flags.adopt_module_key_flags(run_flags)  # so that --help lists them
 
 def main() -> None:
     """Builds, checks, trains, scores."""
-    from mscm import distributed, training_loop  # here and not above: --help must not wait for jax
+    from mscm import distributed, stopping, training_loop  # here and not above: --help must not wait for jax
     from mscm.experiment import build
 
     if run_flags.DISTRIBUTED.value:
         distributed.start(run_flags.DISTRIBUTED.value)
+    stopping.listen()
     training_loop.run(build(run_flags.CONFIG.value), cli.path_of(run_flags.WORKDIR))
 
 

@@ -13,8 +13,8 @@ from absl import logging
 from clu import parameter_overview
 from etils import epath
 
-from mscm import atomic, cli, distributed, evaluation
-from mscm.checkpoint import CheckpointError, Checkpoints, reading
+from mscm import atomic, cli, distributed, evaluation, stopping
+from mscm.checkpoint import CheckpointError, Checkpoints, reading, set_damaged_aside
 from mscm.config import ConfigError, differences
 from mscm.data import pipeline, sources
 from mscm.evaluation_loop import Evaluation
@@ -35,6 +35,11 @@ def run(experiment: Experiment, workdir: str) -> None:
     started = time.monotonic()
     make_directory(workdir)
     with distributed.holding(os.path.join(workdir, "owner.json"), "training") as check_ours:
+        if distributed.is_main():
+            for member in experiment.lineage(workdir):
+                if not member.is_given:
+                    set_damaged_aside(member.workdir)
+        distributed.barrier()
         source = check(experiment, workdir)
         params = {}
         for member in experiment.lineage(workdir):
@@ -76,7 +81,7 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
         member.experiment.read_features()  # refuses what is not there
         if (epath.Path(member.workdir) / "checkpoints").is_dir():
             with reading(member.workdir) as checkpoints:
-                if checkpoints.steps():
+                if checkpoints.steps() or checkpoints.damaged:
                     check_config(member, checkpoints)
                     checkpoints.check(checkpoint_facts(member.experiment, source))
     if experiment.eval.at_end:
@@ -119,12 +124,19 @@ def train(
     """Trains from the newest checkpoint of `workdir`, or from the teacher's weights, to the last step.
 
     `check_ours` raises where another process has taken the directory over; called before each save.
+
+    Raises:
+      Stopped: a signal asked for it, and the state is saved.
     """
     spec = experiment.train
     is_main = distributed.is_main()
     if is_main:
         atomic.write_text(os.path.join(workdir, "config.json"), json.dumps(experiment.config, indent=2) + "\n")
-    with Checkpoints(workdir, keep=spec.keep_checkpoints) as checkpoints, Writer(workdir, active=is_main) as writer:
+    with (
+        stopping.deferred(),
+        Checkpoints(workdir, keep=spec.keep_checkpoints) as checkpoints,
+        Writer(workdir, active=is_main) as writer,
+    ):
         if (checkpoints.latest() or 0) >= spec.num_steps:
             logging.info("%s: all %d steps are done", experiment.name, spec.num_steps)
             return
@@ -139,12 +151,19 @@ def train(
             step += spec.steps_per_dispatch
             progress.add(averages)
             done = step >= spec.num_steps  # more, where another number of steps per dispatch made the checkpoint
-            saves = step % spec.save_every_steps == 0 or done
+            stops = stopping.reached()
+            saves = step % spec.save_every_steps == 0 or done or stops
             if step % spec.log_every_steps == 0 or saves:
                 progress.report(step)  # before the checkpoint: what has diverged is not kept
             if saves:
                 check_ours()
                 checkpoints.save(state, checkpoint_facts(experiment, source))
+            if stops:
+                checkpoints.wait()
+                distributed.barrier()  # the end of one process ends the others
+                raise stopping.Stopped(
+                    f"{experiment.name}: stopped after step {step} of {spec.num_steps}, which is saved"
+                )
             if done:
                 break
 

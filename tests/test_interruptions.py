@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -13,8 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from mscm import lease, training_loop
-from mscm.checkpoint import reading
+from mscm import lease, stopping, training_loop
+from mscm.checkpoint import CheckpointError, reading
 from mscm.config import ConfigError, differences, load_config
 from mscm.experiment import build
 
@@ -208,3 +210,195 @@ def test_the_teacher_below_a_directory_remembers_too(whole, tmp_path):
     config.teacher.config = str(tmp_path / "teacher.py")
     with pytest.raises(ConfigError, match=r"run/teacher: got another config .*: optimizer.warmup_steps: got 1, expec"):
         training_loop.check(build(config), str(tmp_path / "run"))
+
+
+# Checkpoints that were cut.
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "an array file is cut": ("ema/ocdbt.process_0/d/*", truncate, r"ema/ocdbt.process_0/d/\w+ has \d+ bytes, expected"),
+    "an array file is empty": ("params/d/*", lambda path: path.write_bytes(b""), r"params/d/\w+ has 0 bytes, expected"),
+    "metadata are gone": ("opt/_METADATA", Path.unlink, "opt/_METADATA is missing"),
+    "an item is gone": ("params", shutil.rmtree, r"params/\S+ is missing"),
+    "facts are cut": ("facts/metadata", truncate, r"facts/metadata has \d+ bytes, expected"),
+    "the list is cut": ("files.json", truncate, r"files.json is no JSON"),
+}
+
+
+def damage(workdir, pattern, how):
+    how(next((workdir / "checkpoints" / "8").glob(pattern)))
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_reader_takes_the_newest_whole_checkpoint(whole, workdir, caplog, name):
+    """It says which one is not, and why, and leaves all as it is."""
+    pattern, how, reason = DAMAGES[name]
+    damage(workdir, pattern, how)
+    before, experiment = listing(workdir), changed(whole)
+    with reading(workdir) as checkpoints:
+        assert checkpoints.steps() == [4] and checkpoints.latest() == 4
+        assert checkpoints.restore(experiment.abstract_state()).step == 4
+        assert checkpoints.check(experiment.facts()) == 4
+    assert re.search(f"step 8 is damaged and not used: {reason}", caplog.text)
+    assert listing(workdir) == before
+
+
+@pytest.mark.parametrize("name", ["an array file is cut", "an item is gone"])
+def test_training_goes_on_from_the_newest_whole_checkpoint(whole, workdir, name):
+    """To the same end; what was damaged is moved aside, each time to a place of its own."""
+    pattern, how, _ = DAMAGES[name]
+    for aside in ("8", "8.1"):
+        damage(workdir, pattern, how)
+        left = {path.name: path.read_bytes() for path in (workdir / "checkpoints" / "8").rglob("*") if path.is_file()}
+        training_loop.run(changed(whole), str(workdir))
+        assert_same_end(changed(whole), workdir, whole.workdir)
+        files = (workdir / "damaged" / aside).rglob("*")
+        assert {path.name: path.read_bytes() for path in files if path.is_file()} == left
+
+
+def test_without_a_whole_checkpoint_training_is_refused(whole, workdir):
+    """It would begin again, silently; nothing is touched."""
+    for step in ("4", "8"):
+        shutil.rmtree(workdir / "checkpoints" / step / "ema")
+    before = listing(workdir)
+    with pytest.raises(CheckpointError, match="got damaged checkpoints only .step 4: ema/.* is missing; step 8: ema/"):
+        training_loop.run(changed(whole), str(workdir))
+    assert listing(workdir) == before
+
+
+# Dies while a save is under way.
+KILLED = """
+import os, signal
+from mscm import checkpoint, cli, main
+
+save = checkpoint.Checkpoints.save
+
+def save_and_die(self, state, facts):
+    save(self, state, facts)
+    if int(state.step) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.Checkpoints.save = save_and_die
+cli.run(main.main, doc="", required=())
+"""
+
+
+def test_a_save_that_was_cut_is_made_again(whole, tmp_path):
+    """kill -9 while the save goes on in the background."""
+    flags = [f"--config={whole.file}", f"--workdir={tmp_path}"]
+    result = subprocess.run([sys.executable, "-c", KILLED, *flags], cwd=ROOT, capture_output=True, timeout=300)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    training_loop.run(changed(whole), str(tmp_path))
+    assert_same_end(changed(whole), tmp_path, whole.workdir)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
+
+
+# Signals.
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """The module as in a new process, and the handlers put back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(stopping, "_asked", None)
+    stopping.listen()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_in_training_saves_and_the_run_goes_on_bit_for_bit(
+    whole, tmp_path, monkeypatch, signals, number, status
+):
+    """It ends after the dispatch that it met, with a checkpoint of it; again, and it ends as if nothing had been."""
+    add = training_loop.Progress.add
+
+    def add_and_signal(self, averages):
+        add(self, averages)
+        if self._step == 4:
+            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)  # a second one changes nothing
+
+    experiment = changed(whole)
+    with monkeypatch.context() as patch, pytest.raises(stopping.Stopped) as stopped:
+        patch.setattr(training_loop.Progress, "add", add_and_signal)
+        training_loop.run(experiment, str(tmp_path))
+    assert stopped.value.status == status
+    sentence = "digits_teacher: stopped after step 6 of 8, which is saved; run the same command again to continue"
+    assert str(stopped.value) == sentence
+    assert newest_state(experiment, tmp_path)[0] == 6
+    assert not (tmp_path / "owner.json").exists()
+    monkeypatch.setattr(stopping, "_asked", None)
+    training_loop.run(experiment, str(tmp_path))
+    assert_same_end(experiment, tmp_path, whole.workdir)
+
+
+def test_a_signal_outside_of_training_ends_at_once(signals):
+    with pytest.raises(stopping.Stopped, match="stopped by a signal; run the same command again"):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_that_comes_too_late_for_the_loop_is_not_lost(signals):
+    with pytest.raises(stopping.Stopped), stopping.deferred():
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyError), stopping.deferred():  # an error goes first
+        raise KeyError
+
+
+def test_a_second_interrupt_does_not_wait(signals):
+    with pytest.raises(KeyboardInterrupt), stopping.deferred():
+        signal.raise_signal(signal.SIGINT)
+        assert stopping.reached()
+        signal.raise_signal(signal.SIGINT)
+
+
+# Trains; sends itself a signal after step 4.
+SIGNALLED = """
+import signal, sys
+from mscm import cli, main, training_loop
+
+add = training_loop.Progress.add
+
+def add_and_signal(self, averages):
+    add(self, averages)
+    if self._step == 4 and SENDS:
+        signal.raise_signal(signal.SIGTERM)
+
+training_loop.Progress.add = add_and_signal
+cli.run(main.main, doc="", required=())
+"""
+
+
+def test_the_command_ends_with_status_75(whole, tmp_path):
+    """And one sentence without a traceback."""
+    flags = [f"--config={whole.file}", f"--workdir={tmp_path}"]
+    result = subprocess.run(
+        [sys.executable, "-c", SIGNALLED.replace("SENDS", "True"), *flags],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )
+    assert result.returncode == 75, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last == "digits_teacher: stopped after step 6 of 8, which is saved; run the same command again to continue"
+    assert "Traceback" not in result.stderr
+
+
+def test_two_processes_stop_at_the_same_step(run_together, whole, tmp_path):
+    """One of them gets the signal; both save and end alike, and go on from there."""
+    flags = [
+        "--distributed=WHERE", f"--config={whole.file}", f"--workdir={tmp_path}", "--config.train.num_steps=100000",
+        "--config.train.save_every_steps=100000", "--config.train.log_every_steps=50000",
+    ]
+    words = [[sys.executable, "-c", SIGNALLED.replace("SENDS", sends), *flags] for sends in ("False", "step4")]
+    words[1][2] = words[1][2].replace("self._step == 4 and step4", "len(self._pending) == 3")
+    (code, _, errors), (other_code, _, other_errors) = run_together(*words)
+    assert (code, other_code) == (75, 75), errors + other_errors
+    sentences = {text.splitlines()[-1] for text in (errors, other_errors)}
+    (sentence,) = sentences
+    with reading(tmp_path) as checkpoints:
+        (step,) = checkpoints.steps()
+    assert 6 <= step < 100_000 and f"stopped after step {step} of 100000, which is saved" in sentence

@@ -216,6 +216,30 @@ def test_an_old_python_is_refused(fake):
     assert "got Python 3.10.12, expected Python 3.11 or newer" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("exits", "status", "retries"),
+    [([75] * 3 + [0], 0, 0), ([75, 1, 75, 1, 75, 1], 1, 2), ([75, 130], 130, 0), ([75, 2, 75, 0], 0, 1)],
+)
+def test_a_run_that_was_stopped_and_has_saved_is_started_again_and_no_failure(fake, exits, status, retries):
+    """Status 75, however soon and often; the failures between them are counted."""
+    write(fake / "venv/bin/python", PYTHON)
+    write(fake / "bin/sleep", "#!/usr/bin/env bash\n")
+    (fake / "exits").write_text("".join(f"{code}\n" for code in exits))
+    result = run(fake, "run.sh", "tpu", "python", "train", VENV=str(fake / "venv"), MIN_SECONDS="0", MAX_RETRIES="2")
+    assert result.returncode == status, result.stderr
+    assert result.stderr.count("starting it again") == exits.count(75)
+    assert result.stderr.count("; retry ") == retries
+    assert (fake / "home.runs").read_text().count("\n") == len(exits)
+
+
+def test_a_run_that_was_stopped_at_once_is_no_wrong_flag(fake):
+    write(fake / "venv/bin/python", PYTHON)
+    write(fake / "bin/sleep", "#!/usr/bin/env bash\n")
+    (fake / "exits").write_text("75\n2\n")
+    result = run(fake, "run.sh", "tpu", "python", "train", VENV=str(fake / "venv"))
+    assert result.returncode == 2 and "exit status 2 within 60 seconds" in result.stderr
+
+
 # A TPU pod.
 
 ACTIVE = {"request": ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]}

@@ -1,0 +1,77 @@
+"""A signal that asks a training to end: it saves first, and all its processes end at the same step.
+
+    stopping.listen()
+    with stopping.deferred():
+        ...
+        if stopping.reached():  # after every dispatch, in all processes
+            ...  # save
+
+Outside of `deferred` there is nothing to save, and the signal ends the process where it is.
+"""
+
+import contextlib
+import itertools
+import signal
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+# As sysexits.h has it: a failure that passes. What starts trainings again does not count it as one.
+EX_TEMPFAIL = 75
+_INTERRUPTED = 128 + signal.SIGINT  # as a shell says it: the operator meant it
+
+_asked: int | None = None  # the first signal
+_is_deferred = False
+_calls = itertools.count()
+
+
+class Stopped(BaseException):  # not Exception, which libraries catch
+    """A signal ended this process; `status` is its exit status, and the message says how to go on."""
+
+    def __init__(self, sentence: str):
+        super().__init__(f"{sentence}; run the same command again to continue")
+        self.status = _INTERRUPTED if _asked == signal.SIGINT else EX_TEMPFAIL
+
+
+def listen() -> None:
+    """From now on SIGTERM and the first SIGINT are what this module says; a second SIGINT ends the process at once."""
+    signal.signal(signal.SIGINT, _on_signal)
+    if jax.process_count() == 1:  # of several, each listens in JAX, which tells the others
+        signal.signal(signal.SIGTERM, _on_signal)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Within it a signal is noted, which `reached` tells.
+
+    Raises:
+      Stopped: at the end, where one came too late for `reached`.
+    """
+    global _is_deferred
+    _is_deferred = True
+    try:
+        yield
+    finally:
+        _is_deferred = False
+    if _asked is not None:
+        raise Stopped("stopped by a signal")
+
+
+def reached() -> bool:
+    """Whether all processes stop here; they call it in the same order."""
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point(next(_calls))
+    return _asked is not None
+
+
+def _on_signal(number: int, frame: object) -> None:
+    del frame
+    global _asked
+    _asked = _asked or number
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if jax.process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)
+    if not _is_deferred:
+        raise Stopped("stopped by a signal")

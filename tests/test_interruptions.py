@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, started twice, changed, damaged, and diverge."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +21,8 @@ from mscm import lease, stopping, training_loop
 from mscm.checkpoint import CheckpointError, reading
 from mscm.config import ConfigError, differences, load_config
 from mscm.experiment import build
+from mscm.replay import replay
+from mscm.report.writer import Writer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -402,3 +406,69 @@ def test_two_processes_stop_at_the_same_step(run_together, whole, tmp_path):
     with reading(tmp_path) as checkpoints:
         (step,) = checkpoints.steps()
     assert 6 <= step < 100_000 and f"stopped after step {step} of 100000, which is saved" in sentence
+
+
+# Divergence.
+
+
+def poisoned(experiment, *steps, of_gradient=False):
+    """The same with a loss, or its gradient alone, that is not a number at some steps (counted from 0)."""
+    loss_fn = experiment.method.loss_fn
+
+    def poison(params):  # 0 times infinity in its derivative
+        return jnp.sqrt(0.0 * jnp.sum(jax.tree.leaves(params)[0])) + (0.0 if of_gradient else jnp.nan)
+
+    def bad_loss(params, target, frozen, batch, key, step):
+        loss, metrics = loss_fn(params, target, frozen, batch, key, step)
+        is_bad = jnp.any(step == jnp.asarray(steps))
+        return loss + jax.lax.cond(is_bad, poison, lambda params: 0.0, params), metrics
+
+    return dataclasses.replace(experiment, method=dataclasses.replace(experiment.method, loss_fn=bad_loss))
+
+
+@pytest.mark.parametrize(
+    ("of_gradient", "what", "numbers"),
+    [(False, "loss", r"loss nan, gradient norm nan"), (True, "gradient norm", r"loss \d\S*, gradient norm nan")],
+)
+def test_a_divergence_is_noticed_and_found(whole, tmp_path, of_gradient, what, numbers):
+    """At the next report, with the window, the quantity and what was saved; replay names the step and its batch."""
+    experiment = poisoned(changed(whole), 5, of_gradient=of_gradient)
+    sentence = rf"got a {what} of nan in steps 5 to 6, expected a finite number; what was saved is step 4\. .*=6"
+    with pytest.raises(FloatingPointError, match=f"digits_teacher: {sentence} finds the step from .*diverged/6.json"):
+        training_loop.run(experiment, str(tmp_path))
+    record = json.loads((tmp_path / "diverged" / "6.json").read_text())
+    assert (record["steps"], record["checkpoint"], record["examples"]) == ([5, 6], 4, [32, 47])
+    assert newest_state(experiment, tmp_path)[0] == 4
+    before = listing(tmp_path)
+    assert re.fullmatch(
+        f"digits_teacher: step 6 is the first that is not finite: {numbers}; its batch is the examples 40 to 47 of the "
+        "run: epoch 0, from 40 of 1797 on",
+        replay(experiment, str(tmp_path), 6),
+    )
+    said = replay(changed(whole), str(tmp_path), 6)
+    assert "of the steps 5 to 6 are finite when they are repeated one by one" in said
+    assert listing(tmp_path) == before
+    with pytest.raises(ConfigError, match="--replay: got 7, expected a step at which a divergence was noticed: 6"):
+        replay(experiment, str(tmp_path), 7)
+
+
+def test_a_divergence_before_the_first_checkpoint_is_found_from_the_beginning(whole, tmp_path):
+    experiment = poisoned(changed(whole), 1)
+    with pytest.raises(FloatingPointError, match="in steps 1 to 2, .* what was saved is nothing"):
+        training_loop.run(experiment, str(tmp_path))
+    assert "step 2 is the first that is not finite" in replay(experiment, str(tmp_path), 2)
+
+
+def test_a_bounded_number_of_bad_steps_is_skipped(whole, tmp_path, monkeypatch):
+    """Two in a row, over the border of a dispatch, are; they are counted, and three are too many."""
+    scalars = {}
+    monkeypatch.setattr(Writer, "write_scalars", lambda self, step, values: scalars.update({step: values}))
+    experiment = changed(whole, train__max_bad_steps=2)
+    training_loop.run(poisoned(experiment, 3, 4, 6), str(tmp_path / "a"))
+    assert [scalars[step]["skipped_steps"] for step in (2, 4, 6, 8)] == [0, 1, 1, 1]
+    assert all(np.isfinite(value) for values in scalars.values() for value in values.values())
+    assert newest_state(experiment, tmp_path / "a")[0] == 8
+    with pytest.raises(FloatingPointError, match="in 3 steps in a row within the steps 5 to 6, expected at most"):
+        training_loop.run(poisoned(experiment, 3, 4, 5), str(tmp_path / "b"))
+    training_loop.run(experiment, str(tmp_path / "c"))  # without any, it changes nothing
+    assert_same_end(experiment, tmp_path / "c", whole.workdir)

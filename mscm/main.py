@@ -7,6 +7,7 @@ key of the config can be overridden: --config.train.num_steps=100. Writes below 
 report/samples.png, report/scores.json, and teacher/ (the teacher's own work directory, unless config.teacher.workdir
 names one).
 
+--dry_run checks all that can be checked, prints what would happen, and writes nothing.
 Where it ends because a loss or a gradient is not finite, --replay=STEP finds the step; it writes nothing.
 """
 
@@ -16,6 +17,7 @@ from mscm import cli, run_flags
 
 flags.adopt_module_key_flags(run_flags)  # so that --help lists them
 REPLAY = flags.DEFINE_integer("replay", None, "Repeat the steps before a divergence that was noticed at this one.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything, print what would happen, and write nothing.")
 
 
 def main() -> None:
@@ -32,6 +34,13 @@ def main() -> None:
         sentence = replay(experiment, workdir, REPLAY.value)
         if distributed.is_main():
             print(sentence)
+        return
+    if DRY_RUN.value:
+        from mscm.dry_run import dry_run
+
+        text = dry_run(experiment, workdir)
+        if distributed.is_main():
+            print(text)
         return
     stopping.listen()
     training_loop.run(experiment, workdir)

@@ -20,6 +20,7 @@ import pytest
 from mscm import lease, stopping, training_loop
 from mscm.checkpoint import CheckpointError, reading
 from mscm.config import ConfigError, differences, load_config
+from mscm.dry_run import dry_run
 from mscm.experiment import build
 from mscm.replay import replay
 from mscm.report.writer import Writer
@@ -86,6 +87,14 @@ def assert_same_end(experiment, workdir, expected):
     (step, got), (expected_step, expected) = (newest_state(experiment, path) for path in (workdir, expected))
     assert step == expected_step
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def student_file(whole, folder):
+    """A config of a student whose teacher is the run's model."""
+    text = CONFIG.replace("digits.teacher()", "digits.student(student_steps=2, distil=True)")
+    text = text.replace("    return", f"    config.teacher.config = {whole.file!r}\n    return")
+    (folder / "student.py").write_text(text)
+    return str(folder / "student.py")
 
 
 def listing(workdir):
@@ -204,12 +213,9 @@ def test_a_directory_without_checkpoints_takes_any_config(whole, tmp_path):
 
 def test_the_teacher_below_a_directory_remembers_too(whole, tmp_path):
     """Its sentence names its own directory."""
-    text = CONFIG.replace("digits.teacher()", "digits.student(student_steps=2, distil=True)")
-    text = text.replace("    return", f"    config.teacher.config = {whole.file!r}\n    return")
-    (tmp_path / "student.py").write_text(text)
+    config = load_config(student_file(whole, tmp_path))
     shutil.copytree(whole.workdir, tmp_path / "run" / "teacher")
     (tmp_path / "teacher.py").write_text(Path(whole.file).read_text().replace("warmup_steps = 2", "warmup_steps = 1"))
-    config = load_config(str(tmp_path / "student.py"))
     training_loop.check(build(config), str(tmp_path / "run"))
     config.teacher.config = str(tmp_path / "teacher.py")
     with pytest.raises(ConfigError, match=r"run/teacher: got another config .*: optimizer.warmup_steps: got 1, expec"):
@@ -472,3 +478,48 @@ def test_a_bounded_number_of_bad_steps_is_skipped(whole, tmp_path, monkeypatch):
         training_loop.run(poisoned(experiment, 3, 4, 5), str(tmp_path / "b"))
     training_loop.run(experiment, str(tmp_path / "c"))  # without any, it changes nothing
     assert_same_end(experiment, tmp_path / "c", whole.workdir)
+
+
+# Before anything happens.
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(whole, workdir, tmp_path):
+    """A new directory, one that is continued, one that is done, and a teacher that is only read."""
+    new = tmp_path / "a" / "b"
+    command = [sys.executable, "-m", "mscm.main", f"--config={whole.file}", f"--workdir={new}", "--dry_run"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "a").exists()
+    first, second, third = result.stdout.splitlines()
+    assert first == "digits_teacher: 1797 images, 1 cpu of mesh {'data': 1, 'fsdp': 1, 'tensor': 1}"
+    said = re.fullmatch(
+        rf"digits_teacher in {new}: 0 of 8 steps are done, 2 checkpoints of (\S+) GB to come, 3 kept", second
+    )
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(newest_state(changed(whole), workdir)[1]))
+    assert said[1] == f"{size / 1e9:.3g}"
+    needed, free = re.fullmatch(r"New checkpoints need (\S+) GB of (\S+) GB that are free", third).groups()
+    assert needed == f"{2 * size / 1e9:.3g}" and float(free) > 0
+    before = listing(workdir)
+    assert ": all 8 steps are done\n" in dry_run(changed(whole), str(workdir))
+    longer = changed(whole, train__num_steps=20, train__save_every_steps=2, train__keep_checkpoints=1)
+    text = dry_run(longer, str(workdir))
+    assert ": 8 of 20 steps are done, 6 checkpoints of " in text and " to come, 1 kept\n" in text
+    assert f"need {2 * size / 1e9:.3g} GB of" in text  # the old one goes after the new one has come
+    student = load_config(student_file(whole, tmp_path))
+    student.teacher.workdir = str(workdir)
+    text = dry_run(build(student), str(new))
+    assert f"\ndigits_teacher in {workdir}: only read, its step 8\ndigits_cd2 in {new}: 0 of 8 steps are done" in text
+    assert listing(workdir) == before and not new.exists()
+
+
+def test_a_dry_run_refuses_what_cannot_work(whole, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--workdir: .*/file/x', expected a directory to write to: .*/file is none"):
+        dry_run(changed(whole), str(tmp_path / "file" / "x"))
+    with pytest.raises(ConfigError, match="got .*, expected a multiple of"):
+        dry_run(changed(whole, train__num_microbatches=3), str(tmp_path / "x"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match="--workdir: got 1e-06 GB free in .*, expected .* GB for checkpoints"):
+        dry_run(changed(whole), str(tmp_path / "x"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

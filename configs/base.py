@@ -27,7 +27,7 @@ def with_shared(**sections) -> ConfigDict:
             prediction="v",
             # simple diffusion's Adam, arXiv:2301.11093.
             optimizer=dict(name="adam", b1=0.9, b2=0.99, eps=1e-12, weight_decay=0.0, clip_norm=1.0),
-            train=dict(keep_checkpoints=3, num_microbatches=1),
+            train=dict(keep_checkpoints=3, num_microbatches=1, max_bad_steps=0),
             mesh=dict(data=-1, fsdp=1, tensor=1),
             eval=dict(
                 seeds=(0,),

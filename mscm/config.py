@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 _DECIDES_NOTHING = (
     "eval", "mesh", "path", "num_threads", "num_workers", "workdir", "attention", "remat", "num_microbatches",
     "steps_per_dispatch", "log_every_steps", "save_every_steps", "keep_checkpoints",
+    "max_bad_steps",
 )
 
 

@@ -97,6 +97,7 @@ class TrainSpec:
     log_every_steps: int
     save_every_steps: int
     keep_checkpoints: int
+    max_bad_steps: int  # in a row, which are skipped because their loss or gradient is not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,6 +317,7 @@ class Experiment:
             num_segments=self.student_steps if self.method.has_segments else None,
             target_decay=self.method.target_decay,
             num_microbatches=self.train.num_microbatches,
+            skips_bad_steps=self.train.max_bad_steps > 0,
             in_shardings=(state, self.frozen_shardings(), partition.batch_sharding(self.mesh, leading=1), whole),
             out_shardings=(state, whole),
             compiler_options=compilation.options(self.platform),
@@ -570,7 +572,10 @@ def _data(section: Section) -> DataSpec:
 
 
 def _train(section: Section) -> TrainSpec:
-    train = TrainSpec(**{f.name: section.number(f.name, minimum=1) for f in dataclasses.fields(TrainSpec)})
+    train = TrainSpec(**{
+        f.name: section.number(f.name, minimum=0 if f.name == "max_bad_steps" else 1)
+        for f in dataclasses.fields(TrainSpec)
+    })
     for key in ("num_steps", "log_every_steps", "save_every_steps"):
         if getattr(train, key) % train.steps_per_dispatch:
             raise ConfigError(

@@ -6,6 +6,9 @@ Run again with the same flags, it continues from the last checkpoint; SIGTERM (e
 key of the config can be overridden: --config.train.num_steps=100. Writes below DIR: checkpoints/, events (TensorBoard),
 report/samples.png, report/scores.json, and teacher/ (the teacher's own work directory, unless config.teacher.workdir
 names one).
+
+--dry_run checks all that can be checked, prints what would happen, and writes nothing.
+Where it ends because a loss or a gradient is not finite, --replay=STEP finds the step; it writes nothing.
 """
 
 from absl import flags
@@ -13,6 +16,8 @@ from absl import flags
 from mscm import cli, run_flags
 
 flags.adopt_module_key_flags(run_flags)  # so that --help lists them
+REPLAY = flags.DEFINE_integer("replay", None, "Repeat the steps before a divergence that was noticed at this one.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything, print what would happen, and write nothing.")
 
 
 def main() -> None:
@@ -22,8 +27,23 @@ def main() -> None:
 
     if run_flags.DISTRIBUTED.value:
         distributed.start(run_flags.DISTRIBUTED.value)
+    experiment, workdir = build(run_flags.CONFIG.value), cli.path_of(run_flags.WORKDIR)
+    if REPLAY.value is not None:
+        from mscm.replay import replay
+
+        sentence = replay(experiment, workdir, REPLAY.value)
+        if distributed.is_main():
+            print(sentence)
+        return
+    if DRY_RUN.value:
+        from mscm.dry_run import dry_run
+
+        text = dry_run(experiment, workdir)
+        if distributed.is_main():
+            print(text)
+        return
     stopping.listen()
-    training_loop.run(build(run_flags.CONFIG.value), cli.path_of(run_flags.WORKDIR))
+    training_loop.run(experiment, workdir)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The training loop and what ends it: read from top to bottom."""
 
 import collections
+import contextlib
 import json
 import os
 import time
@@ -136,6 +137,7 @@ def train(
         stopping.deferred(),
         Checkpoints(workdir, keep=spec.keep_checkpoints) as checkpoints,
         Writer(workdir, active=is_main) as writer,
+        noting_divergence(experiment, workdir, checkpoints),
     ):
         if (checkpoints.latest() or 0) >= spec.num_steps:
             logging.info("%s: all %d steps are done", experiment.name, spec.num_steps)
@@ -168,11 +170,59 @@ def train(
                 break
 
 
+class Diverged(FloatingPointError):
+    """A number of some steps, the first and the last of which are given, is not finite."""
+
+    def __init__(self, sentence: str, first: int, last: int):
+        super().__init__(sentence)
+        self.first, self.last = first, last
+
+
+@contextlib.contextmanager
+def noting_divergence(experiment: Experiment, workdir: str, checkpoints: Checkpoints) -> Iterator[None]:
+    """Writes WORKDIR/diverged/STEP.json, from which `mscm.replay` finds the step, where the block raises Diverged.
+
+    Raises:
+      FloatingPointError: then, with a sentence that says all.
+    """
+    try:
+        yield
+    except Diverged as diverged:
+        checkpoints.wait()
+        start, path = checkpoints.latest() or 0, diverged_path(workdir, diverged.last)
+        batch_size = experiment.train.batch_size
+        record = {
+            "model": experiment.name,
+            "what": str(diverged),
+            "steps": [diverged.first, diverged.last],
+            "checkpoint": start,
+            "examples": [(diverged.first - 1) * batch_size, diverged.last * batch_size - 1],
+        }
+        if distributed.is_main():
+            atomic.write_text(path, json.dumps(record, indent=2) + "\n")
+        raise FloatingPointError(
+            f"{experiment.name}: {diverged}; what was saved is {f'step {start}' if start else 'nothing'}. The same "
+            f"command with --replay={diverged.last} finds the step from {path}; then lower "
+            "config.optimizer.learning_rate in another work directory, or go on with --config.train.max_bad_steps=3, "
+            "which skips as many in a row"
+        ) from diverged
+
+
+def diverged_path(workdir: str, step: int) -> str:
+    """The file about a divergence that was noticed after `step`."""
+    return os.path.join(workdir, "diverged", f"{step}.json")
+
+
 def initial_state(experiment: Experiment, checkpoints: Checkpoints, teacher_params: Params) -> TrainState:
-    """The newest checkpoint; else the teacher's weights (students); else random ones."""
+    """The newest checkpoint; else the state before the first step."""
     if checkpoints.latest() is not None:
         logging.info("%s: continuing from step %d", experiment.name, checkpoints.latest())
         return checkpoints.restore(experiment.placed_state())
+    return first_state(experiment, teacher_params)
+
+
+def first_state(experiment: Experiment, teacher_params: Params) -> TrainState:
+    """The state before the first step: the teacher's weights (students); else random ones."""
     if experiment.teacher is not None:
 
         def from_teacher(params: Params, key: Key) -> TrainState:
@@ -223,6 +273,7 @@ class Progress:
     def __init__(self, experiment: Experiment, step: int, writer: Writer):
         self._experiment, self._writer, self._pending = experiment, writer, []
         self._step, self._time, self._waited = step, time.monotonic(), 0.0
+        self._bad_in_a_row = 0
 
     def waiting_for(self, items: Iterator[Batch]) -> Iterator[Batch]:
         """The same items, counting the time in which the device has nothing to do: it has finished when they come."""
@@ -244,16 +295,30 @@ class Progress:
         """Writes what was added since the last report.
 
         Raises:
-          FloatingPointError: the loss is not finite.
+          Diverged: loss or gradient norm is not finite, or too many steps in a row were skipped.
         """
         spec = self._experiment.train
-        totals = jax.tree.map(lambda *sums: np.sum(np.stack(sums), axis=0), *jax.device_get(self._pending))
+        pending, first = jax.device_get(self._pending), self._step + 1
+        if spec.max_bad_steps:
+            skipped = np.concatenate([np.atleast_1d(averages.pop("skipped_steps").total) for averages in pending])
+            for bad in skipped:
+                self._bad_in_a_row = self._bad_in_a_row + 1 if bad else 0
+                if self._bad_in_a_row > spec.max_bad_steps:
+                    raise Diverged(
+                        f"got a loss or a gradient that is not finite in {self._bad_in_a_row} steps in a row within "
+                        f"the steps {first} to {step}, expected at most train.max_bad_steps = {spec.max_bad_steps}",
+                        first,
+                        step,
+                    )
+        totals = jax.tree.map(lambda *sums: np.sum(np.stack(sums), axis=0), *pending)
         scalars = {name: float(average.compute()) for name, average in totals.items() if average.count > 0}
-        if not np.isfinite(scalars["loss"]):
-            raise FloatingPointError(
-                f"{self._experiment.name}: got a loss of {scalars['loss']} in steps {self._step + 1} to {step}, "
-                "expected a finite number; the checkpoints before it are kept: lower config.optimizer.learning_rate"
-            )
+        for name, what in (("loss", "loss"), ("gradient_norm", "gradient norm")):
+            if not np.isfinite(scalars.get(name, 0.0)):
+                raise Diverged(
+                    f"got a {what} of {scalars[name]} in steps {first} to {step}, expected a finite number", first, step
+                )
+        if spec.max_bad_steps:
+            scalars["skipped_steps"] = float(np.sum(skipped))
         now = time.monotonic()
         rate = (step - self._step) / (now - self._time)
         scalars |= {
@@ -267,7 +332,7 @@ class Progress:
             self._experiment.name,
             step,
             spec.num_steps,
-            scalars["loss"],
+            scalars.get("loss", np.nan),  # all were skipped
             rate,
             scalars["images_per_second"],
             cli.duration((spec.num_steps - step) / rate),

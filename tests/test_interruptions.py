@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, started twice, changed, damaged, and diverge."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,13 +13,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mscm import lease, stopping, training_loop
 from mscm.checkpoint import CheckpointError, reading
 from mscm.config import ConfigError, differences, load_config
+from mscm.dry_run import dry_run
 from mscm.experiment import build
+from mscm.replay import replay
+from mscm.report.writer import Writer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,6 +87,14 @@ def assert_same_end(experiment, workdir, expected):
     (step, got), (expected_step, expected) = (newest_state(experiment, path) for path in (workdir, expected))
     assert step == expected_step
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def student_file(whole, folder):
+    """A config of a student whose teacher is the run's model."""
+    text = CONFIG.replace("digits.teacher()", "digits.student(student_steps=2, distil=True)")
+    text = text.replace("    return", f"    config.teacher.config = {whole.file!r}\n    return")
+    (folder / "student.py").write_text(text)
+    return str(folder / "student.py")
 
 
 def listing(workdir):
@@ -200,12 +213,9 @@ def test_a_directory_without_checkpoints_takes_any_config(whole, tmp_path):
 
 def test_the_teacher_below_a_directory_remembers_too(whole, tmp_path):
     """Its sentence names its own directory."""
-    text = CONFIG.replace("digits.teacher()", "digits.student(student_steps=2, distil=True)")
-    text = text.replace("    return", f"    config.teacher.config = {whole.file!r}\n    return")
-    (tmp_path / "student.py").write_text(text)
+    config = load_config(student_file(whole, tmp_path))
     shutil.copytree(whole.workdir, tmp_path / "run" / "teacher")
     (tmp_path / "teacher.py").write_text(Path(whole.file).read_text().replace("warmup_steps = 2", "warmup_steps = 1"))
-    config = load_config(str(tmp_path / "student.py"))
     training_loop.check(build(config), str(tmp_path / "run"))
     config.teacher.config = str(tmp_path / "teacher.py")
     with pytest.raises(ConfigError, match=r"run/teacher: got another config .*: optimizer.warmup_steps: got 1, expec"):
@@ -402,3 +412,114 @@ def test_two_processes_stop_at_the_same_step(run_together, whole, tmp_path):
     with reading(tmp_path) as checkpoints:
         (step,) = checkpoints.steps()
     assert 6 <= step < 100_000 and f"stopped after step {step} of 100000, which is saved" in sentence
+
+
+# Divergence.
+
+
+def poisoned(experiment, *steps, of_gradient=False):
+    """The same with a loss, or its gradient alone, that is not a number at some steps (counted from 0)."""
+    loss_fn = experiment.method.loss_fn
+
+    def poison(params):  # 0 times infinity in its derivative
+        return jnp.sqrt(0.0 * jnp.sum(jax.tree.leaves(params)[0])) + (0.0 if of_gradient else jnp.nan)
+
+    def bad_loss(params, target, frozen, batch, key, step):
+        loss, metrics = loss_fn(params, target, frozen, batch, key, step)
+        is_bad = jnp.any(step == jnp.asarray(steps))
+        return loss + jax.lax.cond(is_bad, poison, lambda params: 0.0, params), metrics
+
+    return dataclasses.replace(experiment, method=dataclasses.replace(experiment.method, loss_fn=bad_loss))
+
+
+@pytest.mark.parametrize(
+    ("of_gradient", "what", "numbers"),
+    [(False, "loss", r"loss nan, gradient norm nan"), (True, "gradient norm", r"loss \d\S*, gradient norm nan")],
+)
+def test_a_divergence_is_noticed_and_found(whole, tmp_path, of_gradient, what, numbers):
+    """At the next report, with the window, the quantity and what was saved; replay names the step and its batch."""
+    experiment = poisoned(changed(whole), 5, of_gradient=of_gradient)
+    sentence = rf"got a {what} of nan in steps 5 to 6, expected a finite number; what was saved is step 4\. .*=6"
+    with pytest.raises(FloatingPointError, match=f"digits_teacher: {sentence} finds the step from .*diverged/6.json"):
+        training_loop.run(experiment, str(tmp_path))
+    record = json.loads((tmp_path / "diverged" / "6.json").read_text())
+    assert (record["steps"], record["checkpoint"], record["examples"]) == ([5, 6], 4, [32, 47])
+    assert newest_state(experiment, tmp_path)[0] == 4
+    before = listing(tmp_path)
+    assert re.fullmatch(
+        f"digits_teacher: step 6 is the first that is not finite: {numbers}; its batch is the examples 40 to 47 of the "
+        "run: epoch 0, from 40 of 1797 on",
+        replay(experiment, str(tmp_path), 6),
+    )
+    said = replay(changed(whole), str(tmp_path), 6)
+    assert "of the steps 5 to 6 are finite when they are repeated one by one" in said
+    assert listing(tmp_path) == before
+    with pytest.raises(ConfigError, match="--replay: got 7, expected a step at which a divergence was noticed: 6"):
+        replay(experiment, str(tmp_path), 7)
+
+
+def test_a_divergence_before_the_first_checkpoint_is_found_from_the_beginning(whole, tmp_path):
+    experiment = poisoned(changed(whole), 1)
+    with pytest.raises(FloatingPointError, match="in steps 1 to 2, .* what was saved is nothing"):
+        training_loop.run(experiment, str(tmp_path))
+    assert "step 2 is the first that is not finite" in replay(experiment, str(tmp_path), 2)
+
+
+def test_a_bounded_number_of_bad_steps_is_skipped(whole, tmp_path, monkeypatch):
+    """Two in a row, over the border of a dispatch, are; they are counted, and three are too many."""
+    scalars = {}
+    monkeypatch.setattr(Writer, "write_scalars", lambda self, step, values: scalars.update({step: values}))
+    experiment = changed(whole, train__max_bad_steps=2)
+    training_loop.run(poisoned(experiment, 3, 4, 6), str(tmp_path / "a"))
+    assert [scalars[step]["skipped_steps"] for step in (2, 4, 6, 8)] == [0, 1, 1, 1]
+    assert all(np.isfinite(value) for values in scalars.values() for value in values.values())
+    assert newest_state(experiment, tmp_path / "a")[0] == 8
+    with pytest.raises(FloatingPointError, match="in 3 steps in a row within the steps 5 to 6, expected at most"):
+        training_loop.run(poisoned(experiment, 3, 4, 5), str(tmp_path / "b"))
+    training_loop.run(experiment, str(tmp_path / "c"))  # without any, it changes nothing
+    assert_same_end(experiment, tmp_path / "c", whole.workdir)
+
+
+# Before anything happens.
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(whole, workdir, tmp_path):
+    """A new directory, one that is continued, one that is done, and a teacher that is only read."""
+    new = tmp_path / "a" / "b"
+    command = [sys.executable, "-m", "mscm.main", f"--config={whole.file}", f"--workdir={new}", "--dry_run"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "a").exists()
+    first, second, third = result.stdout.splitlines()
+    assert first == "digits_teacher: 1797 images, 1 cpu of mesh {'data': 1, 'fsdp': 1, 'tensor': 1}"
+    said = re.fullmatch(
+        rf"digits_teacher in {new}: 0 of 8 steps are done, 2 checkpoints of (\S+) GB to come, 3 kept", second
+    )
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(newest_state(changed(whole), workdir)[1]))
+    assert said[1] == f"{size / 1e9:.3g}"
+    needed, free = re.fullmatch(r"New checkpoints need (\S+) GB of (\S+) GB that are free", third).groups()
+    assert needed == f"{2 * size / 1e9:.3g}" and float(free) > 0
+    before = listing(workdir)
+    assert ": all 8 steps are done\n" in dry_run(changed(whole), str(workdir))
+    longer = changed(whole, train__num_steps=20, train__save_every_steps=2, train__keep_checkpoints=1)
+    text = dry_run(longer, str(workdir))
+    assert ": 8 of 20 steps are done, 6 checkpoints of " in text and " to come, 1 kept\n" in text
+    assert f"need {2 * size / 1e9:.3g} GB of" in text  # the old one goes after the new one has come
+    student = load_config(student_file(whole, tmp_path))
+    student.teacher.workdir = str(workdir)
+    text = dry_run(build(student), str(new))
+    assert f"\ndigits_teacher in {workdir}: only read, its step 8\ndigits_cd2 in {new}: 0 of 8 steps are done" in text
+    assert listing(workdir) == before and not new.exists()
+
+
+def test_a_dry_run_refuses_what_cannot_work(whole, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--workdir: .*/file/x', expected a directory to write to: .*/file is none"):
+        dry_run(changed(whole), str(tmp_path / "file" / "x"))
+    with pytest.raises(ConfigError, match="got .*, expected a multiple of"):
+        dry_run(changed(whole, train__num_microbatches=3), str(tmp_path / "x"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match="--workdir: got 1e-06 GB free in .*, expected .* GB for checkpoints"):
+        dry_run(changed(whole), str(tmp_path / "x"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

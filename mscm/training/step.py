@@ -53,6 +53,7 @@ def make_train_steps(
     num_segments: int | None,
     target_decay: TargetDecay | None = None,
     num_microbatches: int = 1,
+    skips_bad_steps: bool = False,
     **jit_options: Any,
 ) -> Callable[[TrainState, Params, Batch, Key], tuple[TrainState, Averages]]:
     """Several optimiser steps as one jitted function with donated state; `jit_options` are its shardings.
@@ -60,6 +61,9 @@ def make_train_steps(
     The batches carry a leading axis, one entry per step; the metrics are sums and counts over all of them. Each batch
     is taken in `num_microbatches` parts one after the other, whose gradients are averaged: activations of one part are
     in memory at a time.
+
+    With `skips_bad_steps` one whose loss or gradient is not finite changes nothing but the number of the step, and
+    nothing is measured of it; `skipped_steps` says which they were: one entry per step, because those in a row count.
     """
 
     def one_step(state: TrainState, frozen: Params, batch: Batch, root: Key) -> tuple[TrainState, Averages]:
@@ -83,7 +87,13 @@ def make_train_steps(
         ema, target = ema_lib.update(state.ema, params, decay), state.target
         if target_decay is not None:
             target = ema_lib.update(target, params, target_decay(state.step))
-        return TrainState(state.step + 1, params, ema, opt_state, target), averages
+        after = TrainState(state.step + 1, params, ema, opt_state, target)
+        if not skips_bad_steps:
+            return after, averages
+        is_good = jnp.isfinite(averages["loss"].total) & jnp.isfinite(averages["gradient_norm"].total)
+        after = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), after, state._replace(step=after.step))
+        averages = jax.tree.map(lambda sums: jnp.where(is_good, sums, jnp.zeros_like(sums)), averages)
+        return after, averages | {"skipped_steps": _average(~is_good)}
 
     def accumulate(gradient_of: Callable[[Batch, Key], Any], batch: Batch, key: Key) -> Any:
         # Part j takes every k-th row from the j-th, so that it lies on the devices as the whole batch does.
@@ -106,7 +116,8 @@ def make_train_steps(
             # No loop around one step: in one, XLA's CPU backend takes 30 times as long for a convolution's gradient.
             return one_step(state, frozen, jax.tree.map(lambda batch: batch[0], batches), root)
         state, averages = jax.lax.scan(lambda state, batch: one_step(state, frozen, batch, root), state, batches)
-        return state, jax.tree.map(lambda sums: jnp.sum(sums, axis=0), averages)
+        totals = {name: jax.tree.map(lambda sums: jnp.sum(sums, axis=0), a) for name, a in averages.items()}
+        return state, totals | {name: a for name, a in averages.items() if name == "skipped_steps"}
 
     return jax.jit(steps, donate_argnums=0, **jit_options)
 

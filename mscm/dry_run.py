@@ -1,0 +1,86 @@
+"""What a training would do here, found out without writing anything."""
+
+import os
+import shutil
+
+import jax
+import numpy as np
+from etils import epath
+
+from mscm import training_loop
+from mscm.checkpoint import reading
+from mscm.config import ConfigError
+from mscm.experiment import Experiment, Member
+
+
+def dry_run(experiment: Experiment, workdir: str) -> str:
+    """A line for each model of the lineage, and what the checkpoints need; checks all that a training checks first.
+
+    Raises:
+      ConfigError, CheckpointError: what training would refuse, a work directory that cannot be made, a full disk.
+    """
+    folder = _existing(workdir)
+    source = training_loop.check(experiment, workdir)
+    devices = experiment.mesh.devices
+    lines = [
+        f"{experiment.name}: {len(source)} images, {devices.size} {devices.flat[0].device_kind} of mesh "
+        f"{dict(experiment.mesh.shape)}"
+    ]
+    needed = 0
+    for member in experiment.lineage(workdir):
+        line, size = _plan(member)
+        lines.append(line)
+        needed += size
+    if folder is None:
+        lines.append(f"New checkpoints need {_gigabytes(needed)}; nobody says what is free in {workdir}")
+        return "\n".join(lines)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigError(
+            f"--workdir: got {_gigabytes(free)} free in {folder}, expected {_gigabytes(needed)} for checkpoints; lower "
+            "config.train.keep_checkpoints, or take another disk"
+        )
+    lines.append(f"New checkpoints need {_gigabytes(needed)} of {_gigabytes(free)} that are free")
+    return "\n".join(lines)
+
+
+def _plan(member: Member) -> tuple[str, int]:
+    """What happens to a model, and the bytes of its checkpoints that would be there at the same time."""
+    experiment, spec = member.experiment, member.experiment.train
+    done = 0
+    if (epath.Path(member.workdir) / "checkpoints").is_dir():
+        with reading(member.workdir) as checkpoints:
+            done = checkpoints.latest() or 0
+    what = f"{experiment.name} in {member.workdir}: "
+    if member.is_given:
+        return f"{what}only read, its step {done}", 0
+    _ = experiment.mesh  # refuses a batch that does not fit the devices
+    if done >= spec.num_steps:
+        return f"{what}all {spec.num_steps} steps are done", 0
+    last = spec.num_steps
+    count = last // spec.save_every_steps - done // spec.save_every_steps + bool(last % spec.save_every_steps)
+    leaves = jax.tree.leaves(experiment.abstract_state())
+    size = sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in leaves)
+    text = f"{done} of {last} steps are done, {count} checkpoints of {_gigabytes(size)} to come, "
+    # An old one goes after the new one has come.
+    return f"{what}{text}{spec.keep_checkpoints} kept", size * min(count, spec.keep_checkpoints + 1)
+
+
+def _existing(workdir: str) -> str | None:
+    """The directory, or the nearest above it that exists; None in a bucket.
+
+    Raises:
+      ConfigError: the work directory cannot be made there.
+    """
+    if "://" in workdir:
+        return None
+    path = os.path.abspath(workdir)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path) or not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(f"--workdir: got {workdir!r}, expected a directory to write to: {path} is none")
+    return path
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"

@@ -189,6 +189,9 @@ def test_gradients_where_the_distance_is_0(shift):
         np.testing.assert_allclose(gradient, 0, atol=1e-6)
     if shift:
         assert not np.any(lpips.embedding(params, jnp.asarray(a))[0])
+        # Also before the ReLU, which would hide a nan where the features are its zeros.
+        root = jax.grad(lambda maps: jnp.sum(lpips._normalised(maps)))(jnp.zeros((1, 2, 2, 3)))
+        assert np.all(np.isfinite(root))
 
 
 def test_grey_images_have_three_equal_channels():

@@ -205,6 +205,14 @@ def test_what_decides_nothing_may_change(whole, changes):
     assert config != before and differences(config, before) == {}
 
 
+def test_a_key_that_only_one_config_has_is_a_difference():
+    """Also where the other's value would be None."""
+    one, other = {"a": 1, "b": {"c": None}}, {"a": 1, "b": {}}
+    assert differences(one, other) == {"b.c": "b.c: got None, expected 'no such key'"}
+    assert differences(other, one) == {"b.c": "b.c: got 'no such key', expected None"}
+    assert differences(one, one) == {}
+
+
 def test_a_directory_without_checkpoints_takes_any_config(whole, tmp_path):
     """Nothing is lost where nothing was saved."""
     (tmp_path / "config.json").write_text(json.dumps(changed(whole, seed=3).config))

@@ -193,3 +193,20 @@ def test_a_student_starts_with_its_teachers_weights(student, tmp_path):
         pointers = zip(jax.tree.leaves(mine), jax.tree.leaves(teacher), strict=True)
         assert all(a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer() for a, b in pointers)
     assert state.step == 0
+
+
+def test_a_bad_step_changes_nothing_but_its_number():
+    """Of three steps in a dispatch the second is of NaN: state and measurements are those of the other two."""
+    optimizer, steps = _steps(skips_bad_steps=True)
+    batches, frozen = {"x": jax.random.normal(jax.random.key(0), (3, 5, 4))}, {"shift": jnp.ones(())}
+    bad = {"x": batches["x"].at[1].set(jnp.nan)}
+    state, averages = steps(_state(optimizer), frozen, bad, ROOT_KEY)
+    assert averages["skipped_steps"].total.tolist() == [0, 1, 0]
+    assert averages["loss"].count == 10 and averages["gradient_norm"].count == 2
+    expected, first = steps(_state(optimizer), frozen, {"x": batches["x"][:1]}, ROOT_KEY)
+    expected, last = steps(expected._replace(step=jnp.int32(2)), frozen, {"x": batches["x"][2:]}, ROOT_KEY)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state, expected)
+    np.testing.assert_allclose(averages["loss"].total, first["loss"].total + last["loss"].total, rtol=1e-6)
+    _, plain = _steps()
+    for got, number in ((plain(_state(optimizer), frozen, batches, ROOT_KEY)[0], 3), (state, 3)):
+        assert got.step == number and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))

@@ -3,8 +3,8 @@
 #
 #   launch/reproduce_digits.sh DIR [SEEDS]
 #
-# From a checkout with mscm installed; three seeds by default, each run on one core, about an hour on two cores. Killed,
-# the same command goes on where it was. Below DIR: the runs, and compare/ with table, figure and samples.
+# From a checkout with mscm installed; three seeds by default, each run on one core. Killed, the same command goes on where
+# it was. Below DIR: the runs, and compare/ with table, figure and samples. How long it takes is not measured yet.
 set -euo pipefail
 
 if (( $# < 1 || $# > 2 )); then

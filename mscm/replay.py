@@ -37,7 +37,7 @@ def replay(experiment: Experiment, workdir: str, step: int) -> str:
         state = training_loop.first_state(ours, teacher_params)
     logging.info("%s: repeating the steps %d to %d", ours.name, start + 1, last)
     run_steps, root = ours.train_steps(), jax.random.key(ours.seed + 1)
-    frozen = teacher_params if ours.distil else {}
+    frozen = ours.frozen(teacher_params)
     batches = training_loop.on_device(ours, training_loop.batches(ours, source, start))
     for number, batch in zip(range(start + 1, last + 1), batches, strict=False):
         state, averages = run_steps(state, frozen, batch, root)

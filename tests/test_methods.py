@@ -64,7 +64,8 @@ def test_the_distance_of_a_consistency_model_is_lpips(config, monkeypatch):
 def test_training_under_it(config, tmp_path):
     """Two steps: a finite loss (another would end them), a gradient."""
     experiment = build(config)
-    training_loop.train(experiment, str(tmp_path), training_loop.check(experiment, str(tmp_path)), {})
+    source = training_loop.check(experiment, str(tmp_path))
+    training_loop.train(experiment, str(tmp_path), source, {}, check_ours=lambda: None)
     with reading(str(tmp_path)) as checkpoints:
         assert checkpoints.latest() == 2
         state = checkpoints.restore(experiment.abstract_state())

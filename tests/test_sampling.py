@@ -222,9 +222,10 @@ def test_clipping_is_of_the_denoiser(text, wrap):
     assert np.abs(actual - at_the_end).max() > 0.01
 
 
-def test_plain_ddim_may_clip():
-    """What a student may be asked for."""
-    plain = [SamplerSpec(text, 2).is_plain_ddim for text in ("ddim", "ddim:clip=static", "ddim:eta=0,grid=uniform")]
-    others = ("ddim:eta=1", "ddim:grid=karras", "ddim:guidance=1", "addim", "heun:clip=static")
+def test_plain_ddim_may_clip_and_take_a_weight():
+    """What a student may be asked for; whether it takes a weight of guidance is asked elsewhere."""
+    texts = ("ddim", "ddim:clip=static", "ddim:eta=0,grid=uniform", "ddim:guidance=1")
+    plain = [SamplerSpec(text, 2).is_plain_ddim for text in texts]
+    others = ("ddim:eta=1", "ddim:grid=karras", "ddim:guidance=1,guidance_low=0", "addim", "heun:clip=static")
     other = [SamplerSpec(text, 2).is_plain_ddim for text in others]
     assert all(plain) and not any(other)

@@ -4,7 +4,7 @@ Command:   python -m mscm.main --config=configs/toy_mixture.py:teacher --workdir
            python -m mscm.main --config=configs/toy_mixture.py:cd4 --workdir=DIR/cd4 \
                --config.teacher.workdir=DIR/teacher
 Hardware:  two CPU cores
-Cost:      half a minute each: compiling, 5 s of training, the scores; all four compile and train within a minute
+Cost:      40 to 50 seconds each, beside another run: start-up, compiling, 5 s of training, the scores
 Expected:  fd_pixels, the Frechet distance of the values themselves, below 1e-3 for every student (0.24 for one step
            of the teacher); the figures of the README
 

@@ -171,7 +171,6 @@ def consistency_training(
     variant: str = "",
 ) -> ConfigDict:
     """A consistency model from data alone, on a grid that grows from `start` to `end` + 1; arXiv:2303.01469."""
-    config.name = _join(family, run, variant)
     config.objective = dict(
         name="consistency",
         distil=False,
@@ -181,9 +180,7 @@ def consistency_training(
         distance=dict(name="l2"),
         target_decay=dict(name="cm", start_decay=start_decay),
     )
-    config.eval.student_samplers = samplers
-    config.teacher = None
-    return config
+    return _alone(config, family=family, run=run, variant=variant, samplers=samplers)
 
 
 def improved_consistency_training(
@@ -197,7 +194,6 @@ def improved_consistency_training(
     variant: str = "",
 ) -> ConfigDict:
     """The improved techniques of arXiv:2310.14189 (iCT), from data alone, on EDM's noise levels."""
-    config.name = _join(family, run, variant)
     config.objective = dict(
         name="consistency",
         distil=False,
@@ -207,13 +203,11 @@ def improved_consistency_training(
         distance=dict(name="pseudo_huber", scale=0.00054),
         target_decay=None,
     )
-    config.eval.student_samplers = samplers
     config.prediction = "consistency"
     config.schedule = ConfigDict(dict(name="karras", sigma_min=0.002, sigma_max=80.0, rho=7.0))
     config.model.update(dict(logsnr_input="log_sigma", fourier_scale=0.02))
     config.optimizer.update(dict(name="radam", b2=0.999, eps=1e-8, clip_norm=placeholder(float)))
-    config.teacher = None
-    return config
+    return _alone(config, family=family, run=run, variant=variant, samplers=samplers)
 
 
 def guided(config: ConfigDict, *, family: str, variant: str = "") -> ConfigDict:
@@ -227,6 +221,14 @@ def guided(config: ConfigDict, *, family: str, variant: str = "") -> ConfigDict:
     )
     config.model.guidance_input = True
     return _of_teacher(config, family=family, run="guided", variant=variant, teacher="guidable")
+
+
+def _alone(config: ConfigDict, *, family: str, run: str, variant: str, samplers: tuple[str, ...]) -> ConfigDict:
+    """Name and samplers of a consistency model that starts from nothing."""
+    config.name = _join(family, run, variant)
+    config.eval.student_samplers = samplers
+    config.teacher = None
+    return config
 
 
 def _of_teacher(config: ConfigDict, *, family: str, run: str, variant: str, teacher: str = "teacher") -> ConfigDict:

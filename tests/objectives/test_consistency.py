@@ -14,6 +14,7 @@ from mscm.objectives import consistency as cm
 from mscm.objectives import distance, solvers
 from mscm.objectives import multistep_consistency as msc
 from mscm.types import Guided, Level
+from tests.objectives.recorder import Recorder
 
 KEY = jax.random.key(0)
 X = jax.random.uniform(jax.random.key(1), (32, 4, 4, 2), minval=-1.0)
@@ -40,17 +41,6 @@ def network(theta, y, sigma):
 
 def exploding_f(theta):
     return lambda z, t: network(theta, z, karras(t).sigma)
-
-
-class Recorder:
-    """A function that remembers what it was asked."""
-
-    def __init__(self, function):
-        self.function, self.calls = function, []
-
-    def __call__(self, z, t):
-        self.calls.append((z, t))
-        return self.function(z, t)
 
 
 def log_weights(grid_points, schedule_=karras, **options):

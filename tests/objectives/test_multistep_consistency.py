@@ -14,6 +14,7 @@ from mscm.objectives import distance, solvers
 from mscm.objectives import multistep_consistency as msc
 from mscm.objectives.diffusion import diffusion_loss
 from mscm.types import Guided, Level
+from tests.objectives.recorder import Recorder
 
 KEY = jax.random.key(0)
 X = jax.random.uniform(jax.random.key(1), (64, 4, 4, 2), minval=-1.0)
@@ -42,17 +43,6 @@ def karras(t):
 
 def images(seed, shape=(4, 3, 3, 2)):
     return jax.random.normal(jax.random.key(seed), shape)
-
-
-class Recorder:
-    """A student that returns `function(z, t)` and remembers what it was asked: first (z_s, s), then (z_t, t)."""
-
-    def __init__(self, function):
-        self.function, self.calls = function, []
-
-    def __call__(self, z, t):
-        self.calls.append((z, t))
-        return self.function(z, t)
 
 
 # ---------------------------------------------------------------------------------------------------------------- grid

@@ -14,6 +14,7 @@ from mscm.objectives import distance, progressive, solvers
 from mscm.objectives.progressive import progressive_loss
 from mscm.objectives.tract import tract_loss
 from mscm.types import Level
+from tests.objectives.recorder import Recorder
 
 KEY = jax.random.key(0)
 X = jax.random.uniform(jax.random.key(1), (64, 4, 4, 2), minval=-1.0)
@@ -35,17 +36,6 @@ def karras(t):
 
 def teacher(z, t):
     return 1.3 * jnp.sin(z) - 0.2 * t[:, None, None, None]
-
-
-class Recorder:
-    """A function that remembers what it was asked."""
-
-    def __init__(self, function):
-        self.function, self.calls = function, []
-
-    def __call__(self, z, t):
-        self.calls.append((z, t))
-        return self.function(z, t)
 
 
 def literal_target(x, z_t, t, r, s, schedule_, x_var_frac):

@@ -12,6 +12,7 @@ from mscm.objectives import distance, solvers
 from mscm.objectives import multistep_consistency as msc
 from mscm.objectives.tract import tract_loss
 from mscm.types import Level
+from tests.objectives.recorder import Recorder
 
 KEY = jax.random.key(0)
 X = jax.random.uniform(jax.random.key(1), (64, 4, 4, 2), minval=-1.0)
@@ -38,17 +39,6 @@ def teacher(z, t):
 
 def self_teacher(z, t):
     return 1.6 * jnp.cos(z) * (1 - t[:, None, None, None])
-
-
-class Recorder:
-    """A function that remembers what it was asked."""
-
-    def __init__(self, function):
-        self.function, self.calls = function, []
-
-    def __call__(self, z, t):
-        self.calls.append((z, t))
-        return self.function(z, t)
 
 
 def run(schedule_, *, student_steps, teacher_steps, **options):

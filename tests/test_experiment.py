@@ -307,3 +307,27 @@ print(tuple(build(config).for_evaluation().mesh.shape.values()))
     assert result.returncode == 0, result.stderr
     refused, *meshes = result.stdout.splitlines()
     assert "train.batch_size: got 32" in refused and meshes == ["(5, 1, 1)"] * 2
+
+
+@pytest.mark.parametrize(("family", "loss"), [
+    (lambda: digits.tract(student_steps=4), "tract_loss"), (digits.consistency_training, "consistency_model_loss"),
+])
+def test_the_target_network_is_what_the_loss_compares_with(family, loss, monkeypatch):
+    """The student answers with the parameters, TRACT's self-teacher and the reference of CM with the target's."""
+    asked = []
+
+    def network(model, params, *, guidance=None, dropout_key=None):
+        return lambda z_t, logsnr, labels: jnp.full_like(z_t, params)
+
+    def spy(student, *others, **options):
+        asked.append((student, options["reference"] if "reference" in options else others[1]))
+        return jnp.zeros(BATCH), {"logsnr": jnp.zeros(BATCH)}
+
+    monkeypatch.setattr(methods, "network", network)
+    monkeypatch.setattr(methods, loss, spy)
+    experiment = build(family())
+    monkeypatch.setattr(type(experiment), "answer", lambda *_: None)
+    experiment.loss_fn(2.0, 5.0, methods.Frozen(), _batch(), jax.random.key(0), jnp.int32(0))
+    ((student, reference),) = asked
+    z_t, t = jnp.zeros((BATCH, 8, 8, 1)), jnp.full(BATCH, 0.5)
+    np.testing.assert_allclose(reference(z_t, t) / student(z_t, t), 2.5, rtol=1e-5)

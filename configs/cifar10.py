@@ -6,8 +6,17 @@ archive or prepared records instead of TensorFlow Datasets. The variant 'small' 
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import base
+
+# Re-noising of consistency models: the noise at j / S of the family's schedule, S = 2, 4, 8.
+_SAMPLERS = (
+    "consistency",
+    "consistency:sigmas=1.0",
+    "consistency:sigmas=2.414/1.0/0.414",
+    "consistency:sigmas=5.027/2.414/1.497/1.0/0.668/0.414/0.199",
+)
 
 
 def _base(variant: str) -> ConfigDict:
@@ -65,6 +74,64 @@ def student(*, student_steps: int, distil: bool, variant: str) -> ConfigDict:
         teacher_steps=dict(start=64.0, end=1280.0, anneal_steps=config.train.num_steps // 2),
         variant=variant,
     )
+
+
+def progressive(*, variant: str) -> ConfigDict:
+    """PD from 1,024 steps down to 1 in ten phases; small: from 64 in six."""
+    config = _base(variant)
+    config.optimizer.learning_rate /= 2
+    phase_steps = tuple(2**n for n in range(10, -1, -1))
+    # As on ImageNet: the last two phases are twice as long.
+    config.train.num_steps = 20_000
+    num_steps_before = 8 * (10_000,) + (20_000,)
+    if variant == "small":
+        phase_steps, num_steps_before = phase_steps[4:], None
+        config.train.num_steps = 500
+    return base.progressive(
+        config, family="cifar10", phase_steps=phase_steps, num_steps_before=num_steps_before, variant=variant
+    )
+
+
+def tract(*, student_steps: int, variant: str) -> ConfigDict:
+    """TRACT in two phases; the paper's step counts, arXiv:2303.04248."""
+    config = _base(variant)
+    config.optimizer.learning_rate /= 2
+    config.train.num_steps //= 2
+    phase_steps = (1024, 32, student_steps)
+    return base.tract(config, family="cifar10", phase_steps=phase_steps, run=f"tract{student_steps}", variant=variant)
+
+
+def consistency_distillation(*, variant: str) -> ConfigDict:
+    """CM by distillation on 18 noise levels, compared by LPIPS as in the paper; small: pixel by pixel."""
+    config = _base(variant)
+    config.optimizer.learning_rate /= 2
+    config = base.consistency_distillation(
+        config, family="cifar10", run="cm_cd", points=18, samplers=_SAMPLERS, variant=variant
+    )
+    return _compared_by_lpips(config) if variant == "" else config
+
+
+def consistency_training(*, variant: str) -> ConfigDict:
+    """CM on the data alone, compared by LPIPS as in the paper; small: pixel by pixel."""
+    config = base.consistency_training(
+        _base(variant),
+        family="cifar10",
+        run="cm_ct",
+        start=2,
+        end=150,
+        start_decay=0.9,
+        samplers=_SAMPLERS,
+        variant=variant,
+    )
+    return _compared_by_lpips(config) if variant == "" else config
+
+
+def _compared_by_lpips(config: ConfigDict) -> ConfigDict:
+    """At 224 pixels, as in arXiv:2303.01469; the weights are a file of mscm.metrics.convert."""
+    config.objective.distance = dict(
+        name="lpips", weights=placeholder(str), resize=224, precision="bfloat16", pooling="max"
+    )
+    return config
 
 
 def improved_consistency_training(*, variant: str) -> ConfigDict:

@@ -60,8 +60,9 @@ def test_the_files_that_the_readme_promises_exist():
         for side in (64, 128)
         for run in ("teacher", *(f"{kind}{s}" for kind in ("cd", "ct") for s in (1, 2, 4, 8, 16)))
     }
-    others = {f"digits_{run}" for run in ("pd", "cm_cd", "cm_ct", "ict", "guidable", "guided", "guided_cd4")}
-    others |= {f"digits_tract{s}" for s in (1, 2, 4, 8)} | {"cifar10_ict", "imagenet64_ict", "imagenet64_pd"}
+    baselines = ("pd", *(f"tract{s}" for s in (1, 2, 4, 8)), "cm_cd", "cm_ct", "ict")
+    others = {f"{family}_{run}" for family in ("digits", "cifar10") for run in baselines}
+    others |= {f"digits_{run}" for run in ("guidable", "guided", "guided_cd4")} | {"imagenet64_ict", "imagenet64_pd"}
     assert {path.stem for path in FILES} == small | imagenet | others
 
 

@@ -27,7 +27,11 @@ from mscm.types import Array, Denoiser, Float, Images, Level, Times
 def ddim_coefficient(lvl_t: Level, lvl_s: Level) -> Float[Array, "b 1 1 1"]:
     """A(t, s), the weight of x in a DDIM step, through the sine of an angle difference."""
     radius_s = jnp.hypot(lvl_s.alpha, lvl_s.sigma)
-    return radius_s * jnp.sin(lvl_t.angle - lvl_s.angle) / jnp.sin(lvl_t.angle)
+    # Near the noise through the complements of the angles, which are small there and keep their digits.
+    complement_t, complement_s = (jnp.arctan2(level.alpha, level.sigma) for level in (lvl_t, lvl_s))
+    is_noise = lvl_s.sigma > lvl_s.alpha
+    difference = jnp.where(is_noise, complement_s - complement_t, lvl_t.angle - lvl_s.angle)
+    return radius_s * jnp.sin(difference) / jnp.sin(lvl_t.angle)
 
 
 def ddim(x: Images, z_t: Images, lvl_t: Level, lvl_s: Level) -> Images:

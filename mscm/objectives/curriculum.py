@@ -35,7 +35,7 @@ def cm_grid_points(step: int | Int[Array, ""], *, start: int, end: int, num_step
 
 def cm_target_decay(grid_points: int | Int[Array, ""], *, start: int, start_decay: float) -> Float[Array, ""]:
     """mu(k) = exp(s0 log(mu0) / N(k)), the decay of f_ref's average; arXiv:2303.01469. mu = mu0 where N = s0."""
-    return jnp.exp(start * math.log(start_decay) / jnp.asarray(grid_points, jnp.float32))
+    return jnp.power(jnp.float32(start_decay), start / jnp.asarray(grid_points, jnp.float32))
 
 
 def ict_grid_points(step: int | Int[Array, ""], *, start: int, end: int, num_steps: int) -> Int[Array, ""]:

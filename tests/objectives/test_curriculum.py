@@ -51,7 +51,8 @@ def test_grid_points_are_exact_at_every_step(start, end, num_steps):
 
 
 def test_decay_of_the_target_network():
-    """mu(k) = exp(s0 log(mu0) / N(k)): mu0 at N = s0, its s0 / N-th power after."""
+    """mu(k) = exp(s0 log(mu0) / N(k)): mu0 at N = s0, its s0 / N-th power after; 0 is no average at all."""
+    assert float(cm_target_decay(5, start=2, start_decay=0.0)) == 0.0
     assert float(cm_target_decay(2, start=2, start_decay=0.9)) == pytest.approx(0.9, rel=1e-6)
     assert float(cm_target_decay(jnp.int32(151), start=2, start_decay=0.9)) == pytest.approx(0.9 ** (2 / 151), rel=1e-6)
     assert float(cm_target_decay(201, start=2, start_decay=0.95)) == pytest.approx(0.95 ** (2 / 201), rel=1e-6)

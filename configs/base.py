@@ -60,9 +60,22 @@ def teacher(
     """The config of a diffusion model, from which the students of the family start."""
     config.name = _join(family, run, variant)
     config.objective = dict(
-        name="diffusion", loss="v_mse", multiscale=multiscale or placeholder(tuple), label_dropout=0.0
+        name="diffusion", loss="v_mse", noise=None, multiscale=multiscale or placeholder(tuple), label_dropout=0.0
     )
     config.teacher = None
+    return config
+
+
+def edm(config: ConfigDict, *, family: str, num_steps: int, variant: str = "") -> ConfigDict:
+    """A diffusion model as EDM's (arXiv:2206.00364): schedule, noise, preconditioning, loss and optimiser.
+
+    `num_steps` of its sampler are those whose levels are at the times j / num_steps.
+    """
+    config = teacher(config, family=family, run="edm", variant=variant)
+    config.objective.update(dict(loss="edm_mse", noise=dict(mean=-1.2, std=1.2)))
+    config.eval.teacher_samplers = ("heun",)
+    config.optimizer.update(dict(b2=0.999, eps=1e-8, clip_norm=placeholder(float)))
+    _on_edm_levels(config, "edm", num_steps=num_steps)
     return config
 
 
@@ -141,6 +154,17 @@ def tract(
     return _of_teacher(config, family=family, run=run, variant=variant)
 
 
+def tract_of_edm(
+    config: ConfigDict, *, family: str, teacher_steps: int, student_steps: int, run: str, variant: str = ""
+) -> ConfigDict:
+    """TRACT's variant for EDM's models: one phase, of Heun's steps; arXiv:2303.04248."""
+    config = tract(config, family=family, phase_steps=(teacher_steps, student_steps), run=run, variant=variant)
+    config.objective.update(dict(solver=dict(name="heun"), distance="edm_mse"))
+    config.teacher.config = _teacher_file(family, "edm", variant)
+    _on_edm_levels(config, "edm", num_steps=teacher_steps)
+    return config
+
+
 def consistency_distillation(
     config: ConfigDict, *, family: str, run: str, points: int, samplers: tuple[str, ...], variant: str = ""
 ) -> ConfigDict:
@@ -170,7 +194,10 @@ def consistency_training(
     samplers: tuple[str, ...],
     variant: str = "",
 ) -> ConfigDict:
-    """A consistency model from data alone, on a grid that grows from `start` to `end` + 1; arXiv:2303.01469."""
+    """A consistency model from data alone, on a grid that grows from `start` to `end` + 1; arXiv:2303.01469.
+
+    On EDM's noise levels, as the next.
+    """
     config.objective = dict(
         name="consistency",
         distil=False,
@@ -180,6 +207,7 @@ def consistency_training(
         distance=dict(name="l2"),
         target_decay=dict(name="cm", start_decay=start_decay),
     )
+    _on_edm_levels(config, "consistency")
     return _alone(config, family=family, run=run, variant=variant, samplers=samplers)
 
 
@@ -203,9 +231,8 @@ def improved_consistency_training(
         distance=dict(name="pseudo_huber", scale=0.00054),
         target_decay=None,
     )
-    config.prediction = "consistency"
-    config.schedule = ConfigDict(dict(name="karras", sigma_min=0.002, sigma_max=80.0, rho=7.0))
-    config.model.update(dict(logsnr_input="log_sigma", fourier_scale=0.02))
+    _on_edm_levels(config, "consistency")
+    config.model.fourier_scale = 0.02
     config.optimizer.update(dict(name="radam", b2=0.999, eps=1e-8, clip_norm=placeholder(float)))
     return _alone(config, family=family, run=run, variant=variant, samplers=samplers)
 
@@ -223,6 +250,14 @@ def guided(config: ConfigDict, *, family: str, variant: str = "") -> ConfigDict:
     return _of_teacher(config, family=family, run="guided", variant=variant, teacher="guidable")
 
 
+def _on_edm_levels(config: ConfigDict, prediction: str, *, num_steps: int | None = None) -> None:
+    """Schedule, preconditioning and time input of EDM, arXiv:2206.00364."""
+    config.prediction = prediction
+    steps = {} if num_steps is None else dict(num_steps=num_steps)
+    config.schedule = ConfigDict(dict(name="karras", sigma_min=0.002, sigma_max=80.0, rho=7.0, **steps))
+    config.model.logsnr_input = "log_sigma"
+
+
 def _alone(config: ConfigDict, *, family: str, run: str, variant: str, samplers: tuple[str, ...]) -> ConfigDict:
     """Name and samplers of a consistency model that starts from nothing."""
     config.name = _join(family, run, variant)
@@ -234,11 +269,12 @@ def _alone(config: ConfigDict, *, family: str, run: str, variant: str, samplers:
 def _of_teacher(config: ConfigDict, *, family: str, run: str, variant: str, teacher: str = "teacher") -> ConfigDict:
     """Name and teacher of a run."""
     config.name = _join(family, run, variant)
-    file = f"configs/{family}_{teacher}.py"
-    config.teacher = dict(
-        config=f"{file}:{variant}" if variant else file, workdir=placeholder(str), guidance=0.0
-    )
+    config.teacher = dict(config=_teacher_file(family, teacher, variant), workdir=placeholder(str), guidance=0.0)
     return config
+
+
+def _teacher_file(family: str, run: str, variant: str) -> str:
+    return f"configs/{family}_{run}.py" + (f":{variant}" if variant else "")
 
 
 def _join(*parts: str) -> str:

@@ -101,6 +101,22 @@ def tract(*, student_steps: int, variant: str) -> ConfigDict:
     return base.tract(config, family="cifar10", phase_steps=phase_steps, run=f"tract{student_steps}", variant=variant)
 
 
+def edm(*, variant: str) -> ConfigDict:
+    """EDM's diffusion model, with as many levels as its variant of TRACT has."""
+    config = base.edm(_base(variant), family="cifar10", num_steps=40, variant=variant)
+    config.eval.teacher_steps = (2, 4, 8, 20)
+    return config
+
+
+def tract_of_edm(*, variant: str) -> ConfigDict:
+    """TRACT of EDM's model, from 40 steps to 1 in one phase; arXiv:2303.04248."""
+    config = _base(variant)
+    config.optimizer.learning_rate /= 2
+    return base.tract_of_edm(
+        config, family="cifar10", teacher_steps=40, student_steps=1, run="tract_edm1", variant=variant
+    )
+
+
 def consistency_distillation(*, variant: str) -> ConfigDict:
     """CM by distillation on 18 noise levels, compared by LPIPS as in the paper; small: pixel by pixel."""
     config = _base(variant)

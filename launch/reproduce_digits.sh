@@ -4,7 +4,7 @@
 #   launch/reproduce_digits.sh DIR [SEEDS]
 #
 # From a checkout with mscm installed; three seeds by default, each run on one core. Killed, the same command goes on where
-# it was. Below DIR: the runs, and compare/ with table, figure and samples. How long it takes is not measured yet.
+# it was. Below DIR: the runs, and compare/ with table, figure and samples.
 set -euo pipefail
 
 if (( $# < 1 || $# > 2 )); then
@@ -13,14 +13,5 @@ if (( $# < 1 || $# > 2 )); then
 fi
 mkdir -p "$1"
 root="$(cd "$1" && pwd)"
-seeds="${2:-3}"
-
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python benchmarks/digits_table.py --workdir="$root" --seeds="$seeds"
-runs=""
-for (( seed = 0; seed < seeds; seed++ )); do
-  for run in "$root/teacher_default_student_default/seed_$seed"/*/; do
-    runs+="${runs:+,}${run%/}"
-  done
-done
-python -m mscm.compare --workdir="$runs" --output="$root/compare"
+exec python benchmarks/methods_table.py --family=digits --workdir="$root" --seeds="${2:-3}"

@@ -21,7 +21,7 @@ from mscm.metrics import weights as feature_weights
 from mscm.objectives import curriculum, solvers
 from mscm.objectives import distance as distances
 from mscm.objectives.consistency import consistency_model_loss, lognormal_log_weights
-from mscm.objectives.diffusion import diffusion_loss
+from mscm.objectives.diffusion import diffusion_loss, lognormal_times
 from mscm.objectives.guidance import guidance_loss, sample_guidance
 from mscm.objectives.multistep_consistency import consistency_loss
 from mscm.objectives.progressive import progressive_loss
@@ -30,7 +30,11 @@ from mscm.training import ema
 from mscm.training.step import Batch, LossFn, TargetDecay
 from mscm.types import Array, Denoiser, Distance, Images, Int, Key, Labels, Params, PerExample, Schedule, Teacher, Times
 
-DIFFUSION_LOSSES: dict[str, Distance] = {"v_mse": distances.v_mse, "eps_mse": distances.eps_mse}
+DIFFUSION_LOSSES: dict[str, Distance] = {
+    "v_mse": distances.v_mse,
+    "eps_mse": distances.eps_mse,
+    "edm_mse": distances.edm_mse,
+}
 CONSISTENCY_DISTANCES: dict[str, Callable[..., PerExample]] = {
     "pseudo_huber": distances.pseudo_huber,
     "pseudo_huber_weighted": distances.pseudo_huber_weighted,
@@ -165,6 +169,8 @@ def _scaled(section: Section, distance: Distance, parts: Parts) -> Distance:
 def _diffusion(section: Section, parts: Parts) -> Method:
     distance = _scaled(section, section.choose("loss", DIFFUSION_LOSSES), parts)
     label_dropout = section.number("label_dropout", minimum=0.0, below=1.0)
+    noise = section.optional_section("noise")
+    times = noise and noise.bind(functools.partial(lognormal_times, parts.schedule))
 
     def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
         del target, frozen, step
@@ -174,7 +180,7 @@ def _diffusion(section: Section, parts: Parts) -> Method:
             dropped = jax.random.bernoulli(k_label, label_dropout, example.labels.shape)
             example = example._replace(labels=jnp.where(dropped, parts.num_classes, example.labels))
         return diffusion_loss(
-            _denoiser(parts, params, example), parts.schedule, example.x, k_loss, distance=distance
+            _denoiser(parts, params, example), parts.schedule, example.x, k_loss, times=times, distance=distance
         )
 
     return Method(loss_fn)

@@ -60,7 +60,7 @@ def test_the_files_that_the_readme_promises_exist():
         for side in (64, 128)
         for run in ("teacher", *(f"{kind}{s}" for kind in ("cd", "ct") for s in (1, 2, 4, 8, 16)))
     }
-    baselines = ("pd", *(f"tract{s}" for s in (1, 2, 4, 8)), "cm_cd", "cm_ct", "ict")
+    baselines = ("pd", *(f"tract{s}" for s in (1, 2, 4, 8)), "cm_cd", "cm_ct", "ict", "edm", "tract_edm1")
     others = {f"{family}_{run}" for family in ("digits", "cifar10") for run in baselines}
     others |= {f"digits_{run}" for run in ("guidable", "guided", "guided_cd4")} | {"imagenet64_ict", "imagenet64_pd"}
     assert {path.stem for path in FILES} == small | imagenet | others
@@ -519,7 +519,7 @@ def test_an_impossible_value_is_refused(path, value, sentence):
         ("digits_pd", "objective__solver__x_var", 0.5, "solver.x_var: nothing reads this key"),
         ("digits_pd", "objective__distance", "l2", "objective.distance: got 'l2', expected one of v_mse, trunc"),
         ("digits_cm_ct", "objective__grid__name", "edm", "grid.name: got 'edm', expected one of constant, cm, ict"),
-        ("digits_cm_ct", "objective__grid__start", 1, "got start=1 and end=150 grid points, expected 2 <= start"),
+        ("digits_cm_ct", "objective__grid__start", 1, "got start=1 and end=20 grid points, expected 2 <= start"),
         ("digits_cm_ct", "objective__solver", {"name": "heun"}, "objective.solver: nothing reads this key"),
         ("digits_cm_cd", "teacher", None, "config.teacher: got None, expected a section naming the diffusion model"),
         ("digits_cm_cd", "objective__weight", "two", "objective.weight: got 'two', expected one of one, inverse_gap"),

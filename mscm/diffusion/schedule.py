@@ -101,9 +101,23 @@ def karras_sigma(
     return (low + t * (high - low)) ** rho
 
 
-def karras(t: Times, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Level:
-    """Variance-exploding level alpha = 1, sigma on the Karras curve, equation (5)."""
-    sigma = karras_sigma(t, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)[:, None, None, None]
+def karras(
+    t: Times, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, num_steps: int | None = None
+) -> Level:
+    """Variance-exploding level alpha = 1, sigma on the Karras curve, equation (5).
+
+    With `num_steps` n the curve begins at t = 1/n, and before it sigma is proportional to t: sigma(0) = 0, and the
+    times j/n are the levels of EDM's sampler in n steps, whose last step ends in the data.
+    """
+    curve = functools.partial(karras_sigma, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    if num_steps is None:
+        sigma = curve(t)
+    elif num_steps < 2:
+        raise ValueError(f"got num_steps={num_steps}, expected at least 2")
+    else:
+        on_curve = curve(jnp.maximum(t * num_steps - 1, 0) / (num_steps - 1))
+        sigma = jnp.where(t * num_steps < 1, t * num_steps * sigma_min, on_curve)
+    sigma = sigma[:, None, None, None]
     return Level(jnp.ones_like(sigma), sigma)
 
 
@@ -115,7 +129,7 @@ def times_of_logsnr(schedule: Schedule, logsnr: Float[np.ndarray, "n"]) -> Float
     """
     logsnr = np.asarray(logsnr, np.float32)
     noisiest, cleanest = logsnr_range(schedule)
-    inside = np.asarray(_bisect(schedule, logsnr))
+    inside = np.asarray(_bisected(schedule, logsnr))
     return np.select([logsnr >= cleanest, logsnr <= noisiest], [np.float32(0), np.float32(1)], inside)
 
 
@@ -130,9 +144,9 @@ def host_logsnr(schedule: Schedule, t: Float[np.ndarray, "n"]) -> Float[np.ndarr
     return np.asarray(_logsnr(schedule, t))
 
 
-# Compiled as a whole: one operation after the other would each be compiled for every number of times.
-@functools.partial(jax.jit, static_argnums=0)
-def _bisect(schedule: Schedule, logsnr: Float[np.ndarray | jax.Array, "n"]) -> Times:
+def traced_times_of_logsnr(schedule: Schedule, logsnr: Float[np.ndarray | jax.Array, "n"]) -> Times:
+    """`times_of_logsnr` for use inside of jit; beyond the noisiest log-SNR a time within 2^-24 of 1."""
+
     def halve(_: Int[jax.Array, ""] | int, bounds: tuple[Times, Times]) -> tuple[Times, Times]:
         low, high = bounds
         middle = (low + high) / 2
@@ -141,6 +155,10 @@ def _bisect(schedule: Schedule, logsnr: Float[np.ndarray | jax.Array, "n"]) -> T
 
     low, _ = jax.lax.fori_loop(0, 50, halve, (jnp.zeros_like(logsnr), jnp.ones_like(logsnr)))
     return low
+
+
+# Compiled as a whole: one operation after the other would each be compiled for every number of times.
+_bisected = jax.jit(traced_times_of_logsnr, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

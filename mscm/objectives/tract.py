@@ -6,8 +6,7 @@ whole way in one DDIM step. This is multistep consistency distillation on a fixe
 (training/ema.py, bias_corrected_decay) and a squared distance.
 
 Both x_hat of the target are clipped to [-1, 1] before the step that they make; the student's is not. The EDM variant
-clips the self-teacher's only: solver = solvers.heun, distance = distance.edm_mse, and a variance-exploding schedule
-(the authors': sigma = 0 at t = 0, the Karras curve over the other points of the teacher's grid).
+clips the self-teacher's only: solver = solvers.heun, distance = distance.edm_mse, schedule.karras with num_steps = T.
 """
 
 import jax.numpy as jnp

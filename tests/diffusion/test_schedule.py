@@ -144,6 +144,18 @@ def test_karras_level_is_variance_exploding():
     np.testing.assert_allclose(sigma[:, 0, 0, 0], [1, 2, 5], rtol=1e-6)
 
 
+@pytest.mark.parametrize("num_steps", [2, 18, 40])
+def test_karras_levels_of_a_sampler(num_steps):
+    """At j / n: sigma_0 = 0, then EDM's n levels; sigma is continuous and rises between them."""
+    sigma = schedule.karras(jnp.arange(num_steps + 1) / num_steps, num_steps=num_steps).sigma[:, 0, 0, 0]
+    expected = schedule.karras_sigma(jnp.arange(num_steps) / (num_steps - 1))
+    np.testing.assert_allclose(sigma, [0, *expected], rtol=1e-5)
+    fine = schedule.karras(jnp.linspace(0, 1, 5001), num_steps=num_steps).sigma[:, 0, 0, 0]
+    assert np.all(np.diff(fine) > 0)
+    around = 1 / num_steps + jnp.array([-1e-6, 1e-6])
+    np.testing.assert_allclose(schedule.karras(around, num_steps=num_steps).sigma[:, 0, 0, 0], 0.002, rtol=2e-3)
+
+
 def test_impossible_bounds_are_named():
     """Wrong orders and signs raise, and the message has the offending numbers."""
     t = jnp.zeros(1)
@@ -153,13 +165,18 @@ def test_impossible_bounds_are_named():
         schedule.interpolated(t, resolution=64, noise_low=0, noise_high=64)
     with pytest.raises(ValueError, match="sigma_min=2.0 and sigma_max=1.0"):
         schedule.karras(t, sigma_min=2.0, sigma_max=1.0)
+    with pytest.raises(ValueError, match="num_steps=1"):
+        schedule.karras(t, num_steps=1)
 
 
-@pytest.mark.parametrize("name", [*SCHEDULES, "karras"])
+@pytest.mark.parametrize("name", [*SCHEDULES, "karras", "karras to 0"])
 def test_times_of_logsnr_invert_the_schedule(name):
     """The latest time with at least this log-SNR, to the spacing of float32; beyond the schedule, its nearer end."""
-    make = {**SCHEDULES, "karras": schedule.karras}[name]
+    to_0 = functools.partial(schedule.karras, num_steps=18)
+    make = {**SCHEDULES, "karras": schedule.karras, "karras to 0": to_0}[name]
     noisiest, cleanest = schedule.logsnr_range(make)
+    assert (cleanest == np.inf) == (make is to_0)
+    cleanest = min(cleanest, 20.0)
     wanted = np.linspace(noisiest, cleanest, 42, dtype=np.float32)[1:-1]
     times = schedule.times_of_logsnr(make, wanted)
     assert times.dtype == np.float32 and np.all(np.diff(times) < 0)
@@ -171,5 +188,6 @@ def test_times_of_logsnr_invert_the_schedule(name):
     assert np.all(logsnr_at(times) >= wanted - rounding)
     assert np.all(logsnr_at(np.nextafter(times, np.float32(1))) < wanted + rounding)
     np.testing.assert_allclose(logsnr_at(times), wanted, rtol=0, atol=2e-4)
+    cleanest = schedule.logsnr_range(make)[1]
     ends = schedule.times_of_logsnr(make, np.float32([np.inf, cleanest + 1, cleanest, noisiest, noisiest - 1, -np.inf]))
     np.testing.assert_array_equal(ends, [0, 0, 0, 1, 1, 1])

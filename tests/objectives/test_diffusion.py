@@ -11,7 +11,7 @@ from scipy import stats
 from mscm.diffusion import schedule
 from mscm.diffusion.denoiser import gaussian_oracle
 from mscm.objectives import distance
-from mscm.objectives.diffusion import diffusion_loss, stratified_times
+from mscm.objectives.diffusion import diffusion_loss, lognormal_times, stratified_times
 
 X = jax.random.uniform(jax.random.key(0), (8, 4, 4, 2), minval=-1.0)
 KEY = jax.random.key(1)
@@ -91,3 +91,30 @@ def test_times_are_uniform():
     """The marginal over keys is uniform: Kolmogorov-Smirnov inside a stratum."""
     t = jax.vmap(lambda key: stratified_times(key, 4))(jax.random.split(KEY, 500))
     assert stats.kstest(np.asarray((t * 4) % 1).ravel(), "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", ["karras", "cosine"])
+def test_times_of_lognormal_noise(name):
+    """The log of sigma / alpha is the quantile of a normal distribution; far out, times stay within [0, 1]."""
+    make = getattr(schedule, name)
+    uniform = (jnp.arange(4000) + 0.5) / 4000
+    t = jax.jit(lambda u: lognormal_times(make, u, mean=-1.0, std=1.2))(uniform)
+    log_noise = -0.5 * make(t).logsnr[:, 0, 0, 0]
+    inside = np.abs(np.asarray(uniform) - 0.5) < 0.499
+    np.testing.assert_allclose(log_noise[inside], stats.norm.ppf(uniform, -1.0, 1.2)[inside], rtol=0, atol=2e-3)
+    ends = lognormal_times(make, jnp.array([0.0, 1.0]), mean=-30.0, std=0.1)
+    assert np.all(np.isfinite(ends)) and np.all(ends == 0)
+    assert np.all(1 - lognormal_times(make, jnp.array([0.0, 1.0]), mean=30.0, std=0.1) < 1e-6)
+
+
+def test_times_are_the_callers():
+    """The denoiser is asked at the function of the uniform times, and the noise is of that level."""
+    seen = {}
+
+    def denoiser(z_t, t):
+        seen.update(z_t=z_t, t=t)
+        return X
+
+    _, metrics = diffusion_loss(denoiser, schedule.cosine, X, KEY, times=lambda t: t / 2)
+    np.testing.assert_array_equal(np.floor(seen["t"] * 16), np.arange(8))
+    np.testing.assert_allclose(metrics["logsnr"], schedule.cosine(seen["t"]).logsnr[:, 0, 0, 0])

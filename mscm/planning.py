@@ -131,6 +131,7 @@ def model_flops(experiment: Experiment) -> tuple[int, int]:
 
     A backward pass is two forward ones. So consistency training is 4 of them for each image (student forward and
     backward, reference), distillation 5 (and the teacher), or 6 (a guided teacher); the loss is walked, not assumed.
+    A network in which two images are compared is asked for the gradient of one, with respect to the image alone.
     """
     state, frozen, batches, key = abstract_inputs(experiment)
     batch = {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in batches.items()}
@@ -141,8 +142,14 @@ def model_flops(experiment: Experiment) -> tuple[int, int]:
         return experiment.denoiser(params, labels)(z_t, t)
 
     once = flops.count(jax.make_jaxpr(forward)(state.params, batch["label"], z_t, t))
-    loss = flops.count(jax.make_jaxpr(experiment.loss_fn)(state.params, state.target, frozen, batch, key, state.step))
-    return once, loss + 2 * once
+    rest = (state.params, state.target, frozen, batch, key, state.step)
+    loss = flops.count(jax.make_jaxpr(experiment.loss_fn)(*rest))
+    comparison = 0
+    if frozen.features:
+        config = ConfigDict(experiment.config)
+        config.objective.distance = ConfigDict(dict(name="l2"))
+        comparison = loss - flops.count(jax.make_jaxpr(build(config).loss_fn)(*rest))
+    return once, loss + 2 * once + comparison // 2
 
 
 def abstract_inputs(experiment: Experiment) -> tuple[Any, Any, Any, Any]:

@@ -13,6 +13,7 @@ from configs import digits
 from mscm import methods, planning, training_loop
 from mscm.checkpoint import reading
 from mscm.config import ConfigError
+from mscm.cost import flops
 from mscm.experiment import build
 from mscm.metrics import files, lpips
 
@@ -96,13 +97,14 @@ def test_features_are_an_argument_of_the_step_and_a_plan_needs_no_file(config, t
     traced = experiment.train_steps().trace(*inputs)
     assert max((np.size(constant) for constant in traced.jaxpr.consts), default=0) < 1000
     _, step = planning.model_flops(experiment)
+    assert flops.count(traced.jaxpr) == pytest.approx(step, rel=0.01)
     with config.unlocked():
         config.objective.distance = dict(name="l2")
     _, without = planning.model_flops(build(config))
-    # Two images through VGG16: at each pixel 2 x 9 x in x out operations in a convolution.
+    # Two images through VGG16, and back to one: at each pixel 2 x 9 x in x out operations in a convolution.
     sides = {"1": 24, "2": 12, "3": 6, "4": 3, "5": 1}
     vgg = sum(2 * np.prod(shape) * sides[name[4]] ** 2 for name, _, shape in lpips.convolutions())
-    assert step - without == pytest.approx(2 * 4 * vgg, rel=0.01)
+    assert step - without == pytest.approx(3 * 4 * vgg, rel=0.01)
 
 
 def test_random_features_are_as_the_plan_says(config):

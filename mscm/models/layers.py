@@ -113,9 +113,15 @@ def _vector_init(init: nn.initializers.Initializer, axis: str) -> nn.initializer
     return nn.with_logical_partitioning(init, (axis,))
 
 
+def _product(x: jax.Array, kernel: jax.Array, _: Any, **options: Any) -> jax.Array:
+    """A Dense layer's product, of x as one matrix: on CPUs the gradient of the kernel then takes half the time."""
+    rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
+    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def dense(features: int, axes: tuple[str, str], *, dtype: Any, name: str, zero: bool = False) -> nn.Dense:
     """A Dense layer whose kernel carries the logical axes (input, output); on images it is the 1 x 1 convolution."""
-    return nn.Dense(features, dtype=dtype, kernel_init=_kernel_init(axes, zero),
+    return nn.Dense(features, dtype=dtype, kernel_init=_kernel_init(axes, zero), dot_general=_product,
                     bias_init=_vector_init(nn.initializers.zeros, axes[1]), name=name)
 
 

@@ -1,6 +1,5 @@
 """Disks that fill, permissions, memory, workers and data that go away: a sentence, an exit status, and nothing lost."""
 
-import dataclasses
 import errno
 import gc
 import io
@@ -213,10 +212,13 @@ def test_a_save_that_failed_is_noticed_before_the_next(whole, tmp_path):
     assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(tmp_path / "checkpoints"))
     with reading(tmp_path) as checkpoints:
         assert checkpoints.steps() == []
+
+
+def test_the_files_of_a_save_are_written_down_before_the_next(whole, tmp_path):
+    files = tmp_path / "checkpoints" / "8" / "files.json"
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(state, {})
-        files = tmp_path / "checkpoints" / "8" / "files.json"
-        while not files.exists():  # written down as soon as it is there
+        checkpoints.save(state_of(whole.experiment, whole.workdir), {})
+        while not files.exists():
             checkpoints.check_save()
 
 
@@ -332,20 +334,11 @@ def test_no_permission(public, whole):
 TOO_LARGE = 1 << 44
 
 
-def test_training_beyond_the_memory_of_the_devices(whole, workdir):
+def test_training_beyond_the_memory_of_the_devices(whole, workdir, monkeypatch):
     """Says what needs it and what makes it less; the last checkpoint is whole."""
-    loss_fn = whole.experiment.method.loss_fn
-
-    def large(params, target, frozen, batch, key, step):
-        loss, metrics = loss_fn(params, target, frozen, batch, key, step)
-        pairs = jnp.arange(TOO_LARGE, dtype=jnp.float32).reshape(-1, 2) + step
-        return loss + 0.0 * jnp.sin(pairs @ jnp.ones((2, 2)))[3, 0], metrics
-
-    experiment = dataclasses.replace(
-        whole.experiment, method=dataclasses.replace(whole.experiment.method, loss_fn=large)
-    )
-    with pytest.raises(failures.OutOfDeviceMemory) as raised:
-        training_loop.run(experiment, str(workdir))
+    with monkeypatch.context() as patch, pytest.raises(failures.OutOfDeviceMemory) as raised:
+        patch.setattr(training_loop.Progress, "add", lambda *_: jnp.zeros((TOO_LARGE,)))
+        training_loop.run(whole.experiment, str(workdir))
     sentence, status = failures.explain(raised.value)
     assert status == 71
     assert re.match(

@@ -84,7 +84,7 @@ def batches(
         options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         items = grain.experimental.WithOptionsIterDataset(items, options)
         options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_AHEAD)
-        return _OfWorkers(iter(items.mp_prefetch(options, worker_init_fn=_start_worker)))
+        return _OfWorkers(items.mp_prefetch(options, worker_init_fn=_start_worker))
     return iter(items)
 
 
@@ -99,9 +99,9 @@ class _OfWorkers:
     Which Grain does not where that met it while it was sending: it waits for the rest of the item.
     """
 
-    def __init__(self, items: grain.DatasetIterator):
-        self._items = items
+    def __init__(self, items: grain.IterDataset):
         self._others = frozenset(multiprocessing.active_children())
+        self._items = iter(items)  # which may start workers
         self._workers: set[Any] = set()
         self._is_broken = False
 

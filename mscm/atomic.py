@@ -9,28 +9,33 @@ from typing import BinaryIO
 
 from etils import epath
 
-from mscm import processes
+from mscm import failures, processes
 
 _ENDING = ".tmp"
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file that takes its name when the block ends well, and leaves nothing when it does not."""
+    """A binary file that takes its name when the block ends well, and leaves nothing when it does not.
+
+    Raises:
+      OSError: with the path, also where the system does not say it: a disk that is full.
+    """
     path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path.parent)
-    # A name of its own: processes that write at the same time, also on other hosts, cannot mix their files. Not
-    # mkstemp's, which only the owner may read: an evaluator may be another user.
-    pid = os.getpid()
-    temporary = path.with_name(f"{path.name}.{_place()}.{pid}.{processes.start_of(pid)}{_ENDING}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with failures.naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path.parent)
+        # A name of its own: processes that write at the same time, also on other hosts, cannot mix their files. Not
+        # mkstemp's, which only the owner may read: an evaluator may be another user.
+        pid = os.getpid()
+        temporary = path.with_name(f"{path.name}.{_place()}.{pid}.{processes.start_of(pid)}{_ENDING}")
+        try:
+            with temporary.open("wb") as file:
+                yield file
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @functools.lru_cache(maxsize=64)  # once for each folder: it may hold many files

@@ -27,7 +27,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import LatestN
 from orbax.checkpoint.options import MultiprocessingOptions
 
-from mscm import atomic, remote
+from mscm import atomic, failures, remote
 from mscm.training.step import TrainState
 from mscm.types import Params
 
@@ -73,8 +73,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending."""
@@ -94,20 +96,25 @@ class Checkpoints:
         return found
 
     def save(self, state: TrainState, facts: dict[str, Any]) -> None:
-        """Starts to save `state` under its step; saving the newest step again does nothing."""
+        """Starts to save `state` under its step; saving the newest step again does nothing.
+
+        Raises:
+          OSError: this save could not begin, or the one before it has failed.
+        """
         step = int(state.step)
         if step == self._manager.latest_step():
             return
         self.wait()
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                ema=ocp.args.StandardSave(state.ema),
-                opt=ocp.args.StandardSave(_rest(state)),
-                facts=ocp.args.JsonSave(facts),
-            ),
-        )
+        with failures.naming(self._directory):
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    ema=ocp.args.StandardSave(state.ema),
+                    opt=ocp.args.StandardSave(_rest(state)),
+                    facts=ocp.args.JsonSave(facts),
+                ),
+            )
         if not saved:  # Orbax says nothing else when a newer step is already there
             raise CheckpointError(
                 f"{self._directory}: got step {step} to save after step {self._manager.latest_step()}, expected a "
@@ -116,19 +123,30 @@ class Checkpoints:
         self._saved = step
 
     def wait(self) -> None:
-        """Until what `save` has started is finished; writes down its files."""
-        self._manager.wait_until_finished()
-        if self._saved is not None and jax.process_index() == 0:
-            folder = self._directory / str(self._saved)
-            files = {os.fspath(path.relative_to(folder)): path.stat().length for path in _files_below(folder)}
-            atomic.write_text(folder / _FILES, json.dumps(files, indent=0))
-        self._saved = None
+        """Until what `save` has started is finished; writes down its files.
+
+        Raises:
+          OSError: it has failed, which leaves a checkpoint without a name.
+        """
+        step, self._saved = self._saved, None  # one that has failed has no files
+        with failures.naming(self._directory):
+            self._manager.wait_until_finished()
+            if step is not None and jax.process_index() == 0:
+                folder = self._directory / str(step)
+                files = {os.fspath(path.relative_to(folder)): path.stat().length for path in _files_below(folder)}
+                atomic.write_text(folder / _FILES, json.dumps(files, indent=0))
+
+    def check_save(self) -> None:
+        """What `wait` does, where that need not wait: a save that has failed is noticed before the next one."""
+        if self._saved is not None and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def save_ema(self, step: int, ema: Params, facts: dict[str, Any]) -> None:
         """Saves averaged parameters alone: enough to sample from."""
-        self._manager.save(
-            step, args=ocp.args.Composite(ema=ocp.args.StandardSave(ema), facts=ocp.args.JsonSave(facts))
-        )
+        with failures.naming(self._directory):
+            self._manager.save(
+                step, args=ocp.args.Composite(ema=ocp.args.StandardSave(ema), facts=ocp.args.JsonSave(facts))
+            )
 
     def facts(self, step: int | None = None) -> dict[str, Any]:
         """What the checkpoint of `step` (None: the newest) says of its model."""

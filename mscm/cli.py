@@ -13,16 +13,19 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from etils import epath
 
-from mscm import atomic, remote
+from mscm import atomic, failures, processes, remote
 from mscm.config import ConfigError, find_config, load_config
 
-# Their progress notes are not this program's; their warnings are.
+# Their progress notes are not this program's, their warnings are; what they print as an error they also raise.
 _QUIET = ("orbax", "jax", "grain", "matplotlib")
 _METER_SECONDS = 10.0
 
 
 def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
-    """Runs a command: parses flags, and prints errors of the user's making as one sentence (exit code 2)."""
+    """Runs a command: parses flags, and prints errors of the user's making as one sentence (exit code 2).
+
+    Also those of the machine's, each kind with an exit code of its own: `failures`.
+    """
     flags.mark_flags_as_required(list(required))
 
     def wrapped(_: list[str]) -> None:
@@ -39,12 +42,20 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
         handler.addFilter(_is_ours)
         for name in _QUIET:
             python_logging.getLogger(name).setLevel(python_logging.WARNING)
+        # It prints the traceback of every write of a save that has failed, which is also raised.
+        python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
         try:
             main()
         except (ConfigError, CheckpointError, LeaseError, FloatingPointError, BrokenImage) as error:
             distributed.end_all(str(error), 2)
             _fail(str(error))
         except Exception as error:
+            explained = failures.explain(error)
+            if explained is not None:
+                distributed.end_all(*explained)
+                if isinstance(error, processes.Died):
+                    _fail_now(*explained)
+                _fail(*explained)
             traceback.print_exc()
             distributed.end_all(f"{type(error).__name__}: {error}", 1)
             sys.exit(1)
@@ -107,10 +118,17 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def _fail(sentence: str) -> NoReturn:
+def _fail(sentence: str, status: int = 2) -> NoReturn:
     """Ends the process with one line."""
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
+
+
+def _fail_now(sentence: str, status: int) -> NoReturn:
+    """The same without waiting for threads: one may wait for the rest of what a process that was killed has sent."""
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _joined(argv: list[str]) -> list[str]:
@@ -134,7 +152,7 @@ def _checked(word: str) -> str:
 
 def _is_ours(record: python_logging.LogRecord) -> bool:
     theirs = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in _QUIET)
-    return not theirs or record.levelno >= python_logging.WARNING
+    return not theirs or record.levelno == python_logging.WARNING
 
 
 def append_json_line(path: str | os.PathLike, record: dict[str, Any]) -> None:

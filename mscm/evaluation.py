@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mscm import cli, compilation, distributed
+from mscm import cli, compilation, distributed, failures
 from mscm.checkpoint import reading
 from mscm.config import ConfigError
 from mscm.data import sources, transforms
@@ -143,8 +143,12 @@ def generate(
         # The last batch is filled up and cut: one compiled shape, and no image is dropped.
         indices = np.arange(first, first + batch_size)
         wanted = indices % data.num_classes if labels is None else labels[indices % num_images]
-        images = transforms.to_uint8(sample(params, key, indices, wanted.astype(np.int32)))
-        yield np.asarray(images)[: num_images - first]
+        with failures.device_memory(
+            f"{experiment.name}, {spec}: {batch_size} images at once on {experiment.mesh.devices.size} devices",
+            "lower config.eval.batch_size, which changes no image",
+        ):
+            images = np.asarray(transforms.to_uint8(sample(params, key, indices, wanted.astype(np.int32))))
+        yield images[: num_images - first]
 
 
 class Scorer:

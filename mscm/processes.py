@@ -1,9 +1,25 @@
-"""Which process this is, and whether another one on this machine lives."""
+"""Which process this is, and whether another one on this machine lives; children and parents that die."""
 
 import contextlib
+import multiprocessing
 import os
 import platform
+import threading
 from pathlib import Path
+
+
+class Died(RuntimeError):
+    """A process of this one's was killed; the message says which, and what to do."""
+
+
+def end_with_parent() -> None:
+    """Ends this process, which multiprocessing has started, when its parent has ended: it would wait for ever."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def place() -> list[str]:

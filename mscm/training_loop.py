@@ -14,7 +14,7 @@ from absl import logging
 from clu import parameter_overview
 from etils import epath
 
-from mscm import atomic, cli, distributed, evaluation, stopping
+from mscm import atomic, cli, distributed, evaluation, failures, stopping
 from mscm.checkpoint import CheckpointError, Checkpoints, reading, set_damaged_aside
 from mscm.config import ConfigError, differences
 from mscm.data import pipeline, sources
@@ -138,6 +138,7 @@ def train(
         Checkpoints(workdir, keep=spec.keep_checkpoints) as checkpoints,
         Writer(workdir, active=is_main) as writer,
         noting_divergence(experiment, workdir, checkpoints),
+        device_memory(experiment),
     ):
         if (checkpoints.latest() or 0) >= spec.num_steps:
             logging.info("%s: all %d steps are done", experiment.name, spec.num_steps)
@@ -157,6 +158,7 @@ def train(
             saves = step % spec.save_every_steps == 0 or done or stops
             if step % spec.log_every_steps == 0 or saves:
                 progress.report(step)  # before the checkpoint: what has diverged is not kept
+                checkpoints.check_save()  # not at the next save, which may be hours away
             if saves:
                 check_ours()
                 checkpoints.save(state, checkpoint_facts(experiment, source))
@@ -168,6 +170,17 @@ def train(
                 )
             if done:
                 break
+
+
+def device_memory(experiment: Experiment) -> contextlib.AbstractContextManager[None]:
+    """Says of training what needs the memory of the devices, in a block that runs out of it."""
+    spec, count = experiment.train, experiment.mesh.devices.size
+    return failures.device_memory(
+        f"{experiment.name}: training steps on {spec.batch_size} images on {count} devices",
+        f"raise config.train.num_microbatches (now {spec.num_microbatches}), set config.model.remat=full, or cut the "
+        f"state over devices with config.mesh.fsdp (now {experiment.mesh.shape['fsdp']}), none of which changes the "
+        "result",
+    )
 
 
 class Diverged(FloatingPointError):

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from absl import logging
 
+from mscm.data import reading
 from mscm.data.images import SUFFIXES
 
 
@@ -72,11 +73,19 @@ class ImageFiles:
         return os.path.getsize(place.path) if place.size < 0 else place.size
 
     def read(self, index: int) -> bytes:
-        """The bytes of a file."""
+        """The bytes of a file.
+
+        Raises:
+          OSError: with its path: it is not there any more, or its disk does not answer, also after some time.
+        """
         place = self._places[index]
-        with open(place.path, "rb") as file:
-            file.seek(place.offset)
-            data = file.read(place.size)
+
+        def read() -> bytes:
+            with open(place.path, "rb") as file:
+                file.seek(place.offset)
+                return file.read(place.size)
+
+        data = reading.patiently(read, place.path)
         return zlib.decompress(data, wbits=-zlib.MAX_WBITS) if place.deflated else data
 
 

@@ -32,6 +32,7 @@ class LooseImages:
 
         Raises:
           BrokenImage: a file is no image, or of another size; names it.
+          OSError: it cannot be read, or not any more.
         """
         for start in range(0, self.count, batch_size):
             yield self.load(range(start, min(start + batch_size, self.count)))
@@ -59,7 +60,7 @@ def open_images(path: str | os.PathLike, *, resolution: int, channels: int) -> L
         name = files.entries[index].name
         try:
             pixels = images.decode(files.read(index), channels=channels)
-        except (images.BrokenImage, OSError, zlib.error) as error:
+        except (images.BrokenImage, zlib.error) as error:
             raise images.BrokenImage(f"{path}: got a broken image, {name} ({error}); repair or remove it") from error
         height, width, _ = pixels.shape
         if (height, width) != (resolution, resolution):

@@ -9,19 +9,36 @@ Records and arrays are read by code that lets other threads run, so threads of t
 and pass batches on without a copy. Image files are decoded in Python's time: worker processes are for those.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import multiprocessing
+import signal
 import sys
-from typing import Any
+import threading
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from absl import flags
 from jaxtyping import Integer
 
+from mscm import processes
 from mscm.data.sources import Source
 
 _AHEAD = 2  # items that each thread prepares in advance
+_LOOK_SECONDS = 0.2  # between two looks whether the workers live; no worker sends anything so soon after its start
+
+Item = dict[str, np.ndarray]
+
+
+@runtime_checkable
+class Items(Iterator[Item], Protocol):
+    """What `batches` gives."""
+
+    def close(self) -> None:
+        """Ends what loads them."""
 
 
 def batches(
@@ -34,7 +51,7 @@ def batches(
     steps_per_item: int = 1,
     num_workers: int = 0,
     num_threads: int = 1,
-) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+) -> Items:
     """Endless iterator over some rows of the global batches of steps `start_step`, `start_step + 1`, ...
 
     Each item is `{'image': uint8 'rows h w c', 'label': int32 'rows'}`; for
@@ -51,6 +68,7 @@ def batches(
 
     Raises:
       ValueError: for an empty source, or sizes that are not positive or do not divide.
+      processes.Died: from the iterator, within seconds, where a worker was killed.
     """
     rows = np.arange(batch_size) if rows is None else rows
     _check(source, batch_size, start_step, rows, steps_per_item, num_workers, num_threads)
@@ -65,8 +83,64 @@ def batches(
         # Grain leaves some behind when it is closed.
         options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         items = grain.experimental.WithOptionsIterDataset(items, options)
-        items = items.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_AHEAD))
+        options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_AHEAD)
+        return _OfWorkers(items.mp_prefetch(options, worker_init_fn=_start_worker))
     return iter(items)
+
+
+def _start_worker(index: int, count: int) -> None:
+    del index, count
+    processes.end_with_parent()
+
+
+class _OfWorkers:
+    """Items that worker processes load; notices that one was killed.
+
+    Which Grain does not where that met it while it was sending: it waits for the rest of the item.
+    """
+
+    def __init__(self, items: grain.IterDataset):
+        self._others = frozenset(multiprocessing.active_children())
+        self._items = iter(items)  # which may start workers
+        self._workers: set[Any] = set()
+        self._is_broken = False
+
+    def __iter__(self) -> "_OfWorkers":
+        return self
+
+    def __next__(self) -> Item:
+        answer = concurrent.futures.Future()
+        threading.Thread(target=self._ask, args=(answer,), daemon=True).start()
+        while not concurrent.futures.wait([answer], _LOOK_SECONDS).done:
+            # Now: later it does not name those that have died.
+            self._workers |= frozenset(multiprocessing.active_children()) - self._others
+            killed = [worker for worker in self._workers if (worker.exitcode or 0) < 0]
+            if killed:
+                raise self._died(signal.Signals(-killed[0].exitcode).name)
+        error = answer.exception()
+        if isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error):
+            raise self._died(str(error).partition(". ")[0]) from error
+        return answer.result()
+
+    def _ask(self, answer: concurrent.futures.Future) -> None:
+        try:
+            answer.set_result(next(self._items))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    def _died(self, how: str) -> processes.Died:
+        self._is_broken = True
+        for worker in self._workers:
+            worker.kill()
+        return processes.Died(
+            f"got a killed worker process of the data ({how}), expected all to live: SIGKILL is what a system sends "
+            "that is out of memory; lower config.data.num_workers (0: none) or config.train.steps_per_dispatch"
+        )
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if not self._is_broken:  # Grain would wait for the one that was killed
+            self._items.close()
 
 
 @dataclasses.dataclass(frozen=True)

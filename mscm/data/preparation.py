@@ -6,6 +6,7 @@ run that finds a note of the same settings and files skips the shard. The card i
 
 import base64
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import fcntl
@@ -14,7 +15,6 @@ import json
 import multiprocessing
 import os
 import re
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from mscm import atomic
+from mscm import atomic, failures, processes
 from mscm.data import images, records
 from mscm.data.folders import ImageFiles
 from mscm.data.tfds_source import TfdsFiles
@@ -88,7 +88,9 @@ def prepare(
 
     Raises:
       ValueError: the split is there already, an unfinished one has other settings, another process writes to `output`,
-        an image is broken, or the disk is full.
+        or an image is broken.
+      OSError: the disk is full, or something cannot be read.
+      processes.Died: a worker was killed.
     """
     output = Path(output)
     if not re.fullmatch(r"[\w.-]+", split):
@@ -134,6 +136,11 @@ def _prepare(
                 if not running or now - reported >= report_every_seconds:
                     report(before + counter.value, total, now - started, counter.value)
                     reported = now
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise processes.Died(
+                "got a killed worker process, expected all to live: SIGKILL is what a system sends that is out of "
+                "memory; lower --workers"
+            ) from error
         except BaseException:
             stop.set()  # the workers would finish their shards first
             pool.shutdown(cancel_futures=True)
@@ -216,13 +223,7 @@ _counter, _stop = None, None
 def _share(counter, stop) -> None:
     global _counter, _stop
     _counter, _stop = counter, stop
-    # A worker of a killed process would write on, and then wait for ever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    processes.end_with_parent()
 
 
 def _write_shard(files: ImageFiles | TfdsFiles, settings: Settings, shard: _Shard) -> dict:
@@ -231,13 +232,10 @@ def _write_shard(files: ImageFiles | TfdsFiles, settings: Settings, shard: _Shar
     # Records one by one for random access. PNG does not compress further; raw pixels are for who wants speed.
     writer = ArrayRecordWriter(temporary, "group_size:1,uncompressed")
     try:
-        found = _write_images(writer, files, settings)
-        writer.close()
-        os.replace(temporary, shard.path)
-    except RuntimeError as error:  # ArrayRecord's, whatever the reason
-        raise ValueError(
-            f"{shard.path}: could not write ({error}); is the disk full? Run it again to continue"
-        ) from error
+        with failures.naming(shard.path):  # of ArrayRecord's RuntimeError
+            found = _write_images(writer, files, settings)
+            writer.close()
+            os.replace(temporary, shard.path)
     finally:
         with contextlib.suppress(RuntimeError):
             writer.close()
@@ -257,8 +255,6 @@ def _write_images(writer: ArrayRecordWriter, files: ImageFiles | TfdsFiles, sett
         try:
             pixels = images.decode(files.read(index), channels=settings.channels)
             square = np.ascontiguousarray(images.TRANSFORMS[settings.transform](pixels, settings.resolution))
-        except OSError as error:  # not an image's fault
-            raise ValueError(f"{files.path}: could not read {entry.name} ({error})") from error
         except (images.BrokenImage, zlib.error) as error:
             if not settings.skip_broken:
                 raise ValueError(

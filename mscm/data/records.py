@@ -20,7 +20,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int32, Integer, UInt8
 
-from mscm.data import images, png
+from mscm.data import images, png, reading
 
 FORMAT = "mscm records 2"
 ENCODINGS = ("png", "raw")
@@ -183,18 +183,43 @@ class RecordSource:
         """The examples at `indices`.
 
         Raises:
-          ValueError: a record is damaged.
+          BrokenImage: a record is damaged; names its file.
+          OSError: its file cannot be read, or not any more.
         """
         # One by one: to ask ArrayRecord for many at once wakes threads for them and takes twice the time.
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        places = zip(shards.tolist(), (indices - self._starts[shards]).tolist(), strict=True)
+        places = list(zip(shards.tolist(), (indices - self._starts[shards]).tolist(), strict=True))
+        encoded = [self._read(shard, i) for shard, i in places]
         try:
-            pixels = decode([self._readers[shard].read([i])[0] for shard, i in places], self.card)
-        except (ValueError, RuntimeError) as error:  # RuntimeError: ArrayRecord's, whatever the reason
-            raise ValueError(
-                f"{self.card.source}, split {self.split!r}: got a broken record ({error}); prepare it again"
-            ) from error
+            pixels = decode(encoded, self.card)
+        except ValueError:
+            for (shard, i), record in zip(places, encoded, strict=True):
+                self._decode_one(shard, i, record)
+            raise
         return {"image": pixels, "label": self.labels[indices]}
+
+    def _read(self, shard: int, i: int) -> bytes:
+        def read() -> bytes:
+            try:
+                return self._readers[shard].read([i])[0]
+            except RuntimeError:  # a reader that has failed fails again
+                self._readers[shard] = ArrayRecordReader(self._paths[shard])
+                raise
+
+        try:
+            return reading.patiently(read, self._paths[shard])
+        except (RuntimeError, IndexError) as error:
+            raise self._broken(shard, i, error) from error
+
+    def _decode_one(self, shard: int, i: int, record: bytes) -> None:
+        """To say which."""
+        try:
+            decode([record], self.card)
+        except ValueError as error:
+            raise self._broken(shard, i, error) from error
+
+    def _broken(self, shard: int, i: int, error: Exception) -> images.BrokenImage:
+        return images.BrokenImage(f"{self._paths[shard]}: got a broken record, number {i} ({error}); prepare it again")
 
     def verify(self) -> None:
         """Reads every image and compares with the card's checksum.

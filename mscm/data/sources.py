@@ -183,6 +183,7 @@ class FileSource:
 
         Raises:
           BrokenImage: names the file.
+          OSError: it cannot be read, or not any more.
         """
         return {"image": np.stack([self._load(int(i)) for i in indices]), "label": self.labels[indices]}
 
@@ -192,7 +193,7 @@ class FileSource:
     def _decoded(self, index: int) -> images.Pixels:
         try:
             return images.decode(self._files.read(index), channels=self.channels)
-        except (images.BrokenImage, OSError, zlib.error) as error:
+        except (images.BrokenImage, zlib.error) as error:
             name = self._files.entries[index].name
             raise images.BrokenImage(
                 f"{self._files.path}: got a broken image, {name} ({error}); repair it, or prepare the data with "

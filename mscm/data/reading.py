@@ -1,0 +1,32 @@
+"""Reads that a network file system refuses for a moment are tried again."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from absl import logging
+
+from mscm import failures
+
+_T = TypeVar("_T")
+
+_PAUSES = (1.0, 5.0, 25.0)  # seconds: a server that restarts is back within half a minute
+
+
+def patiently(read: Callable[[], _T], path: str) -> _T:
+    """What `read` gives, asked again after each of some pauses where the system says an error that may pass.
+
+    Raises:
+      OSError: another error, or the last one; it names `path`.
+    """
+    for pause in _PAUSES:
+        try:
+            with failures.naming(path):
+                return read()
+        except OSError as error:
+            if error.errno not in failures.TRANSIENT:
+                raise
+            logging.warning("%s: could not be read (%s); trying it again in %g s", path, error.strerror, pause)
+        time.sleep(pause)
+    with failures.naming(path):
+        return read()

@@ -26,7 +26,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 CANNOT_WRITE = (*_NO_ROOM, *_NO_PERMISSION)
 # What a network file system says when a server restarts: it may be back in a moment.
-TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ENOTCONN, errno.EREMOTEIO, errno.EAGAIN)
+TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ENOTCONN, errno.EAGAIN)
 _KNOWN = (*CANNOT_WRITE, *TRANSIENT, errno.ENOENT, errno.EMFILE, errno.ENOTDIR)
 
 _GOES_ON = "the same command then goes on from what is saved"

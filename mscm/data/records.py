@@ -20,6 +20,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int32, Integer, UInt8
 
+from mscm.arrays import read_npy
 from mscm.data import images, png
 
 FORMAT = "mscm records 2"
@@ -96,7 +97,36 @@ def read_card(directory: str | os.PathLike, split: str) -> Card:
     fields = {field.name for field in dataclasses.fields(Card)}
     if got != FORMAT or values.keys() != fields:
         raise ValueError(f"{path}: got format {got!r}, expected {FORMAT!r} with all its keys; prepare the data again")
-    return Card(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    card = Card(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    wrong = _wrong_key(card)
+    if wrong is not None:
+        raise ValueError(f"{path}: got {wrong} = {values[wrong]!r:.100}, which no card has; prepare the data again")
+    return card
+
+
+def _wrong_key(card: Card) -> str | None:
+    """A key whose value cannot be that of a card, whatever the images are."""
+
+    def are(values: Any, kind: type) -> bool:
+        return isinstance(values, tuple) and all(type(value) is kind for value in values)
+
+    counts, texts = ("class_counts", "shard_sizes"), ("class_names", "shards", "broken")
+    # Names only: a shard lies beside its card.
+    beside = are(card.shards, str) and all(os.path.basename(name) == name for name in card.shards)
+    are_right = {
+        "transform": card.transform is None or card.transform in tuple(images.TRANSFORMS),
+        "encoding": card.encoding in ENCODINGS,
+        "channels": card.channels in (1, 3),
+        "resolution": type(card.resolution) is int and 1 <= card.resolution <= images.MAX_SIDE,
+        **{key: are(getattr(card, key), int) and min(getattr(card, key), default=0) >= 0 for key in counts},
+        **{key: are(getattr(card, key), str) for key in texts},
+        **{key: isinstance(getattr(card, key), str) for key in ("source", "checksum", "labels_sha256")},
+        "shards": beside and len(card.shards) == len(card.shard_sizes),
+    }
+    for key, is_right in are_right.items():
+        if not is_right:
+            return key
+    return None if card.num_examples == sum(card.shard_sizes) else "num_examples"
 
 
 def encode(pixels: images.Square, encoding: str) -> bytes:
@@ -147,20 +177,35 @@ class RecordSource:
         for path in (*paths, labels_path(directory, split)):
             if not path.is_file():
                 raise ValueError(f"{card_path(directory, split)}: got no file {path.name} beside it; prepare it again")
-        self.labels = np.load(labels_path(directory, split), allow_pickle=False)
+        try:
+            self.labels = read_npy(labels_path(directory, split))
+        except ValueError as error:
+            raise ValueError(f"{labels_path(directory, split)}: got no labels ({error}); prepare it again") from error
         self._paths = [os.fspath(path) for path in paths]
-        sizes = tuple(reader.num_records() for reader in self._readers)
+        try:
+            sizes = tuple(reader.num_records() for reader in self._readers)
+        except (RuntimeError, ValueError) as error:  # ArrayRecord's
+            raise ValueError(f"{directory}: got a broken shard ({error}); prepare it again") from error
         if sizes != self.card.shard_sizes:
             i = next(i for i, size in enumerate(sizes) if size != self.card.shard_sizes[i])
             raise ValueError(
                 f"{paths[i]}: got {sizes[i]} images, expected {self.card.shard_sizes[i]} as {split}.json says; "
                 "prepare it again"
             )
-        if self.labels.dtype != np.int32 or labels_sha256(self.labels) != self.card.labels_sha256:
+        num_classes = len(self.card.class_names)
+        is_right = self.labels.shape == (self.card.num_examples,) and self.labels.dtype == np.int32
+        if not is_right or labels_sha256(self.labels) != self.card.labels_sha256:
             raise ValueError(
                 f"{labels_path(directory, split)}: got other labels than those of {split}.json; prepare it again"
             )
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < num_classes:
+            raise ValueError(
+                f"{labels_path(directory, split)}: got labels from {self.labels.min()} to {self.labels.max()}, "
+                f"expected 0 to {num_classes - 1}; prepare it again"
+            )
         self._starts = np.cumsum((0, *sizes[:-1]))
+        if len(self):
+            self.load(np.array([0]))  # refuses records of another encoding or size
 
     @functools.cached_property
     def _readers(self) -> list[ArrayRecordReader]:

@@ -4,11 +4,11 @@ A file of a few bytes may claim an array of terabytes, or unpack to them. So eac
 follow it, and an archive may be `MAX_GROWTH` times as large unpacked as it is.
 """
 
+import io
 import math
 import os
 import zipfile
 from collections.abc import Collection
-from typing import BinaryIO
 
 import numpy as np
 from etils import epath
@@ -72,7 +72,7 @@ def read_npy(path: str | os.PathLike) -> np.ndarray:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def _read(file: BinaryIO, size: int) -> np.ndarray:
+def _read(file: io.IOBase, size: int) -> np.ndarray:
     """The array at the start of a file of `size` bytes."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):

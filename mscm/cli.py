@@ -193,8 +193,8 @@ def append_json_line(path: str | os.PathLike, record: dict[str, Any]) -> None:
     atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; none where there is no file."""
+def read_json_lines(path: str | os.PathLike) -> list[Any]:
+    """The values of a file of JSON lines; none where there is no file."""
     path = epath.Path(path)
     try:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

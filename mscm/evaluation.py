@@ -171,6 +171,13 @@ class Scorer:
         except ValueError as error:
             raise ConfigError(f"config.eval: {error}") from error
         self.mismatch = self.differences(reference_facts(experiment))
+        if experiment.eval.reference:
+            data = experiment.data
+            shape = (data.resolution, data.resolution, data.channels)
+            try:
+                reference_statistics.check_size(self.reference.statistics, self.network, shape)
+            except ValueError as error:
+                raise ConfigError(f"config.eval.reference: {error}") from error
 
     def differences(self, known: dict[str, Any]) -> list[str]:
         """What is not the same in the reference and in images of which `known` is known.

@@ -3,6 +3,7 @@
 import runpy
 import signal
 import sys
+import warnings
 
 import pytest
 from absl import app, logging
@@ -20,7 +21,8 @@ def run(name: str, *words: str) -> int:
     module = f"mscm.{name}"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     verbosity = logging.get_verbosity()
-    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
+    with flagsaver.flagsaver(), warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")  # the suite's are errors; a process prints them
         # absl's own start-up happens once in a process.
         patch.setattr(app, "run", lambda main, flags_parser: main(flags_parser(sys.argv)))
         patch.setattr(sys, "argv", [module, *words])

@@ -97,36 +97,37 @@ def read_card(directory: str | os.PathLike, split: str) -> Card:
     fields = {field.name for field in dataclasses.fields(Card)}
     if got != FORMAT or values.keys() != fields:
         raise ValueError(f"{path}: got format {got!r}, expected {FORMAT!r} with all its keys; prepare the data again")
-    card = Card(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-    wrong = _wrong_key(card)
+    wrong = _wrong_key(values)
     if wrong is not None:
         raise ValueError(f"{path}: got {wrong} = {values[wrong]!r:.100}, which no card has; prepare the data again")
-    return card
+    return Card(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
-def _wrong_key(card: Card) -> str | None:
-    """A key whose value cannot be that of a card, whatever the images are."""
+def _wrong_key(values: dict[str, Any]) -> str | None:
+    """A key of a card as JSON whose value cannot be right, whatever the images are."""
 
-    def are(values: Any, kind: type) -> bool:
-        return isinstance(values, tuple) and all(type(value) is kind for value in values)
+    def are(items: Any, kind: type) -> bool:
+        return isinstance(items, list) and all(type(item) is kind for item in items)
 
-    counts, texts = ("class_counts", "shard_sizes"), ("class_names", "shards", "broken")
-    # Names only: a shard lies beside its card.
-    beside = are(card.shards, str) and all(os.path.basename(name) == name for name in card.shards)
-    are_right = {
-        "transform": card.transform is None or card.transform in tuple(images.TRANSFORMS),
-        "encoding": card.encoding in ENCODINGS,
-        "channels": card.channels in (1, 3),
-        "resolution": type(card.resolution) is int and 1 <= card.resolution <= images.MAX_SIDE,
-        **{key: are(getattr(card, key), int) and min(getattr(card, key), default=0) >= 0 for key in counts},
-        **{key: are(getattr(card, key), str) for key in texts},
-        **{key: isinstance(getattr(card, key), str) for key in ("source", "checksum", "labels_sha256")},
-        "shards": beside and len(card.shards) == len(card.shard_sizes),
+    kinds = {"source": str, "split": str, "checksum": str, "labels_sha256": str, "num_enlarged": int}
+    kinds |= {"resolution": int, "channels": int, "num_examples": int}
+    lists = {"class_names": str, "class_counts": int, "shards": str, "shard_sizes": int, "broken": str}
+    wrong = [key for key, kind in kinds.items() if type(values[key]) is not kind]
+    wrong += [key for key, kind in lists.items() if not are(values[key], kind)]
+    if wrong:
+        return wrong[0]
+    shards, sizes = values["shards"], values["shard_sizes"]
+    is_right = {
+        "transform": values["transform"] in (None, *images.TRANSFORMS),
+        "encoding": values["encoding"] in ENCODINGS,
+        "channels": values["channels"] in (1, 3),
+        "resolution": 1 <= values["resolution"] <= images.MAX_SIDE,
+        # Names only: a shard lies beside its card.
+        "shards": len(shards) == len(sizes) and all(os.path.basename(name) == name for name in shards),
+        "shard_sizes": min(sizes, default=0) >= 0,
+        "num_examples": values["num_examples"] == sum(sizes),
     }
-    for key, is_right in are_right.items():
-        if not is_right:
-            return key
-    return None if card.num_examples == sum(card.shard_sizes) else "num_examples"
+    return next((key for key, right in is_right.items() if not right), None)
 
 
 def encode(pixels: images.Square, encoding: str) -> bytes:

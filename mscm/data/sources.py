@@ -153,6 +153,7 @@ class FileSource:
         self.class_names = files.class_names
         self.labels = np.array([entry.label for entry in files.entries], np.int32)
         self._files = files
+        self.transform  # noqa: B018 decodes some: a broken one is refused before anything is compiled
 
     @property
     def num_classes(self) -> int:

@@ -158,17 +158,23 @@ def import_npz(
             )
         kept = network(images[:num_kept]).features
     features, spatial = moments("mu", "sigma"), moments("mu_s", "sigma_s")
-    expected = jax.eval_shape(network.forward, network.params, jax.ShapeDtypeStruct((1, *shape), np.uint8))
-    for got, rows in ((features, expected.features), (spatial, expected.spatial)):
-        if got is not None and rows is not None and len(got.mean) != rows.shape[1]:
-            raise ValueError(
-                f"{os.fspath(path)}: got {len(got.mean)} features, expected {rows.shape[1]} as {network.name} has"
-            )
     gathered = Statistics(features, spatial, None, kept)
+    try:
+        check_size(gathered, network, shape)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from error
     described = {"name": network.name, "fingerprint": network.fingerprint}
     # ADM's files have more, and are of TensorFlow's resize, as the network here is.
     remark = _PYTORCH_FID if network.name == "inception" and arrays.keys() == {"mu", "sigma"} else None
     return Reference(gathered, data, described, os.path.basename(os.fspath(path)), remark)
+
+
+def check_size(gathered: Statistics, network: FeatureNetwork, shape: tuple[int, int, int]) -> None:
+    """Raises ValueError where statistics are of another number of features than a network has of images of `shape`."""
+    expected = jax.eval_shape(network.forward, network.params, jax.ShapeDtypeStruct((1, *shape), np.uint8))
+    for got, rows in ((gathered.features, expected.features), (gathered.spatial, expected.spatial)):
+        if got is not None and rows is not None and len(got.mean) != rows.shape[1]:
+            raise ValueError(f"got {len(got.mean)} features, expected {rows.shape[1]} as {network.name} has")
 
 
 def differences(reference: Reference, data: Mapping[str, Any], network: FeatureNetwork | None) -> list[str]:

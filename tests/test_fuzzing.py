@@ -46,28 +46,48 @@ def mutated(*originals: bytes) -> st.SearchStrategy[bytes]:
 
 # Configs.
 
-KEYS = sorted(flat(json.loads(digits.student(student_steps=2, distil=True).to_json_best_effort())))
+
+def _tiny():
+    config = digits.student(student_steps=2, distil=True)
+    config.model.middle.update(dict(width=32, num_blocks=1))
+    return config
+
+
 NUMBERS = st.one_of(st.integers(-(2**70), 2**70), st.integers(-2, 70), st.floats(), st.booleans())
-VALUES = st.one_of(
-    NUMBERS, st.text(max_size=8), st.none(), st.lists(NUMBERS, max_size=3).map(tuple),
-    st.sampled_from(["cosine", "karras", "addim", "heun", "xla", "../x", "configs/digits_teacher.py"]),
-    st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
-)  # fmt: skip
+TEXTS = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from(["cosine", "karras", "addim", "heun", "xla", "../x", "configs/digits_teacher.py", "full", "mlp"]),
+)
+VALUES = {  # ml_collections refuses an override of another type
+    bool: st.booleans(),
+    int: st.one_of(st.integers(-(2**70), 2**70), st.integers(-2, 70)),
+    float: st.floats(),
+    str: TEXTS,
+    tuple: st.lists(st.one_of(NUMBERS, TEXTS), max_size=3).map(tuple),
+}
+
+
+@st.composite
+def overrides(draw) -> dict:
+    """Some keys of the config, with values that have their types."""
+    config = _tiny()
+    paths = sorted(flat(json.loads(config.to_json_best_effort())))
+    chosen = draw(st.lists(st.sampled_from(paths), min_size=1, max_size=2, unique=True))
+    found = {}
+    for path in chosen:
+        *sections, key = path.split(".")
+        section = config
+        for name in sections:
+            section = section[name]
+        found[path] = draw(VALUES[section.get_type(key)])
+    return found
 
 
 @settings(fuzz, max_examples=150)
-@given(st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=2))
-def test_any_value_of_a_config(changes):
-    """Of any type too, as a config file may have it."""
-    config = digits.student(student_steps=2, distil=True)
-    config.model.middle.update(dict(width=32, num_blocks=1))
-    with config.ignore_type():
-        for path, value in changes.items():
-            *sections, key = path.split(".")
-            section = config
-            for name in sections:
-                section = section[name]
-            section[key] = value
+@given(overrides())
+def test_any_override(changes):
+    config = _tiny()
+    config.update_from_flattened_dict(changes)
     try:
         build(config)
     except ConfigError as error:

@@ -42,6 +42,10 @@ class CheckpointError(ValueError):
     """A checkpoint is absent or does not fit; the message says which, what was expected and what to do."""
 
 
+class UnreadableCheckpoint(CheckpointError):
+    """Its files are damaged, or go while it is read because training deletes it."""
+
+
 class Checkpoints:
     """The checkpoints of one work directory; a context manager, because saving goes on in the background."""
 
@@ -151,20 +155,25 @@ class Checkpoints:
     def facts(self, step: int | None = None) -> dict[str, Any]:
         """What the checkpoint of `step` (None: the newest) says of its model."""
         step = self._existing(step)
-        return self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+        with self._naming_damage(step):
+            facts = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+            if not isinstance(facts["config"], dict) or not isinstance(facts["parameters"], dict):
+                raise ValueError("facts without a config and parameters")
+        return facts
 
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
         """The whole training state; `abstract` gives structure, shapes and types."""
         step = self._existing(step)
         self._check_shapes(self.facts(step)["parameters"], parameter_shapes(abstract.params), step)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                ema=ocp.args.StandardRestore(abstract.ema),
-                opt=ocp.args.StandardRestore(_rest(abstract)),
-            ),
-        )
+        with self._naming_damage(step):
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract.params),
+                    ema=ocp.args.StandardRestore(abstract.ema),
+                    opt=ocp.args.StandardRestore(_rest(abstract)),
+                ),
+            )
         opt = restored["opt"]
         return TrainState(opt["step"], restored["params"], restored["ema"], opt["opt_state"], opt.get("target", {}))
 
@@ -172,7 +181,8 @@ class Checkpoints:
         """The averaged parameters alone."""
         step = self._existing(step)
         self._check_shapes(self.facts(step)["parameters"], parameter_shapes(abstract), step)
-        return self._manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(abstract)))["ema"]
+        with self._naming_damage(step):
+            return self._manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(abstract)))["ema"]
 
     def check(self, facts: dict[str, Any], step: int | None = None) -> int:
         """Step of a checkpoint (None: the newest) that is of the model of `facts`; reads no array.
@@ -193,6 +203,19 @@ class Checkpoints:
                     "was trained with"
                 )
         return step
+
+    @contextlib.contextmanager
+    def _naming_damage(self, step: int) -> Iterator[None]:
+        """For what the files' sizes do not tell: no list of them was written, or their bytes are others."""
+        try:
+            yield
+        # What Orbax raises for files; another type says that a device is too small, say.
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise UnreadableCheckpoint(
+                f"{self._directory}/{step}: got a checkpoint that cannot be read ({type(error).__name__}: "
+                f"{reason:.300}), expected a whole one of mscm; remove it or bring it back from a copy"
+            ) from error
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
@@ -258,6 +281,8 @@ def _damage(folder: epath.Path) -> str | None:
         return None
     except ValueError as error:
         return f"{_FILES} is no JSON ({error})"
+    if not isinstance(expected, dict):
+        return f"{_FILES} is no list of files and sizes"
 
     def size(name: str) -> int | None:
         try:
@@ -303,7 +328,7 @@ def reading(workdir: str | os.PathLike) -> Iterator[Checkpoints]:
       CheckpointError: the directory holds no checkpoints.
     """
     directory = epath.Path(workdir) / "checkpoints"
-    if not directory.exists():
+    if not directory.is_dir():
         raise CheckpointError(
             f"{workdir}: got no directory checkpoints/ below it, expected the work directory of a training; "
             "check the path or train first"

@@ -1,5 +1,6 @@
 """What the commands share: flags, quiet logs, one sentence for an error, the files of a work directory."""
 
+import errno
 import json
 import logging as python_logging
 import os
@@ -8,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from absl import app, flags, logging
 from etils import epath
@@ -19,6 +20,10 @@ from mscm.config import ConfigError, find_config, load_config
 # Their progress notes are not this program's, their warnings are; what they print as an error they also raise.
 _QUIET = ("orbax", "jax", "grain", "matplotlib")
 _METER_SECONDS = 10.0
+# Of the files that a user names, and not of a machine that has trouble.
+_WRONG_PLACE = (FileExistsError, IsADirectoryError, NotADirectoryError)
+
+flags.disclaim_key_flags()  # the flag below is the command's, whose --help lists it
 
 
 def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
@@ -27,6 +32,7 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
     Also those of the machine's, each kind with an exit code of its own: `failures`.
     """
     flags.mark_flags_as_required(list(required))
+    _define_verbose(flags.FLAGS)
 
     def wrapped(_: list[str]) -> None:
         _keep_compiled_programs()
@@ -46,12 +52,17 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
         python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
         try:
             main()
-        except (ConfigError, CheckpointError, LeaseError, FloatingPointError, BrokenImage) as error:
-            distributed.end_all(str(error), 2)
-            _fail(str(error))
+        except (ConfigError, CheckpointError, LeaseError, FloatingPointError, BrokenImage, *_WRONG_PLACE) as error:
+            sentence = str(error)
+            if isinstance(error, OSError) and error.filename is not None:
+                sentence = f"{error.filename}: {error.strerror}"
+            _trace_if_verbose()
+            distributed.end_all(sentence, 2)
+            _fail(sentence)
         except Exception as error:
             explained = failures.explain(error)
             if explained is not None:
+                _trace_if_verbose()
                 distributed.end_all(*explained)
                 if isinstance(error, processes.Died):
                     _fail_now(*explained)
@@ -74,12 +85,31 @@ def path_of(flag: flags.FlagHolder) -> str:
     """The path that a flag gives.
 
     Raises:
-      ConfigError: it cannot be read here.
+      ConfigError: it is empty, or cannot be read here.
     """
+    if not flag.value:
+        raise ConfigError(f"--{flag.name}: got an empty path, expected one")
     try:
         remote.check(flag.value)
     except ValueError as error:
         raise ConfigError(f"--{flag.name}: {error}") from error
+    return flag.value
+
+
+def output_of(flag: flags.FlagHolder, what: Literal["file", "folder"] = "file") -> str:
+    """What a flag gives to write to; its folder is made now, before what takes long.
+
+    Raises:
+      ConfigError: it is something else, or its folder cannot be made.
+    """
+    path = epath.Path(path_of(flag))
+    try:
+        if what == "file" and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        (path.parent if what == "file" else path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"--{flag.name}: got {flag.value!r}, expected a {what} to write to: {reason}") from error
     return flag.value
 
 
@@ -107,15 +137,34 @@ def _parse(argv: list[str]) -> list[str]:
     """Flags and config overrides; what is wrong with them is a sentence, not a traceback."""
     try:
         rest = flags.FLAGS([_checked(word) for word in _joined(argv)])
+        if len(rest) > 1:
+            raise ConfigError(f"got {' '.join(rest[1:])}, expected flags only, such as --workdir=DIR")
     except (ConfigError, flags.Error) as error:
+        _trace_if_verbose()
         _fail(str(error))
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         # ml_collections hands on the repr of a KeyError: escapes within quotes.
         text = str(error).replace("\\n", " ").replace("\\'", "'").removeprefix("'").removesuffix("'")
+        _trace_if_verbose()
         _fail(f"--config: {text}")
-    if len(rest) > 1:
-        _fail(f"got {' '.join(rest[1:])}, expected flags only, such as --workdir=DIR")
     return rest
+
+
+def _define_verbose(values: flags.FlagValues) -> None:
+    text = "Print the traceback of every error, not only the sentence."
+    flags.DEFINE_bool("verbose", False, text, flag_values=values)
+
+
+def _trace_if_verbose() -> None:
+    """Prints the traceback of the error that is handled, where --verbose asks for it, whatever the other flags are."""
+    alone = flags.FlagValues()
+    _define_verbose(alone)
+    try:
+        alone(sys.argv, known_only=True)
+    except flags.Error:
+        return
+    if alone.verbose:
+        traceback.print_exc()
 
 
 def _fail(sentence: str, status: int = 2) -> NoReturn:
@@ -152,6 +201,8 @@ def _checked(word: str) -> str:
 
 def _is_ours(record: python_logging.LogRecord) -> bool:
     theirs = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in _QUIET)
+    if theirs:
+        record.exc_info = None  # the traceback of an error that this program puts into a sentence
     return not theirs or record.levelno == python_logging.WARNING
 
 
@@ -161,8 +212,8 @@ def append_json_line(path: str | os.PathLike, record: dict[str, Any]) -> None:
     atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; none where there is no file."""
+def read_json_lines(path: str | os.PathLike) -> list[Any]:
+    """The values of a file of JSON lines; none where there is no file."""
     path = epath.Path(path)
     try:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -21,11 +21,15 @@ TIME = flags.DEFINE_bool("time", True, "Measure the time per image; --notime doe
 def main() -> None:
     """Reads, draws, writes, prints the table."""
     from mscm import comparison  # here and not above: --help must not wait for jax
+    from mscm.config import ConfigError
 
+    if not WORKDIR.value:
+        raise ConfigError("--workdir: got none, expected one or more with commas between them")
     found = comparison.compare(WORKDIR.value)
     metric = comparison.choose_metric(found, METRIC.value)  # before what takes long
+    output = cli.output_of(OUTPUT, "folder")
     drawn = comparison.draw(found, timed=TIME.value)
-    written = comparison.write(found, drawn, OUTPUT.value, metric=metric)
+    written = comparison.write(found, drawn, output, metric=metric)
     print(f"\n{comparison.markdown(found, drawn)}\n{', '.join(written)}\n", flush=True)
 
 

@@ -24,7 +24,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mscm import atomic, cli, evaluation
+from mscm import atomic, evaluation
 from mscm.checkpoint import CheckpointError
 from mscm.config import ConfigError, decides, flat
 from mscm.data import sources, transforms
@@ -163,7 +163,7 @@ def read_run(workdir: str) -> Run:
             f"--workdir: got {workdir}, which has no config.json, expected the work directory of a training, as "
             "mscm.main makes it"
         )
-    rows = cli.read_json_lines(os.path.join(workdir, "eval", "scores.jsonl"))
+    rows = evaluation.read_scores(os.path.join(workdir, "eval", "scores.jsonl"))
     experiment = _on_one_device(config)
     lineage = experiment.lineage(workdir)
     if not any(row["model"] == experiment.name for row in rows):
@@ -180,14 +180,20 @@ def read_run(workdir: str) -> Run:
 
 def _read_config(workdir: str) -> dict[str, Any] | None:
     path = epath.Path(workdir) / "config.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        config = json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise ConfigError(f"{path}: got a file that is no JSON ({error}), expected a config") from error
+    if not isinstance(config, dict | None):
+        raise ConfigError(f"{path}: got {type(config).__name__}, expected the sections of a config")
+    return config
 
 
 def _on_one_device(config: dict[str, Any]) -> Experiment:
     """The experiment of a config as JSON, wherever it was trained: a time per image is one device's."""
     config = ConfigDict(config)
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    if "attention" in config.model:
+    if "attention" in config.get("model", {}):
         config.model.attention = "auto"
     return build(config).on(jax.devices()[:1])
 

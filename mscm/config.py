@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ _DECIDES_NOTHING = (
     "steps_per_dispatch", "log_every_steps", "save_every_steps", "keep_checkpoints",
     "max_bad_steps",
 )
+
+
+_INT_LIMIT = 2**31  # what a device counts to
 
 
 class ConfigError(ValueError):
@@ -50,12 +54,33 @@ class Section:
         return choices[name] if isinstance(choices, Mapping) else name
 
     def number(self, key: str, *, minimum: int | float, below: int | float | None = None) -> Any:
-        """The number of `key`, at least `minimum` and less than `below`."""
-        value = self.take(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        """The number of `key`, at least `minimum` and less than `below`; a whole one where `minimum` is."""
+        value, is_whole = self.take(key), isinstance(minimum, int)
+        is_number = isinstance(value, int if is_whole else int | float) and not isinstance(value, bool)
         if not is_number or value < minimum or (below is not None and value >= below):
             limit = "" if below is None else f" and below {below}"
-            raise ConfigError(f"{self._path}.{key}: got {value!r}, expected a number of at least {minimum}{limit}")
+            kind = "whole number" if is_whole else "number"
+            raise ConfigError(f"{self._path}.{key}: got {value!r}, expected a {kind} of at least {minimum}{limit}")
+        if is_whole and value >= _INT_LIMIT:
+            raise ConfigError(f"{self._path}.{key}: got {value!r}, expected a number below {_INT_LIMIT}")
+        return value
+
+    def text(self, key: str) -> str:
+        """The text of `key`."""
+        value = self.take(key)
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"{self._path}.{key}: got {value!r}, expected a text")
+        return value
+
+    def optional_text(self, key: str) -> str | None:
+        """The text of `key`, or None where the config says None."""
+        return None if self.take(key) is None else self.text(key)
+
+    def name(self, key: str) -> str:
+        """The text of `key`, which becomes a part of the names of files."""
+        value = self.text(key)
+        if not re.fullmatch(r"[\w.-]+", value):
+            raise ConfigError(f"{self._path}.{key}: got {value!r}, expected letters, digits, dots, - and _")
         return value
 
     def texts(self, key: str) -> tuple[str, ...]:
@@ -69,7 +94,7 @@ class Section:
         """The numbers of `key`, at least one of them; `distinct`: none of them twice."""
         values = self.take(key)
         is_sequence = isinstance(values, tuple | list)
-        if not is_sequence or not values or not all(type(value) is int and value >= minimum for value in values):
+        if not is_sequence or not values or not all(type(n) is int and minimum <= n < _INT_LIMIT for n in values):
             raise ConfigError(
                 f"{self._path}.{key}: got {values!r}, expected whole numbers from {minimum}, such as (1, 4)"
             )
@@ -131,7 +156,7 @@ def load_config(path: str) -> ConfigDict:
     """The config of `configs/name.py` or `configs/name.py:variant`.
 
     Raises:
-      ConfigError: there is no such file, or it has no such variant.
+      ConfigError: there is no such file, it has no such variant, or it is no config.
     """
     file, _, variant = path.partition(":")
     found = find_config(file)
@@ -139,16 +164,28 @@ def load_config(path: str) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise ConfigError(f"got config file {file!r}, expected a Python file with a function get_config()")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(_in_file(file, error)) from error
     get_config = getattr(module, "get_config", None)
-    if get_config is None:
+    if not inspect.isfunction(get_config):
         raise ConfigError(f"got config file {file!r} without get_config(), expected a function of that name")
     if variant and not inspect.signature(get_config).parameters:
         raise ConfigError(f"got {path!r}, expected {file!r}: this config has no variants")
     try:
-        return get_config(variant) if variant else get_config()
+        config = get_config(variant) if variant else get_config()
     except ValueError as error:  # an unknown variant
         raise ConfigError(f"{file}: {error}") from error
+    except Exception as error:
+        raise ConfigError(_in_file(file, error)) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{file}: got {type(config).__name__} from get_config(), expected a ConfigDict")
+    return config
+
+
+def _in_file(file: str, error: Exception) -> str:
+    return f"{file}: got {type(error).__name__} ({error}), expected a Python file that runs; --verbose says where"
 
 
 def decides(section: Any) -> Any:

@@ -133,7 +133,9 @@ def end_all(sentence: str, status: int) -> None:
 def _parse(where: str) -> tuple[str, int, int]:
     parts = where.split(",")
     numbers = [int(part) for part in parts[1:] if part.isdecimal()]
-    if len(parts) != 3 or len(numbers) != 2 or ":" not in parts[0] or not numbers[1] < numbers[0]:
+    port = parts[0].rpartition(":")[2]
+    has_port = ":" in parts[0] and port.isdecimal() and 0 < int(port) < 2**16
+    if len(parts) != 3 or len(numbers) != 2 or not has_port or not numbers[1] < numbers[0]:
         raise ConfigError(
             f"--distributed: got {where!r}, expected auto, or HOST:PORT,PROCESSES,INDEX such as 10.0.0.1:1234,2,0 with "
             "an index below the number of processes"

@@ -91,6 +91,7 @@ def _score_images(experiment, workdir: str) -> None:
         raise ConfigError(f"--images: {error}") from error
     if len(images) < 4:
         raise ConfigError(f"--images: got {len(images)} images, expected at least 4 to compare with others")
+    next(images.batches(1))  # refuses a wrong size before hours of reference statistics
     with Evaluation(experiment, workdir, allow_mismatch=ALLOW_MISMATCH.value) as job:
         row = job.score_images(images.batches(experiment.eval.batch_size), len(images), IMAGES.value)
         rows = [row, *job.real_rows()]

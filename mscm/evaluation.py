@@ -33,6 +33,9 @@ from mscm.types import Images, Int, Key, Labels, Params
 
 GRID_IMAGES, _GRID_COLUMNS = 50, 10
 
+# Of a row of scores: what it is a score of. A row is written once for each.
+ROW_KEY = ("identity", "run", "model", "step", "sampler", "nfe", "seed", "num_images", "labels")
+
 # Folded into the key of an evaluation for the noise of the steps: no image has this index.
 _STEPS = np.uint32(2**32 - 1)
 
@@ -172,6 +175,13 @@ class Scorer:
         except ValueError as error:
             raise ConfigError(f"config.eval: {error}") from error
         self.mismatch = self.differences(reference_facts(experiment))
+        if experiment.eval.reference:
+            data = experiment.data
+            shape = (data.resolution, data.resolution, data.channels)
+            try:
+                reference_statistics.check_size(self.reference.statistics, self.network, shape)
+            except ValueError as error:
+                raise ConfigError(f"config.eval.reference: {error}") from error
 
     def differences(self, known: dict[str, Any]) -> list[str]:
         """What is not the same in the reference and in images of which `known` is known.
@@ -391,6 +401,19 @@ def labels_of_images(experiment: Experiment, seed: int) -> np.ndarray:
     if experiment.eval.labels == "balanced":
         return np.arange(num_images) % num_classes
     return np.random.RandomState(seed).randint(num_classes, size=num_images)
+
+
+def read_scores(path: str) -> list[dict[str, Any]]:
+    """The rows of a file of scores; none where there is no file.
+
+    Raises:
+      ConfigError: it holds something else.
+    """
+    rows = cli.read_json_lines(path)
+    for row in rows:
+        if not isinstance(row, dict) or not row.keys() >= set(ROW_KEY):
+            raise ConfigError(f"{path}: got a line that is no score, expected those of mscm.eval; move the file away")
+    return rows
 
 
 def metrics_of(row: dict[str, Any]) -> dict[str, float]:

@@ -21,7 +21,8 @@ from absl import logging
 from etils import epath
 
 from mscm import atomic, cli, distributed, evaluation
-from mscm.checkpoint import CheckpointError, Checkpoints, reading
+from mscm.arrays import read_npz
+from mscm.checkpoint import CheckpointError, Checkpoints, UnreadableCheckpoint, reading
 from mscm.config import decides
 from mscm.evaluation import SamplerSpec, Scorer
 from mscm.experiment import Experiment
@@ -35,9 +36,6 @@ _Read = TypeVar("_Read")
 
 _POLL_SECONDS = 10.0
 _LOOKS, _LOOK_SECONDS = 16, 2.0  # at a checkpoint that cannot be read: half a minute
-
-# Of a row: what it is a score of. A row is written once for each.
-_KEY = ("identity", "run", "model", "step", "sampler", "nfe", "seed", "num_images", "labels")
 
 
 class Evaluation:
@@ -69,6 +67,7 @@ class Evaluation:
         with contextlib.ExitStack() as stack:
             owner = os.path.join(self.directory, "owner.json")
             self._check_ours = stack.enter_context(distributed.holding(owner, "evaluation", wait=wait))
+            evaluation.read_scores(self.scores_file)  # refuses what is none, before what takes long
             self.scorer = Scorer(experiment, self.directory, allow_mismatch=allow_mismatch)
             self._writer = stack.enter_context(Writer(self.directory, active=distributed.is_main()))
             self._open = stack.pop_all()
@@ -85,7 +84,7 @@ class Evaluation:
         settings = (spec.num_images, spec.labels)
         return [
             row
-            for row in cli.read_json_lines(self.scores_file)
+            for row in evaluation.read_scores(self.scores_file)
             if row["identity"] == self.scorer.identity
             # The row of real images has no labels.
             if row["labels"] is None or ((row["num_images"], row["labels"]) == settings and row["seed"] in spec.seeds)
@@ -136,7 +135,8 @@ class Evaluation:
                 with reading(workdir) as checkpoints:
                     if step not in checkpoints.steps():
                         break
-                if not looks_left or isinstance(error, CheckpointError):  # of another model, say
+                is_final = isinstance(error, CheckpointError) and not isinstance(error, UnreadableCheckpoint)
+                if not looks_left or is_final:  # of another model, say
                     raise
             time.sleep(_LOOK_SECONDS)
         logging.warning("Step %d in %s: training has deleted it before it had a score", step, workdir)
@@ -278,7 +278,7 @@ class Evaluation:
         if self.scorer.spec.reference:
             return []
         count = self.scorer.size_of_half()
-        row = dict.fromkeys(_KEY) | {"model": "real, half against half", "nfe": 0, "num_images": count}
+        row = dict.fromkeys(evaluation.ROW_KEY) | {"model": "real, half against half", "nfe": 0, "num_images": count}
         row |= self.scorer.describe()
         there = distributed.agree([other for other in self.rows() if _key_of(other) == _key_of(row)])
         if there or not make:
@@ -342,8 +342,7 @@ class Evaluation:
         """The first images of some rows side by side: image i is of the same noise and class in all of them."""
         panels = {}
         for row in rows:
-            with epath.Path(f"{self._samples_path(row)}.npz").open("rb") as handle, np.load(handle) as file:
-                panels[f"{row['model']}, {SamplerSpec.of_row(row)}"] = file["images"]
+            panels[f"{row['model']}, {SamplerSpec.of_row(row)}"] = read_npz(f"{self._samples_path(row)}.npz")["images"]
         return evaluation.grid_of(panels)
 
     def _samples_path(self, row: dict[str, Any]) -> str:
@@ -381,7 +380,7 @@ def _run_of(config: dict[str, Any]) -> str:
 
 
 def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return *(row[name] for name in _KEY), row.get("num_steps")
+    return *(row[name] for name in evaluation.ROW_KEY), row.get("num_steps")
 
 
 def _name_of(row: dict[str, Any]) -> str:

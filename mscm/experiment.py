@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 
 from mscm import compilation
 from mscm.checkpoint import first_mismatch, parameter_shapes
-from mscm.config import ConfigError, Section, load_config
+from mscm.config import ConfigError, Section, flat, load_config
 from mscm.data import sources
 from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import schedule as schedules
@@ -422,15 +423,21 @@ class Experiment:
         }
 
 
-def build(config: ConfigDict) -> Experiment:
+def build(config: ConfigDict, *, heirs: tuple[str, ...] = ()) -> Experiment:
     """Everything that the config decides, as functions.
+
+    Args:
+      heirs: files of the teachers that come from this one.
 
     Raises:
       ConfigError: a key is missing, unknown, unread or has an impossible value; nothing has been compiled yet.
     """
     root = Section(config)
     try:
-        experiment = _build(root, config)
+        for path, value in flat(json.loads(config.to_json_best_effort())).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"config.{path}: got {value}, expected a finite number")
+        experiment = _build(root, config, heirs)
     except ConfigError:
         raise
     except ValueError as error:  # a sentence of the part that refused its arguments
@@ -439,7 +446,7 @@ def build(config: ConfigDict) -> Experiment:
     return experiment
 
 
-def _build(root: Section, config: ConfigDict) -> Experiment:
+def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experiment:
     data = _data(root.section("data"))
     model_section = root.section("model")
     model = model_section.choose("name", MODELS)(model_section, data)
@@ -464,7 +471,7 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
         network=eval_section.choose("network", FEATURE_NETWORKS),
         precision=eval_section.choose("precision", tuple(DTYPES)),
         at_end=bool(eval_section.take("at_end")),
-        **{key: eval_section.take(key) for key in ("weights", "reference", "reference_split")},
+        **{key: eval_section.optional_text(key) for key in ("weights", "reference", "reference_split")},
     )
     optimizer_section = root.section("optimizer")
     bind_rate = optimizer_section.bind(functools.partial(optimizers.make_learning_rate, num_steps=train.num_steps))
@@ -473,7 +480,7 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
     mesh = root.section("mesh")
     objective = root.section("objective")
     phases = _phases(objective) if "phase_steps" in config.objective else ()
-    teacher = _teacher(root.optional_section("teacher"), config, phases)
+    teacher = _teacher(root.optional_section("teacher"), config, phases, heirs)
     make_method = objective.choose("name", OBJECTIVES)
     _check_teacher(config, teacher)
     parts = Parts(
@@ -501,7 +508,7 @@ def _build(root: Section, config: ConfigDict) -> Experiment:
     if teacher is not None and teacher.experiment.guidance and not method.distil:
         raise ConfigError("config.teacher.guidance: expected 0.0, because objective.distil = False asks no teacher")
     experiment = Experiment(
-        name=root.take("name"),
+        name=root.name("name"),
         seed=root.number("seed", minimum=0),
         config=json.loads(config.to_json_best_effort()),
         data=data,
@@ -563,7 +570,9 @@ def _fields(section: Section, spec: type) -> dict[str, Any]:
 
 def _data(section: Section) -> DataSpec:
     return DataSpec(
-        **{key: section.take(key) for key in ("name", "split", "path")},
+        name=section.text("name"),
+        split=section.text("split"),
+        path=section.optional_text("path"),
         **{key: section.number(key, minimum=1) for key in ("resolution", "channels", "num_classes")},
         flip=bool(section.take("flip")),
         num_workers=section.number("num_workers", minimum=0),
@@ -631,17 +640,22 @@ def _boxed_shapes(model: nn.Module, data: DataSpec) -> Params:
     return jax.eval_shape(functools.partial(_init, model, data), jax.random.key(0))
 
 
-def _teacher(section: Section | None, config: ConfigDict, phases: tuple[int, ...]) -> TeacherSpec | None:
+def _teacher(
+    section: Section | None, config: ConfigDict, phases: tuple[int, ...], heirs: tuple[str, ...]
+) -> TeacherSpec | None:
     if section is None:
         return None
-    file, workdir, guidance = section.take("config"), section.take("workdir"), section.number("guidance", minimum=0.0)
+    file, workdir = section.text("config"), section.optional_text("workdir")
+    guidance = section.number("guidance", minimum=0.0)
+    if file in heirs:
+        raise ConfigError(f"config.teacher.config: got {file!r}, whose model is its own teacher, expected another")
     if len(phases) > 2:  # the phase before this one, with the same teacher before it
         before = config.copy_and_resolve_references()
         before.objective.phase_steps = phases[:-1]
         lengths = config.objective.get("num_steps_before")
         if lengths:
             before.objective.num_steps_before, before.train.num_steps = lengths[:-1], lengths[-1]
-        experiment = build(before)
+        experiment = build(before, heirs=heirs)
         experiment = dataclasses.replace(experiment, name=f"{config.name}_{phases[-2]}")
         return TeacherSpec(experiment, None, phase=phases[-2])
     of_teacher = load_config(file)
@@ -649,7 +663,7 @@ def _teacher(section: Section | None, config: ConfigDict, phases: tuple[int, ...
     of_teacher.mesh = config.mesh
     if config.model.name == of_teacher.model.name == "uvit":
         of_teacher.model.attention = config.model.attention  # it runs on the same devices
-    experiment = build(of_teacher)
+    experiment = build(of_teacher, heirs=(*heirs, file))
     if guidance and experiment.method.guidance_range is not None:
         raise ConfigError(
             f"config.teacher.guidance: got {guidance}, expected 0.0 because the weight is an input of "

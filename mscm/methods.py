@@ -53,6 +53,7 @@ IMAGE_DISTANCES: dict[str, Callable[..., PerExample]] = {
     "pseudo_huber": distances.norm_pseudo_huber,
 }
 FEATURE_PRECISIONS = ("float32", "bfloat16")
+_STEPS_LIMIT = 2.0**24  # float32 counts to it
 INTERVAL_WEIGHTS: dict[str, distances.IntervalWeight | None] = {"one": None, "inverse_gap": distances.inverse_gap}
 SOLVERS: dict[str, Callable[..., solvers.Solver]] = {
     "addim": lambda *, x_var_frac: functools.partial(solvers.addim, x_var_frac=x_var_frac),
@@ -195,8 +196,8 @@ def _multistep_consistency(section: Section, parts: Parts) -> Method:
     grows = section.section("teacher_steps")
     teacher_steps = functools.partial(
         curriculum.teacher_steps,
-        start=grows.number("start", minimum=1),
-        end=grows.number("end", minimum=1),
+        start=grows.number("start", minimum=1.0, below=_STEPS_LIMIT),
+        end=grows.number("end", minimum=1.0, below=_STEPS_LIMIT),
         anneal_steps=grows.number("anneal_steps", minimum=0),
     )
     x_var_frac = section.number("x_var_frac", minimum=0.0)

@@ -33,15 +33,13 @@ def main() -> None:
     config, topology = CONFIG.value, TOPOLOGY.value
     if LARGEST_BATCH.value and topology == planning.HOST:
         raise ConfigError("--largest_batch: got --topology=host, expected a topology, whose compiler knows what fits")
+    output = None if JSON.value is None else cli.output_of(JSON)
     logging.info("Compiling %s for %s", config.name, topology)
     plan = planning.plan_here(config) if topology == planning.HOST else planning.plan_for(config, topology)
     if LARGEST_BATCH.value:
         plan = planning.with_largest_batch(plan, config)
-    if JSON.value:
-        try:
-            atomic.write_text(JSON.value, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
-        except OSError as error:
-            raise ConfigError(f"--json: got {JSON.value!r}, expected a file to write to: {error.strerror}") from error
+    if output is not None:
+        atomic.write_text(output, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
     if not plan.fits:
         raise ConfigError(does_not_fit(plan))
     print(describe(plan), flush=True)

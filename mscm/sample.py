@@ -22,7 +22,7 @@ SAMPLER = flags.DEFINE_string(
     "sampler", None, "Such as ddim:eta=0.5, see README. Default: ddim for a student, a teacher's last in config.eval."
 )
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read. Default: the newest.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**31 - 1)
 LABELS = flags.DEFINE_list("labels", None, "Class indices, repeated as needed. Default: all classes in turn.")
 FORCE = flags.DEFINE_bool("force", False, "Sample a student with a sampler that it was not trained for.")
 
@@ -30,7 +30,6 @@ FORCE = flags.DEFINE_bool("force", False, "Sample a student with a sampler that 
 def main() -> None:
     """Checks, samples, writes."""
     import numpy as np  # here and not above: --help must not wait for jax
-    from etils import epath
 
     from mscm import atomic, evaluation
     from mscm.config import ConfigError
@@ -40,7 +39,7 @@ def main() -> None:
 
     experiment, workdir = build(run_flags.CONFIG.value).for_evaluation(), cli.path_of(run_flags.WORKDIR)
     default = evaluation.default_samplers(experiment)[-1]
-    sampler, num_steps = SAMPLER.value or default.sampler, NUM_STEPS.value
+    sampler, num_steps = default.sampler if SAMPLER.value is None else SAMPLER.value, NUM_STEPS.value
     if num_steps is None:
         num_steps = own_steps(sampler) or default.num_steps
     spec = SamplerSpec(sampler, num_steps)
@@ -53,13 +52,11 @@ def main() -> None:
             raise ConfigError(f"--labels: got {','.join(LABELS.value)}, expected numbers from 0 to {num_classes - 1}")
         labels = np.resize(np.array(LABELS.value, np.int32), NUM_IMAGES.value)
 
-    output = OUTPUT.value or os.path.join(workdir, "samples.png")
-    folder = output if not output.endswith((".png", ".npz")) else os.path.dirname(output)
     params = evaluation.read_ema(experiment, workdir, STEP.value)
-    try:
-        epath.Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output: got {output!r}, expected a place to write to: {error.strerror}") from error
+    if OUTPUT.value is None:
+        output = os.path.join(workdir, "samples.png")
+    else:
+        output = cli.output_of(OUTPUT, "file" if OUTPUT.value.endswith((".png", ".npz")) else "folder")
     images = np.concatenate(
         list(
             evaluation.generate(

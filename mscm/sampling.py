@@ -28,6 +28,7 @@ CLIPS: dict[str, Callable[[Denoiser], Denoiser]] = {
     "static": denoisers.clipped,
     "dynamic": denoisers.dynamically_clipped,
 }
+MAX_STEPS = 100_000  # float32 tells so many times apart
 _VARIANCES = {"small": 0.0, "large": 1.0}
 
 
@@ -130,8 +131,8 @@ class SamplerSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", _print(*_parse(self.sampler)))
-        if self.num_steps < 1:
-            raise ConfigError(f"num_steps: got {self.num_steps}, expected at least 1")
+        if not 1 <= self.num_steps <= MAX_STEPS:
+            raise ConfigError(f"num_steps: got {self.num_steps}, expected at least 1 and at most {MAX_STEPS}")
         own = own_steps(self.sampler)
         if own not in (None, self.num_steps):
             raise ConfigError(

@@ -60,8 +60,9 @@ def make_directory(workdir: str) -> None:
       ConfigError: it cannot be one.
     """
     folder = epath.Path(workdir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--workdir: got {workdir!r}, which is a file, expected a directory to write to")
+    for path in (folder, folder / "checkpoints"):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--workdir: got {str(path)!r}, which is a file, expected a directory to write to")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

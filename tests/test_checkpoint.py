@@ -21,7 +21,7 @@ def _state(step: int, width: int = 3):
 
 
 def _facts(state):
-    return FACTS_MORE | {"parameters": parameter_shapes(state.params)}
+    return FACTS_MORE | {"config": {}, "parameters": parameter_shapes(state.params)}
 
 
 @pytest.fixture(scope="module")

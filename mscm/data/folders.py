@@ -24,11 +24,15 @@ from typing import NamedTuple
 from absl import logging
 
 from mscm.data import reading
-from mscm.data.images import SUFFIXES
+from mscm.data.images import MAX_BYTES, SUFFIXES, BrokenImage
 
 
 class NoSuchSplit(ValueError):
     """The chosen split is no folder above the classes."""
+
+
+class _Refused(Exception):
+    """One sentence about an archive that is whole."""
 
 
 class Entry(NamedTuple):
@@ -76,17 +80,27 @@ class ImageFiles:
         """The bytes of a file.
 
         Raises:
+          BrokenImage: it has more than an image may have, packed or not.
           OSError: with its path: it is not there any more, or its disk does not answer, also after some time.
+          zlib.error: it is packed and damaged.
         """
         place = self._places[index]
 
         def read() -> bytes:
+            _check_size(self.size(index))
             with open(place.path, "rb") as file:
                 file.seek(place.offset)
                 return file.read(place.size)
 
         data = reading.patiently(read, place.path)
-        return zlib.decompress(data, wbits=-zlib.MAX_WBITS) if place.deflated else data
+        if not place.deflated:
+            return data
+        unpacker = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+        data = unpacker.decompress(data, MAX_BYTES + 1)
+        _check_size(len(data))
+        if not unpacker.eof:
+            raise zlib.error("incomplete or truncated stream")
+        return data
 
 
 def open_files(path: str | os.PathLike, *, split: str | None = None) -> ImageFiles:
@@ -175,6 +189,11 @@ def _check_classes(path: str, parents: set[str], empty: set[str], split: str | N
         raise ValueError(f"{path}: got no image in the class folder {lost[0]}, expected at least one; remove it")
 
 
+def _check_size(num_bytes: int) -> None:
+    if num_bytes > MAX_BYTES:
+        raise BrokenImage(f"got a file of {num_bytes} bytes or more, expected at most {MAX_BYTES}")
+
+
 def _is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in SUFFIXES
 
@@ -192,7 +211,9 @@ def _list(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
     if zipfile.is_zipfile(path):
         try:
             return _list_zip(path)
-        except (zipfile.BadZipFile, NotImplementedError) as error:
+        except _Refused as refusal:
+            raise ValueError(f"{path}: {refusal}") from refusal
+        except Exception as error:  # zipfile raises a dozen types for damaged bytes
             raise ValueError(f"{path}: got a damaged zip ({error}), expected a whole one") from error
     try:
         tar = tarfile.open(path, "r:")
@@ -204,10 +225,14 @@ def _list(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
         raise ValueError(
             f"{path}: got a file that is neither zip nor tar, expected a folder, zip or tar of images"
         ) from error
+    except Exception as error:  # as below
+        raise ValueError(f"{path}: got a damaged tar ({error}), expected a whole one") from error
     with tar:
         try:
             return _list_tar(tar, path, 0, "")
-        except tarfile.ReadError as error:
+        except _Refused as refusal:
+            raise ValueError(f"{path}: {refusal}") from refusal
+        except Exception as error:  # tarfile raises a dozen types for damaged bytes
             raise ValueError(f"{path}: got a damaged or cut tar ({error}), expected a whole one") from error
 
 
@@ -215,9 +240,12 @@ def _list_folder(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
     def refuse(error: OSError) -> None:
         raise ValueError(f"{path}: got the folder {error.filename}, expected to be allowed to read it") from error
 
-    files, folders = {}, set()
+    files, folders, seen = {}, set(), {}
     # os.walk leaves out what it cannot read, and the labels of other classes would shift.
     for directory, _, names in os.walk(path, followlinks=True, onerror=refuse):
+        real = os.path.realpath(directory)
+        if directory.startswith(seen.setdefault(real, directory) + os.sep):  # without an end, and ever more of them
+            raise ValueError(f"{path}: got {directory}, a link to a folder above it, expected none; remove it")
         folder = Path(directory).relative_to(path).as_posix()
         folders.add(folder)
         for name in names:
@@ -235,8 +263,8 @@ def _list_zip(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
                 folders.add(name)
                 continue
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-                raise ValueError(
-                    f"{path}: got {info.filename}, which is encrypted or compressed in a rare way, expected a plain or "
+                raise _Refused(
+                    f"got {info.filename}, which is encrypted or compressed in a rare way, expected a plain or "
                     "deflated file; unpack the zip and give the folder"
                 )
             # The local header repeats the name, with an extra field of its own length.
@@ -254,7 +282,11 @@ def _list_tar(tar: tarfile.TarFile, path: str, base: int, prefix: str) -> tuple[
         name = PurePosixPath(prefix, member.name).as_posix()
         if member.isdir():
             folders.add(name)
+        elif member.issparse():
+            raise _Refused(f"got {name}, which is stored with holes, expected plain files; unpack the tar")
         elif member.isfile() and name.endswith(".tar"):
+            if prefix:
+                raise _Refused(f"got {name}, a tar in a tar in a tar, expected one per class; unpack it")
             with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
                 inside, more = _list_tar(inner, path, base + member.offset_data, name.removesuffix(".tar"))
             files |= inside
@@ -273,5 +305,5 @@ def _list_tar(tar: tarfile.TarFile, path: str, base: int, prefix: str) -> tuple[
         if goal in files:
             files[name] = files[goal]
         elif _is_image(name):
-            raise ValueError(f"{path}: got {name}, a link to {goal}, expected that file in the tar; unpack it first")
+            raise _Refused(f"got {name}, a link to {goal}, expected that file in the tar; unpack it first")
     return files, folders

@@ -20,6 +20,10 @@ from PIL import Image, UnidentifiedImageError
 Pixels = UInt8[np.ndarray, "h w c"]
 Square = UInt8[np.ndarray, "s s c"]
 
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow hands some of the others to other programs
+MAX_SIDE = 2**13  # in pixels of what is made of an image
+MAX_BYTES = 2**30  # of a file: the largest image that Pillow reads, 179 million pixels, is half of it uncompressed
+
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 _BACKGROUND = 255  # behind transparent pixels, as a page shows them
@@ -55,7 +59,7 @@ def decode(data: bytes, *, channels: int) -> Pixels:
     """
     mode = {1: "L", 3: "RGB"}[channels]
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             image = _eight_bit(image)
             orientation = image.getexif().get(_ORIENTATION)
             if orientation in _UPRIGHT:
@@ -67,7 +71,9 @@ def decode(data: bytes, *, channels: int) -> Pixels:
             pixels = np.asarray(image.convert(mode))
     except UnidentifiedImageError as error:
         raise BrokenImage("not an image") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except BrokenImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen types for damaged bytes
         raise BrokenImage(str(error).replace("\n", " ") or type(error).__name__) from error
     return pixels.reshape(*pixels.shape[:2], channels)
 

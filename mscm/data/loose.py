@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import UInt8
 
+from mscm.arrays import names_in_npz, read_npz
 from mscm.data import folders, images
 
 _ARRAYS = ("images", "arr_0")  # what mscm.sample writes, and what np.savez calls an array without a name
@@ -75,11 +76,11 @@ def open_images(path: str | os.PathLike, *, resolution: int, channels: int) -> L
 
 def _array(path: str) -> np.ndarray:
     try:
-        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
-            there = file.files
-            name = next((name for name in _ARRAYS if name in there), None)
-            if name is not None:
-                return np.asarray(file[name])
-    except Exception as error:  # zipfile and numpy raise a dozen types for what is damaged
+        found = read_npz(path, _ARRAYS)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: got a file that cannot be read ({error}), expected an .npz of images") from error
+    for name in _ARRAYS:
+        if name in found:
+            return found[name]
+    there = sorted(names_in_npz(path))
     raise ValueError(f"{path}: got arrays called {', '.join(there) or 'nothing'}, expected {' or '.join(_ARRAYS)}")

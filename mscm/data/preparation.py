@@ -61,6 +61,8 @@ class Settings:
         for what, number in (("resolution", self.resolution), ("images_per_shard", self.images_per_shard)):
             if number is not None and number < 1:
                 raise ValueError(f"{what}: got {number}, expected at least 1")
+        if self.resolution > images.MAX_SIDE:
+            raise ValueError(f"resolution: got {self.resolution}, expected at most {images.MAX_SIDE}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ def prepare(
       processes.Died: a worker was killed.
     """
     output = Path(output)
-    if not re.fullmatch(r"[\w.-]+", split):
+    if not re.fullmatch(r"\w[\w.-]*", split):
         raise ValueError(f"got split {split!r}, expected a name of letters, digits, dots, - and _")
     if records.card_path(output, split).exists():
         raise ValueError(f"{records.card_path(output, split)} exists already; remove it, or choose another --output")
@@ -200,9 +202,10 @@ def _hash(value) -> str:
 def _read(note: Path) -> dict:
     """A note; nothing where it was cut."""
     try:
-        return json.loads(note.read_text())
+        found = json.loads(note.read_text())
     except ValueError:
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _read_note(shard: _Shard, settings: Settings) -> dict | None:

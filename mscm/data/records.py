@@ -20,6 +20,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int32, Integer, UInt8
 
+from mscm.arrays import read_npy
 from mscm.data import images, png, reading
 
 FORMAT = "mscm records 2"
@@ -96,7 +97,37 @@ def read_card(directory: str | os.PathLike, split: str) -> Card:
     fields = {field.name for field in dataclasses.fields(Card)}
     if got != FORMAT or values.keys() != fields:
         raise ValueError(f"{path}: got format {got!r}, expected {FORMAT!r} with all its keys; prepare the data again")
+    wrong = _wrong_key(values)
+    if wrong is not None:
+        raise ValueError(f"{path}: got {wrong} = {values[wrong]!r:.100}, which no card has; prepare the data again")
     return Card(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _wrong_key(values: dict[str, Any]) -> str | None:
+    """A key of a card as JSON whose value cannot be right, whatever the images are."""
+
+    def are(items: Any, kind: type) -> bool:
+        return isinstance(items, list) and all(type(item) is kind for item in items)
+
+    kinds = {"source": str, "split": str, "checksum": str, "labels_sha256": str, "num_enlarged": int}
+    kinds |= {"resolution": int, "channels": int, "num_examples": int}
+    lists = {"class_names": str, "class_counts": int, "shards": str, "shard_sizes": int, "broken": str}
+    wrong = [key for key, kind in kinds.items() if type(values[key]) is not kind]
+    wrong += [key for key, kind in lists.items() if not are(values[key], kind)]
+    if wrong:
+        return wrong[0]
+    shards, sizes = values["shards"], values["shard_sizes"]
+    is_right = {
+        "transform": values["transform"] in (None, *images.TRANSFORMS),
+        "encoding": values["encoding"] in ENCODINGS,
+        "channels": values["channels"] in (1, 3),
+        "resolution": 1 <= values["resolution"] <= images.MAX_SIDE,
+        # Names only: a shard lies beside its card.
+        "shards": len(shards) == len(sizes) and all(os.path.basename(name) == name for name in shards),
+        "shard_sizes": min(sizes, default=0) >= 0,
+        "num_examples": values["num_examples"] == sum(sizes),
+    }
+    return next((key for key, right in is_right.items() if not right), None)
 
 
 def encode(pixels: images.Square, encoding: str) -> bytes:
@@ -147,20 +178,35 @@ class RecordSource:
         for path in (*paths, labels_path(directory, split)):
             if not path.is_file():
                 raise ValueError(f"{card_path(directory, split)}: got no file {path.name} beside it; prepare it again")
-        self.labels = np.load(labels_path(directory, split), allow_pickle=False)
+        try:
+            self.labels = read_npy(labels_path(directory, split))
+        except ValueError as error:
+            raise ValueError(f"{labels_path(directory, split)}: got no labels ({error}); prepare it again") from error
         self._paths = [os.fspath(path) for path in paths]
-        sizes = tuple(reader.num_records() for reader in self._readers)
+        try:
+            sizes = tuple(reader.num_records() for reader in self._readers)
+        except (RuntimeError, ValueError) as error:  # ArrayRecord's
+            raise ValueError(f"{directory}: got a broken shard ({error}); prepare it again") from error
         if sizes != self.card.shard_sizes:
             i = next(i for i, size in enumerate(sizes) if size != self.card.shard_sizes[i])
             raise ValueError(
                 f"{paths[i]}: got {sizes[i]} images, expected {self.card.shard_sizes[i]} as {split}.json says; "
                 "prepare it again"
             )
-        if self.labels.dtype != np.int32 or labels_sha256(self.labels) != self.card.labels_sha256:
+        num_classes = len(self.card.class_names)
+        is_right = self.labels.shape == (self.card.num_examples,) and self.labels.dtype == np.int32
+        if not is_right or labels_sha256(self.labels) != self.card.labels_sha256:
             raise ValueError(
                 f"{labels_path(directory, split)}: got other labels than those of {split}.json; prepare it again"
             )
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < num_classes:
+            raise ValueError(
+                f"{labels_path(directory, split)}: got labels from {self.labels.min()} to {self.labels.max()}, "
+                f"expected 0 to {num_classes - 1}; prepare it again"
+            )
         self._starts = np.cumsum((0, *sizes[:-1]))
+        if len(self):
+            self.load(np.array([0]))  # refuses records of another encoding or size
 
     @functools.cached_property
     def _readers(self) -> list[ArrayRecordReader]:

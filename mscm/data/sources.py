@@ -31,6 +31,7 @@ from jaxtyping import Int, Int32, Integer, UInt8
 from mscm.data import folders, images, records, tfds_source
 
 _FINGERPRINT_FILES = 256
+_MAX_SYNTHETIC = 2**34  # bytes: 2,000 pixels a side
 
 # Folders of these names above the classes say that their images are a part of a data set.
 _SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
@@ -152,6 +153,7 @@ class FileSource:
         self.class_names = files.class_names
         self.labels = np.array([entry.label for entry in files.entries], np.int32)
         self._files = files
+        self.transform  # noqa: B018 decodes some: a broken one is refused before anything is compiled
 
     @property
     def num_classes(self) -> int:
@@ -205,6 +207,9 @@ def _synthetic(*, split: str, resolution: int | None, channels: int | None, num_
     """1,024 images of noise, the same for everybody: what a benchmark trains on when the data is not the question."""
     if resolution is None or channels is None or num_classes is None:
         raise ValueError("source 'synthetic': expected resolution, channels and num_classes: it has none itself")
+    num_bytes = 1024 * resolution**2 * channels
+    if num_bytes > _MAX_SYNTHETIC:
+        raise ValueError(f"source 'synthetic': got {num_bytes} bytes of pixels, expected at most {_MAX_SYNTHETIC}")
     rng = np.random.RandomState(0)
     pixels = rng.randint(0, 256, (1024, resolution, resolution, channels), np.uint8)
     labels = (np.arange(len(pixels)) % num_classes).astype(np.int32)

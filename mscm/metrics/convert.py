@@ -24,7 +24,7 @@ def main() -> None:
 
     if NETWORK.value not in weights.NETWORKS:
         raise ConfigError(f"--network: got {NETWORK.value!r}, expected one of {', '.join(weights.NETWORKS)}")
-    output = OUTPUT.value or weights.default_path(NETWORK.value)
+    output = weights.default_path(NETWORK.value) if OUTPUT.value is None else cli.output_of(OUTPUT)
     try:
         card = weights.convert(NETWORK.value, SOURCE.value, output)
     except ValueError as error:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from etils import epath
 from flax import traverse_util
 
 from mscm import atomic
+from mscm.arrays import read_npz
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -54,16 +54,10 @@ def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]
       ValueError: it is damaged, or was not written by `save`.
     """
     try:
-        # Opened here because np.load leaves a file that is no zip open when it refuses it.
-        with epath.Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = read_npz(path)
         card = json.loads(str(arrays.pop(_CARD)))
         sha256, found = str(card.pop(_SHA256)), fingerprint(arrays)
-    except FileNotFoundError:
-        raise
-    # Not a list: zipfile, the decompressors and numpy's parser of headers raise a dozen types for damaged bytes, among
-    # them TypeError, SyntaxError, TokenError, RuntimeError (one bit says encrypted), OverflowError and MemoryError.
-    except Exception as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # the last four: another card
         raise ValueError(
             f"{os.fspath(path)}: got a file that cannot be read ({error}), expected one written by mscm; make it again"
         ) from error

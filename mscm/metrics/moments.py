@@ -19,6 +19,23 @@ class Moments(NamedTuple):
     cov: Float64[np.ndarray, "d d"]
 
 
+def checked(count: int, mean: np.ndarray, cov: np.ndarray) -> Moments:
+    """The moments that a file holds.
+
+    Raises:
+      ValueError: they are not finite numbers of fitting shapes, or `cov` is no covariance.
+    """
+    if mean.dtype.kind not in "fiu" or cov.dtype.kind not in "fiu":
+        raise ValueError(f"got {mean.dtype} and {cov.dtype}, expected numbers")
+    if mean.ndim != 1 or cov.shape != 2 * mean.shape:
+        raise ValueError(f"got a mean of shape {mean.shape} and a covariance of {cov.shape}, expected (d,) and (d, d)")
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise ValueError("got non-finite numbers, expected finite ones")
+    if (np.diag(cov) < 0).any() or np.abs(cov - cov.T).max(initial=0) > 1e-6 * np.abs(cov).max(initial=0):
+        raise ValueError("got a matrix that is not symmetric or has a negative variance, expected a covariance")
+    return Moments(count, mean.astype(np.float64), cov.astype(np.float64))
+
+
 def from_features(features: Float[np.ndarray, "n d"]) -> Moments:
     """Moments of all rows at once.
 

@@ -39,7 +39,7 @@ def main() -> None:
             )
     if IMPORT.value is not None and COUNT.value is None:
         raise ConfigError("--count: got none, expected the number of images behind the imported file")
-    output = cli.path_of(OUTPUT)
+    output = cli.output_of(OUTPUT)
     if DISTRIBUTED.value:
         distributed.start(DISTRIBUTED.value)
     experiment = build(CONFIG.value)
@@ -62,15 +62,11 @@ def main() -> None:
 def _write(reference, output: str) -> None:
     """By one process, and says so."""
     from mscm import distributed
-    from mscm.config import ConfigError
     from mscm.metrics import reference_statistics
 
     if not distributed.is_main():
         return
-    try:
-        reference_statistics.save(output, reference)
-    except OSError as error:
-        raise ConfigError(f"--output: {output}: {error.strerror or error}") from error
+    reference_statistics.save(output, reference)
     network = reference.network
     print(f"{reference}, features of {network['name']} {network['fingerprint'][:12]}: {output}", flush=True)
 

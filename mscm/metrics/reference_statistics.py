@@ -12,13 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
+from mscm.arrays import names_in_npz, read_npz
 from mscm.metrics import files, statistics
 from mscm.metrics.classifier import LabelledImages
 from mscm.metrics.features import FeatureNetwork
 from mscm.metrics.gathering import Gathering, over
-from mscm.metrics.moments import Moments
+from mscm.metrics.moments import Moments, checked
 from mscm.metrics.statistics import Statistics
 
 _KIND = "mscm reference 1"
@@ -91,7 +91,7 @@ def load(path: str | os.PathLike) -> Reference:
     try:
         arrays, card = files.load(path)
     except ValueError as error:
-        if not _names(path) >= {"mu", "sigma"}:
+        if not names_in_npz(path) >= {"mu", "sigma"}:
             raise
         raise ValueError(
             f"{os.fspath(path)}: got an .npz of ADM's or pytorch-fid's form, expected one of mscm.metrics.reference; "
@@ -102,8 +102,22 @@ def load(path: str | os.PathLike) -> Reference:
             f"{os.fspath(path)}: got a file of kind {card.get('kind')!r}, expected {_KIND!r}; make it with "
             "python -m mscm.metrics.reference"
         )
-    said = (card[key] for key in ("data", "network", "imported_from"))
-    return Reference(Statistics.from_arrays(arrays), *said, card.get("remark"))
+    try:
+        _check_card(card)
+        gathered = Statistics.from_arrays(arrays)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}; make it again") from error
+    return Reference(gathered, card["data"], card["network"], card["imported_from"], card.get("remark"))
+
+
+def _check_card(card: Mapping[str, Any]) -> None:
+    facts = {"data": {*_COMPARED, "count", "fingerprint"}, "network": {"name", "fingerprint"}}
+    for part, keys in facts.items():
+        found = card.get(part)
+        if not isinstance(found, dict) or not found.keys() >= keys:
+            raise ValueError(f"got a card without {', '.join(sorted(keys))} in {part!r}, expected them")
+    if "imported_from" not in card:
+        raise ValueError("got a card without 'imported_from', expected it")
 
 
 def import_npz(
@@ -119,9 +133,8 @@ def import_npz(
       ValueError: it is no such file, or not of the size of the network's features.
     """
     try:
-        with epath.Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0") if name in file.files}
-    except Exception as error:  # as in files.load
+        arrays = read_npz(path, ("mu", "sigma", "mu_s", "sigma_s", "arr_0"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)}: got a file that cannot be read ({error}), expected an .npz") from error
     if not {"mu", "sigma"} <= arrays.keys():
         raise ValueError(f"{os.fspath(path)}: got no mu and sigma, expected an .npz of ADM's or pytorch-fid's form")
@@ -130,48 +143,38 @@ def import_npz(
         if mean not in arrays or cov not in arrays:
             return None
         try:
-            mu, sigma = np.asarray(arrays[mean], np.float64), np.asarray(arrays[cov], np.float64)
+            return checked(data["count"], arrays[mean], arrays[cov])
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: got no numbers in {mean} and {cov} ({error})") from error
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-            raise ValueError(
-                f"{os.fspath(path)}: got {mean} of shape {mu.shape} and {cov} of {sigma.shape}, expected (d,), (d, d)"
-            )
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise ValueError(f"{os.fspath(path)}: got non-finite numbers in {mean} or {cov}, expected finite ones")
-        return Moments(data["count"], mu, sigma)
+            raise ValueError(f"{os.fspath(path)}: {mean} and {cov}: {error}") from error
 
     shape = (data["resolution"], data["resolution"], data["channels"])
     kept = None
     if "arr_0" in arrays:  # in random order, as ADM's are
         images = arrays["arr_0"]
-        if images.dtype != np.uint8 or images.shape[1:] != shape:
+        if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
             raise ValueError(
                 f"{os.fspath(path)}: got {images.dtype} images of shape {images.shape} in arr_0, expected uint8 of "
                 f"shape (n, {', '.join(map(str, shape))}) as the config has"
             )
         kept = network(images[:num_kept]).features
     features, spatial = moments("mu", "sigma"), moments("mu_s", "sigma_s")
-    expected = jax.eval_shape(network.forward, network.params, jax.ShapeDtypeStruct((1, *shape), np.uint8))
-    for got, rows in ((features, expected.features), (spatial, expected.spatial)):
-        if got is not None and rows is not None and len(got.mean) != rows.shape[1]:
-            raise ValueError(
-                f"{os.fspath(path)}: got {len(got.mean)} features, expected {rows.shape[1]} as {network.name} has"
-            )
     gathered = Statistics(features, spatial, None, kept)
+    try:
+        check_size(gathered, network, shape)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from error
     described = {"name": network.name, "fingerprint": network.fingerprint}
     # ADM's files have more, and are of TensorFlow's resize, as the network here is.
     remark = _PYTORCH_FID if network.name == "inception" and arrays.keys() == {"mu", "sigma"} else None
     return Reference(gathered, data, described, os.path.basename(os.fspath(path)), remark)
 
 
-def _names(path: str | os.PathLike) -> set[str]:
-    """Of the arrays in an .npz; none where it is something else."""
-    try:
-        with epath.Path(path).open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            return set(file.files)
-    except Exception:  # as in files.load
-        return set()
+def check_size(gathered: Statistics, network: FeatureNetwork, shape: tuple[int, int, int]) -> None:
+    """Raises ValueError where statistics are of another number of features than a network has of images of `shape`."""
+    expected = jax.eval_shape(network.forward, network.params, jax.ShapeDtypeStruct((1, *shape), np.uint8))
+    for got, rows in ((gathered.features, expected.features), (gathered.spatial, expected.spatial)):
+        if got is not None and rows is not None and len(got.mean) != rows.shape[1]:
+            raise ValueError(f"got {len(got.mean)} features, expected {rows.shape[1]} as {network.name} has")
 
 
 def differences(reference: Reference, data: Mapping[str, Any], network: FeatureNetwork | None) -> list[str]:

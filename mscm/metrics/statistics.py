@@ -39,14 +39,27 @@ class Statistics:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Statistics":
-        """The inverse of `to_arrays`."""
-        parts = {
-            name: Moments(int(arrays[f"{name}/count"]), arrays[f"{name}/mean"], arrays[f"{name}/cov"])
-            if f"{name}/count" in arrays
-            else None
-            for name in ("features", "spatial")
-        }
-        return cls(**parts, class_sums=arrays.get("class_sums"), kept=arrays.get("kept"))
+        """The inverse of `to_arrays`.
+
+        Raises:
+          ValueError: an array is missing, or is no part of statistics.
+        """
+
+        def part(name: str) -> Moments:
+            values = [arrays.get(f"{name}/{key}") for key in Moments._fields]
+            if any(value is None for value in values) or values[0].shape != () or values[0].dtype.kind not in "iu":
+                raise ValueError(f"got no count, mean and covariance of {name}, expected them")
+            return moments.checked(int(values[0]), *values[1:])
+
+        features = part("features")
+        kept = arrays.get("kept")
+        if kept is not None and (kept.dtype != np.float32 or kept.shape != (len(kept), len(features.mean))):
+            raise ValueError(
+                f"got kept features of {kept.dtype} and shape {kept.shape}, expected float32 of shape "
+                f"(n, {len(features.mean)})"
+            )
+        spatial = part("spatial") if "spatial/count" in arrays else None
+        return cls(features, spatial, class_sums=arrays.get("class_sums"), kept=kept)
 
 
 class Accumulator:

@@ -117,9 +117,31 @@ def load(network: str, path: str | os.PathLike, *, dtype: str = "float32") -> Fe
     """
     arrays, card = _read(network, path)
     flat = {name: value for name, value in arrays.items() if not name.startswith(_PROBE)}
+    try:
+        _check_arrays(network, flat)
+        if card.get("weights_sha256") != files.fingerprint(flat):
+            raise ValueError("got a card with the SHA-256 of other weights")
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}; make it again with python -m mscm.metrics.convert") from error
     params = jax.tree.map(lambda array: jnp.asarray(array, dtype), files.tree(flat))
     suffix = "" if dtype == "float32" else f"-{dtype}"
     return NETWORKS[network].make(params, fingerprint=card["weights_sha256"] + suffix)
+
+
+def _check_arrays(network: str, flat: Mapping[str, np.ndarray]) -> None:
+    """Refuses before the first image what the network cannot compute with.
+
+    Raises:
+      ValueError: the arrays are not finite, or not those of the network.
+    """
+    odd = [name for name, array in flat.items() if array.dtype.kind != "f" or not np.isfinite(array).all()]
+    if odd:
+        raise ValueError(f"got {odd[0]} of {flat[odd[0]].dtype} or not finite, expected finite floating-point numbers")
+    try:
+        made = NETWORKS[network].make(files.tree(flat), fingerprint="")
+        jax.eval_shape(made.forward, made.params, jax.ShapeDtypeStruct(probe_images().shape, np.uint8))
+    except Exception as error:  # what a missing or misshapen array raises where it is used
+        raise ValueError(f"got arrays of other shapes or names than {network!r} has ({error!s:.200})") from error
 
 
 def probe(network: str, path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -488,6 +488,42 @@ def test_a_bounded_number_of_bad_steps_is_skipped(whole, tmp_path, monkeypatch):
     assert_same_end(experiment, tmp_path / "c", whole.workdir)
 
 
+def test_bad_steps_in_a_row_are_counted_over_a_resume(whole, tmp_path):
+    """Two before the checkpoint and one after it are three; a good one after it begins anew."""
+    for last, is_too_many in ((4, True), (5, False)):
+        workdir = tmp_path / str(last)
+        training_loop.run(poisoned(changed(whole, train__max_bad_steps=2, train__num_steps=4), 2, 3), str(workdir))
+        experiment = poisoned(changed(whole, train__max_bad_steps=2), 2, 3, last)
+        said = "in 3 steps in a row within the steps 5 to 6, expected at most"
+        with pytest.raises(FloatingPointError, match=said) if is_too_many else nullcontext():
+            training_loop.run(experiment, str(workdir))
+
+
+def test_metrics_go_on_after_a_stop_between_two_reports(whole, tmp_path, monkeypatch, signals):
+    """A stop reports what came since the last report, so that none of it is lost: the two parts are the whole."""
+    reports = {}
+    monkeypatch.setattr(Writer, "write_scalars", lambda self, step, values: reports.update({step: values}))
+    changes = {"train__log_every_steps": 4, "train__save_every_steps": 8}
+    training_loop.run(changed(whole, **changes), str(tmp_path / "whole"))
+    expected, add = dict(reports), training_loop.Progress.add
+    reports.clear()
+
+    def add_and_signal(self, averages):
+        add(self, averages)
+        if self._step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(stopping.Stopped):
+        patch.setattr(training_loop.Progress, "add", add_and_signal)
+        training_loop.run(changed(whole, **changes), str(tmp_path / "stopped"))
+    monkeypatch.setattr(stopping, "_asked", None)
+    training_loop.run(changed(whole, **changes), str(tmp_path / "stopped"))
+    assert sorted(expected) == [4, 8] and sorted(reports) == [4, 6, 8]
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        assert reports[4][name] == expected[4][name]
+        assert np.mean([reports[6][name], reports[8][name]]) == pytest.approx(expected[8][name], rel=1e-6)
+
+
 # Before anything happens.
 
 

@@ -1,10 +1,14 @@
 """Event files for TensorBoard, with the method names of clu's metric writers (which import TensorFlow)."""
 
 import os
+import time
 from collections.abc import Mapping
 
 import numpy as np
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import directory_check
 
 _FLUSH_SECONDS = 10
 
@@ -12,14 +16,22 @@ _FLUSH_SECONDS = 10
 class Writer:
     """Writes scalars and images of a run below `logdir`; a context manager.
 
-    Written in the background: a reader sees them within `_FLUSH_SECONDS`, and all of them after the exit.
+    A reader sees them after `flush` or the exit, and otherwise with the first that come `_FLUSH_SECONDS` later. Not
+    tensorboardX's SummaryWriter: its `flush` leaves behind what is still on the way to its thread.
     """
 
-    def __init__(self, logdir: str | os.PathLike, *, active: bool = True):
-        """`active` False writes nothing: one of several processes does."""
-        self._writer = tensorboardX.SummaryWriter(
-            os.fspath(logdir), flush_secs=_FLUSH_SECONDS, write_to_disk=active
-        )
+    def __init__(self, logdir: str | os.PathLike, *, active: bool = True, first_step: int | None = None):
+        """`active` False writes nothing: one of several processes does.
+
+        `first_step`: what was written for this and later steps by a run that was killed is void.
+        """
+        self._events: EventsWriter | None = None
+        if active:
+            directory_check(os.fspath(logdir))
+            self._events = EventsWriter(os.path.join(logdir, "events"))
+        self._flushed = time.monotonic()
+        if first_step is not None:
+            self._write(first_step, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self) -> "Writer":
         return self
@@ -29,18 +41,29 @@ class Writer:
 
     def flush(self) -> None:
         """Writes what there is."""
-        self._writer.flush()
+        if self._events is not None:
+            self._events.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Writes what is left."""
-        self._writer.close()
+        if self._events is not None:
+            self._events.close()
+        self._events = None
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Scalars by name at `step`."""
         for name, value in scalars.items():
-            self._writer.add_scalar(name, float(value), step)
+            self._write(step, summary=summary.scalar(name, float(value)))
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Images `h w c`, uint8, by name at `step`."""
         for name, image in images.items():
-            self._writer.add_image(name, image, step, dataformats="HWC")
+            self._write(step, summary=summary.image(name, image, dataformats="HWC"))
+
+    def _write(self, step: int, **content: object) -> None:
+        if self._events is None:
+            return
+        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
+        if time.monotonic() - self._flushed >= _FLUSH_SECONDS:
+            self.flush()

@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mscm import atomic, cli, distributed, evaluation
+from mscm import atomic, cli, distributed, evaluation, stopping
 from mscm.checkpoint import CheckpointError, Checkpoints, reading
 from mscm.config import decides
 from mscm.evaluation import SamplerSpec, Scorer
@@ -111,6 +111,7 @@ class Evaluation:
                 logging.info("Waiting for checkpoints of %s in %s", self.experiment.name, self._workdir)
                 waiting = True
             time.sleep(_POLL_SECONDS)
+            stopping.end_if_asked()
 
     def _steps(self) -> list[int]:
         try:

@@ -288,6 +288,56 @@ def test_without_a_whole_checkpoint_training_is_refused(whole, workdir):
     assert listing(workdir) == before
 
 
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def largest(workdir, pattern):
+    """The file that holds most of the arrays."""
+    return max((workdir / "checkpoints" / "8").glob(pattern), key=lambda path: path.stat().st_size)
+
+
+def test_training_goes_on_from_the_newest_checkpoint_without_a_changed_byte(whole, workdir, caplog):
+    """One bit, in a file of the same size: to the same end; the file that it was in is named."""
+    path = largest(workdir, "opt/ocdbt.process_0/d/*")
+    flip(path)
+    training_loop.run(changed(whole), str(workdir))
+    assert_same_end(changed(whole), workdir, whole.workdir)
+    name = path.relative_to(workdir / "checkpoints" / "8")
+    said = rf"Moved to \S+/damaged/8 \({name} has other bytes than it was written with\); step 4 is the newest"
+    assert re.search(said, caplog.text)
+
+
+@pytest.mark.parametrize("pattern", ["params/ocdbt.process_0/d/*", "ema/ocdbt.process_0/d/*", "ema/_METADATA"])
+def test_a_changed_byte_is_refused_by_who_reads_it(whole, workdir, pattern):
+    """Not by who reads other items; with the steps that are left."""
+    flip(largest(workdir, pattern))
+    before, experiment = listing(workdir), changed(whole)
+    said = r"checkpoints/8: got a damaged checkpoint .* has other bytes .* name another step \(4\)"
+    with reading(workdir) as checkpoints:
+        with pytest.raises(CheckpointError, match=said):
+            checkpoints.restore(experiment.abstract_state())
+        with pytest.raises(CheckpointError, match=said) if pattern.startswith("ema") else nullcontext():
+            checkpoints.restore_ema(experiment.abstract_params())
+        assert checkpoints.facts()["name"] == "digits_teacher"
+        assert checkpoints.restore(experiment.abstract_state(), 4).step == 4
+    flip(largest(workdir, "facts/metadata"))
+    with reading(workdir) as checkpoints, pytest.raises(CheckpointError, match="facts/metadata has other bytes"):
+        checkpoints.facts()
+    assert listing(workdir).keys() == before.keys()
+
+
+def test_a_list_without_checksums_is_one_of_sizes(whole, workdir):
+    """As earlier versions wrote it."""
+    path = workdir / "checkpoints" / "8" / "files.json"
+    path.write_text(json.dumps({name: size for name, (size, _) in json.loads(path.read_text()).items()}))
+    assert newest_state(changed(whole), workdir)[0] == 8
+    damage(workdir, "opt/_METADATA", truncate)
+    assert newest_state(changed(whole), workdir)[0] == 4
+
+
 # Dies while a save is under way.
 KILLED = """
 import os, signal
@@ -420,6 +470,37 @@ def test_two_processes_stop_at_the_same_step(run_together, whole, tmp_path):
     with reading(tmp_path) as checkpoints:
         (step,) = checkpoints.steps()
     assert 6 <= step < 100_000 and f"stopped after step {step} of 100000, which is saved" in sentence
+
+
+# Scores; sends itself a signal with the third batch of images.
+SCORES = """
+import itertools, signal
+from mscm import cli, evaluation, main
+
+to_uint8, batches = evaluation.transforms.to_uint8, itertools.count()
+
+def to_uint8_and_signal(images):
+    if next(batches) == 2 and SENDS:
+        signal.raise_signal(signal.SIGTERM)
+    return to_uint8(images)
+
+evaluation.transforms.to_uint8 = to_uint8_and_signal
+cli.run(main.main, doc="", required=())
+"""
+
+
+def test_two_processes_that_score_end_together(run_together, whole, workdir):
+    """One of them gets the signal; both end alike, with what makes it be started again, and no score."""
+    flags = [
+        "--distributed=WHERE", f"--config={whole.file}", f"--workdir={workdir}", "--config.eval.at_end=True",
+        "--config.eval.num_images=100000", "--config.eval.network=pixels",
+    ]
+    words = [[sys.executable, "-c", SCORES.replace("SENDS", sends), *flags] for sends in ("False", "True")]
+    for code, _, errors in run_together(*words):
+        assert code == 75, errors
+        assert errors.splitlines()[-1] == "stopped by a signal; run the same command again to continue"
+        assert "Traceback" not in errors
+    assert not (workdir / "eval" / "scores.jsonl").exists() and not (workdir / "eval" / "owner.json").exists()
 
 
 # Divergence.

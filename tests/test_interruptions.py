@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import kill_test
 from mscm import lease, stopping, training_loop
 from mscm.checkpoint import CheckpointError, reading
 from mscm.config import ConfigError, differences, load_config
@@ -310,7 +311,9 @@ def test_training_goes_on_from_the_newest_checkpoint_without_a_changed_byte(whol
     assert re.search(said, caplog.text)
 
 
-@pytest.mark.parametrize("pattern", ["params/ocdbt.process_0/d/*", "ema/ocdbt.process_0/d/*", "ema/_METADATA"])
+@pytest.mark.parametrize(
+    "pattern", ["opt/d/*", "params/ocdbt.process_0/d/*", "ema/ocdbt.process_0/d/*", "ema/_METADATA"]
+)
 def test_a_changed_byte_is_refused_by_who_reads_it(whole, workdir, pattern):
     """Not by who reads other items; with the steps that are left."""
     flip(largest(workdir, pattern))
@@ -603,6 +606,24 @@ def test_metrics_go_on_after_a_stop_between_two_reports(whole, tmp_path, monkeyp
     for name in ("loss", "gradient_norm", "learning_rate"):
         assert reports[4][name] == expected[4][name]
         assert np.mean([reports[6][name], reports[8][name]]) == pytest.approx(expected[8][name], rel=1e-6)
+
+
+def test_events_are_those_of_one_run(whole, workdir, monkeypatch):
+    """All that was reported is in the file when a save begins; what was reported after the last save is void."""
+    save, seen = training_loop.Checkpoints.save, []
+
+    def look_and_save(self, state, facts):
+        seen.append([step for step, name, _ in kill_test.scalars(workdir) if name == "loss"])
+        save(self, state, facts)
+
+    with Writer(workdir) as writer:  # of steps that were done and not saved
+        writer.write_scalars(10, {"loss": 7.0})
+    for i, path in enumerate(sorted(workdir.glob("events.*"), key=os.path.getmtime)):
+        path.rename(workdir / f"events.out.tfevents.{i}")  # names of the same second have no order
+    monkeypatch.setattr(training_loop.Checkpoints, "save", look_and_save)
+    training_loop.run(changed(whole, train__num_steps=16), str(workdir))
+    assert seen == [[2, 4, 6, 8, 10, 12], [2, 4, 6, 8, 10, 12, 14, 16]]
+    assert 7.0 not in [value for _, name, value in kill_test.scalars(workdir) if name == "loss"]
 
 
 # Before anything happens.

@@ -121,7 +121,7 @@ class Checkpoints:
         self._saved = step
 
     def wait(self) -> None:
-        """Until what `save` has started is finished; writes down its files, all of which one process reads once more."""
+        """Until what `save` has started is finished; writes down its files, which one process reads once more."""
         self._manager.wait_until_finished()
         if self._saved is not None and jax.process_index() == 0:
             folder = self._directory / str(self._saved)

@@ -168,7 +168,7 @@ def states(workdir):
     """Every array of the checkpoints of a work directory, in their order."""
     experiment = build(load_config(str(workdir.parent / "config.py")))
     with reading(workdir) as checkpoints:
-        found = {step: checkpoints.restore(experiment.abstract_state(), step) for step in checkpoints.steps()}
+        found = {step: checkpoints.restore(experiment.placed_state(), step) for step in checkpoints.steps()}
     return {step: [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)] for step, state in found.items()}
 
 

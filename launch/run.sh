@@ -7,7 +7,8 @@
 #
 # The first argument is an extra of setup.cfg. A run continues from the last checkpoint of its work directory, so the
 # same command is right for a start and for a restart; as a start-up script of the machine it also survives a reboot.
-# Exit status 75 (stopped by SIGTERM, and saved) is started again at once and is no failure.
+# Exit status 75 (stopped by SIGTERM, and saved) is started again at once and is no failure. SIGTERM to this script,
+# Ctrl-C and the end of its terminal are passed on to the command, and its end is then the script's too.
 # VENV, PYTHON, MAX_RETRIES and MIN_SECONDS may be set in the environment.
 set -euo pipefail
 
@@ -42,18 +43,43 @@ export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
   python -m pip install --quiet --no-input -e ".[$extra]"
 } 9>"$venv.lock"
 
-attempt=0
-while true; do
+child="" asked=""
+# shellcheck disable=SC2329  # called by the traps
+pass_on() {
+  asked="$1"
+  [[ -z "$child" ]] || kill -s "$1" "$child" 2>/dev/null || true
+}
+for signal in TERM INT HUP; do
+  # shellcheck disable=SC2064  # this signal
+  trap "pass_on $signal" "$signal"
+done
+# Each command a group of its own: without, bash starts it deaf to Ctrl-C, which also the terminal would send it.
+set -m
+
+pause() {
+  sleep 10 &
+  wait "$!" || true
+}
+
+attempt=0 status=143  # as a shell says SIGTERM
+while [[ -z "$asked" ]]; do
   started=$SECONDS
   status=0
-  "$@" || status=$?
+  "$@" &
+  child=$!
+  while kill -0 "$child" 2>/dev/null; do  # a signal ends the wait, not the command
+    wait "$child" || true
+  done
+  wait "$child" || status=$?
+  child=""
   (( status != 0 )) || exit 0
+  [[ -z "$asked" ]] || exit "$status"
   # 130 is Ctrl-C: the operator meant it.
   (( status != 130 )) || exit "$status"
   # 75 is a training that was asked to end and has saved: no failure, however often.
   if (( status == 75 )); then
     echo "$0: exit status 75, a run that was stopped and has saved; starting it again" >&2
-    sleep 10
+    pause
     continue
   fi
   # A wrong flag or work directory fails before anything compiles; trying it again would only repeat the message.
@@ -67,5 +93,6 @@ while true; do
   fi
   (( ++attempt ))
   echo "$0: exit status $status; retry $attempt of $max_retries" >&2
-  sleep 10
+  pause
 done
+exit "$status"

@@ -1,14 +1,16 @@
 """Checkpoints of a work directory: the only file that knows Orbax and where checkpoints lie.
 
     WORKDIR/checkpoints/STEP/{params,ema,opt,facts}
-    WORKDIR/checkpoints/STEP/files.json                the files that it had when it was finished, and their sizes
-    WORKDIR/damaged/STEP                               moved there by training: files are missing or cut
+    WORKDIR/checkpoints/STEP/files.json                the files that it had when it was finished: sizes and checksums
+    WORKDIR/damaged/STEP                               moved there by training: files are missing, cut or altered
 
 The four items of a step are separate, so that a sampler reads `ema` and `facts` alone. `facts` is JSON: what a sampler
 must know of the model (schedule, prediction, student steps, shapes, the whole config).
 
 A save that was cut has no name yet, and nobody sees it. What is damaged later (a copy that was cut, a disk that was
-full, a hand) is found by the files' sizes: the newest whole checkpoint counts, and a warning says why.
+full, a hand) is found by the files' sizes: the newest whole checkpoint counts, and a warning says why. Bytes that have
+changed within a file are found by its checksum, which is compared before the file is read: training goes on from the
+newest checkpoint without such a one, and who else reads it is refused.
 """
 
 import concurrent.futures
@@ -17,7 +19,8 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +38,9 @@ from mscm.types import Params
 _MEANING = ("student_steps", "schedule", "prediction", "logsnr_input")
 
 _FILES = "files.json"
-_STAT_THREADS = 32  # a bucket answers each question in its time
+_ITEMS = ("params", "ema", "opt", "facts")
+_CHUNK = 2**22
+_FILE_THREADS = 32  # a bucket answers each question in its time
 
 
 class CheckpointError(ValueError):
@@ -52,7 +57,9 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, *, keep: int | None = None):
         """`keep` is the number of newest checkpoints to keep when saving; None for reading only."""
         self._directory = remote.absolute(workdir) / "checkpoints"
-        self._saved: int | None = None  # whose files are not written down yet
+        self._saved: int | None = None  # the save that is under way
+        self._listing: concurrent.futures.Future | None = None  # of the files of the one before
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
         # Readers do not wait for each other: what one process sees of a directory, another may not see yet.
         alone = MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
         options = ocp.CheckpointManagerOptions(
@@ -64,7 +71,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=options,
-            item_names=("params", "ema", "opt", "facts"),
+            item_names=_ITEMS,
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),
                 "ema": ocp.StandardCheckpointHandler(),
@@ -81,6 +88,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+            self._pool.shutdown()
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending."""
@@ -127,23 +135,30 @@ class Checkpoints:
         self._saved = step
 
     def wait(self) -> None:
-        """Until what `save` has started is finished; writes down its files.
+        """Until what `save` has started is finished, and its files are written down.
 
         Raises:
           OSError: it has failed, which leaves a checkpoint without a name.
         """
-        step, self._saved = self._saved, None  # one that has failed has no files
-        with failures.naming(self._directory):
-            self._manager.wait_until_finished()
-            if step is not None and jax.process_index() == 0:
-                folder = self._directory / str(step)
-                files = {os.fspath(path.relative_to(folder)): path.stat().length for path in _files_below(folder)}
-                atomic.write_text(folder / _FILES, json.dumps(files, indent=0))
+        self._end_save()
+        listing, self._listing = self._listing, None
+        if listing is not None:
+            listing.result()
 
     def check_save(self) -> None:
         """What `wait` does, where that need not wait: a save that has failed is noticed before the next one."""
         if self._saved is not None and not self._manager.is_saving_in_progress():
+            self._end_save()
+        if self._listing is not None and self._listing.done():
             self.wait()
+
+    def _end_save(self) -> None:
+        step, self._saved = self._saved, None  # one that has failed has no files
+        with failures.naming(self._directory):
+            self._manager.wait_until_finished()
+        if step is not None and jax.process_index() == 0:
+            # In the background: all bytes are read once more.
+            self._listing = self._pool.submit(_write_list, self._directory / str(step))
 
     def save_ema(self, step: int, ema: Params, facts: dict[str, Any]) -> None:
         """Saves averaged parameters alone: enough to sample from."""
@@ -155,6 +170,7 @@ class Checkpoints:
     def facts(self, step: int | None = None) -> dict[str, Any]:
         """What the checkpoint of `step` (None: the newest) says of its model."""
         step = self._existing(step)
+        self._refuse_altered(step, "facts")
         with self._naming_damage(step):
             facts = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
             if not isinstance(facts["config"], dict) or not isinstance(facts["parameters"], dict):
@@ -165,6 +181,7 @@ class Checkpoints:
         """The whole training state; `abstract` gives structure, shapes and types."""
         step = self._existing(step)
         self._check_shapes(self.facts(step)["parameters"], parameter_shapes(abstract.params), step)
+        self._refuse_altered(step, "params", "ema", "opt")
         with self._naming_damage(step):
             restored = self._manager.restore(
                 step,
@@ -181,6 +198,7 @@ class Checkpoints:
         """The averaged parameters alone."""
         step = self._existing(step)
         self._check_shapes(self.facts(step)["parameters"], parameter_shapes(abstract), step)
+        self._refuse_altered(step, "ema")
         with self._naming_damage(step):
             return self._manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(abstract)))["ema"]
 
@@ -234,6 +252,17 @@ class Checkpoints:
             raise CheckpointError(f"{self._directory}: got step {step}, expected one of {', '.join(map(str, steps))}")
         return steps[-1] if step is None else step
 
+    def _refuse_altered(self, step: int, *items: str) -> None:
+        # By one of several processes, whose error ends the others: each reads only its part of large arrays.
+        reason = _alteration(self._directory / str(step), items) if jax.process_index() == 0 else None
+        if reason is not None:
+            others = [other for other in self.steps() if other != step]
+            raise CheckpointError(
+                f"{self._directory}/{step}: got a damaged checkpoint ({reason}), expected one whose bytes have not "
+                f"changed; name another step ({', '.join(map(str, others)) or 'there is none'}), bring back its files "
+                "from a copy, or train again, which moves it aside if there is another"
+            )
+
     def _check_shapes(self, got: dict[str, list[int]], expected: dict[str, list[int]], step: int) -> None:
         mismatch = first_mismatch(got, expected)
         if mismatch:
@@ -252,14 +281,20 @@ def set_damaged_aside(workdir: str | os.PathLike) -> None:
     if not (epath.Path(workdir) / "checkpoints").is_dir():
         return
     with reading(workdir) as checkpoints:
-        damaged = checkpoints.damaged if checkpoints.steps() else {}
-        for step in damaged:
+        damaged = dict(checkpoints.damaged)
+        for step in reversed(checkpoints.steps()):  # to the newest that can be read
+            reason = _alteration(checkpoints._directory / str(step), _ITEMS)
+            if reason is None:
+                break
+            damaged[step] = reason
+        whole = [step for step in checkpoints.steps() if step not in damaged]
+        for step in damaged if whole else ():
             names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(1)))
             paths = (remote.absolute(workdir) / "damaged" / name for name in names)
             aside = next(path for path in paths if not path.exists())
             aside.parent.mkdir(exist_ok=True)
             (checkpoints._directory / str(step)).rename(aside)
-            logging.warning("Moved to %s; step %d is the newest that is whole", aside, checkpoints.latest())
+            logging.warning("Moved to %s (%s); step %d is the newest that is whole", aside, damaged[step], whole[-1])
 
 
 def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
@@ -270,19 +305,39 @@ def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
             yield path
 
 
-def _damage(folder: epath.Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None where all are as they were when it was finished.
+def _write_list(folder: epath.Path) -> None:
+    """Writes down size and checksum of the files of a checkpoint that is finished."""
+    with failures.naming(folder):
+        files = _each(lambda path: [path.stat().length, _checksum(path)], _files_below(folder))
+        files = {os.fspath(path.relative_to(folder)): entry for path, entry in files.items()}
+        atomic.write_text(folder / _FILES, json.dumps(files, indent=0))
 
-    Also where nobody has written down what they were: training was killed in that moment, or has written `ema` alone.
+
+def _listed(folder: epath.Path) -> dict[str, list[int]]:
+    """Size and checksum of the files of a checkpoint when it was finished; the size alone before there were checksums.
+
+    Nothing where nobody has written it down: training was killed in that moment, or has written `ema` alone.
+
+    Raises:
+      ValueError: the list is damaged itself.
     """
     try:
-        expected = json.loads((folder / _FILES).read_text())
+        listed = json.loads((folder / _FILES).read_text())
     except FileNotFoundError:
-        return None
+        return {}
     except ValueError as error:
-        return f"{_FILES} is no JSON ({error})"
-    if not isinstance(expected, dict):
-        return f"{_FILES} is no list of files and sizes"
+        raise ValueError(f"{_FILES} is no JSON ({error})") from error
+    if not isinstance(listed, dict):
+        raise ValueError(f"{_FILES} is no list of files and sizes")
+    return {name: entry if isinstance(entry, list) else [entry] for name, entry in listed.items()}
+
+
+def _damage(folder: epath.Path) -> str | None:
+    """What is wrong with the files of a checkpoint by their sizes; None where they are as when it was finished."""
+    try:
+        expected = _listed(folder)
+    except ValueError as error:
+        return str(error)
 
     def size(name: str) -> int | None:
         try:
@@ -290,14 +345,39 @@ def _damage(folder: epath.Path) -> str | None:
         except OSError:
             return None
 
-    with concurrent.futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
-        sizes = dict(zip(expected, pool.map(size, expected), strict=True))
-    for name, got in sizes.items():
+    for name, got in _each(size, expected).items():
         if got is None:
             return f"{name} is missing"
-        if got != expected[name]:
-            return f"{name} has {got} bytes, expected {expected[name]}"
+        if got != expected[name][0]:
+            return f"{name} has {got} bytes, expected {expected[name][0]}"
     return None
+
+
+def _alteration(folder: epath.Path, items: Sequence[str]) -> str | None:
+    """Which file of some items of a checkpoint has other bytes than it had when that was finished; reads them all."""
+    expected = {
+        name: entry[1] for name, entry in _listed(folder).items() if len(entry) > 1 and name.split("/")[0] in items
+    }
+    for name, got in _each(lambda name: _checksum(folder / name), expected).items():
+        if got != expected[name]:
+            return f"{name} has other bytes than it was written with"
+    return None
+
+
+def _checksum(path: epath.Path) -> int:
+    """CRC-32: against accidents, not against people."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _each(function: Callable[[Any], Any], keys: Iterable[Any]) -> dict[Any, Any]:
+    """`function` of each key, several at once."""
+    keys = list(keys)
+    with concurrent.futures.ThreadPoolExecutor(_FILE_THREADS) as pool:
+        return dict(zip(keys, pool.map(function, keys), strict=True))
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

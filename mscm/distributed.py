@@ -1,4 +1,4 @@
-"""Several processes, one program: start-up, who writes, and an error that ends all of them.
+"""Several processes, one program: start-up, who writes, and an error or a death that ends all of them.
 
 Each process of a run executes the same command. They find each other through a coordinator, process 0, whose address
 is what `--distributed` names or what the platform tells.
@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,13 @@ from mscm import lease
 from mscm.config import ConfigError
 
 _KEY = "mscm/error"
+_ALIVE = "mscm/alive"
 _POLL_SECONDS = 1.0
+# A process of which the main one has not heard for so long is dead. Less than the 100 s after which JAX ends those that
+# are left with a stack trace, more than a machine stands still while it is moved. Where the main one is dead, it is JAX
+# that ends the others: at once, or after its 100 s where the machine is gone too.
+SILENT_SECONDS = 60.0
+_DONE = "done"
 _BARRIER_MILLISECONDS = 24 * 3600 * 1000  # a process that fails ends the others, so that none waits in vain
 _barriers, _agreements = itertools.count(), itertools.count()
 
@@ -143,25 +149,64 @@ def _parse(where: str) -> tuple[str, int, int]:
     return parts[0], numbers[0], numbers[1]
 
 
+class Watch:
+    """Which of the other processes has shown no sign of life for `SILENT_SECONDS`."""
+
+    def __init__(self, others: Iterable[int]):
+        self._heard = dict.fromkeys(others, (None, _now()))  # the last sign of each, and since when it has been that
+
+    def silent(self, signs: Mapping[int, str]) -> int | None:
+        """One of them, given what each has last said; those that are done need not say more."""
+        now = _now()
+        for i, (sign, _) in self._heard.items():
+            if signs.get(i) != sign:
+                self._heard[i] = signs.get(i), now
+        late = (i for i, (sign, since) in self._heard.items() if sign != _DONE and now - since >= SILENT_SECONDS)
+        return next(late, None)
+
+
+_now = time.monotonic
+
+
 def _listen() -> None:
-    """Ends this process when another one says why it ends."""
+    """Ends this process when another one says why it ends; the main one, when another is not heard of any more."""
     stop, client = threading.Event(), global_state.client
+    watch = Watch(range(1, jax.process_count()))
+    own = f"{_ALIVE}/{jax.process_index()}"
 
     def wait() -> None:
-        while not stop.is_set():
+        for sign in itertools.count():
             try:
                 message = client.blocking_key_value_get(_KEY, int(1000 * _POLL_SECONDS))
             except jax.errors.JaxRuntimeError:  # nobody has said anything
+                if stop.is_set():
+                    return
+                with contextlib.suppress(jax.errors.JaxRuntimeError):  # the main process is gone: JAX says so
+                    client.key_value_set(own, str(sign), allow_overwrite=True)
+                    if is_main():
+                        end_with_the_silent(watch.silent(_signs(client)))
                 continue
             status, message = message.split(" ", 1)
             print(f"error: {message}", file=sys.stderr, flush=True)
             os._exit(int(status))
+
+    def end_with_the_silent(other: int | None) -> None:
+        if other is not None:
+            sentence = f"process {other} was not heard of for {SILENT_SECONDS:.0f} s: it was killed, or its machine"
+            end_all(f"{sentence} is gone; run the same command again to continue", 1)
 
     thread = threading.Thread(target=wait, daemon=True)
 
     def end() -> None:
         stop.set()
         thread.join()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.key_value_set(own, _DONE, allow_overwrite=True)
 
     atexit.register(end)  # before jax takes the client away
     thread.start()
+
+
+def _signs(client: Any) -> dict[int, str]:
+    """What each process has last said, by its index."""
+    return {int(key.rpartition("/")[2]): sign for key, sign in client.key_value_dir_get(_ALIVE)}

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mscm import cli, compilation, distributed, failures
+from mscm import cli, compilation, distributed, failures, stopping
 from mscm.checkpoint import reading
 from mscm.config import ConfigError
 from mscm.data import sources, transforms
@@ -137,12 +137,14 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Batches of uint8 images `b h w c` as an image file would hold them; the last may be smaller.
 
-    `labels`: one for each image; None: balanced. `start`: the first image, the first of a batch.
+    `labels`: one for each image; None: balanced. `start`: the first image, the first of a batch. Several processes go
+    through them together; between two batches a signal ends them all.
     """
     data, sample = experiment.data, make_sample_fn(experiment, spec)
     batch_size = partition.rounded_up(batch_size, experiment.mesh)
     key = jax.random.key(seed)
     for first in range(start, num_images, batch_size):
+        stopping.end_if_asked()
         # The last batch is filled up and cut: one compiled shape, and no image is dropped.
         indices = np.arange(first, first + batch_size)
         wanted = indices % data.num_classes if labels is None else labels[indices % num_images]
@@ -341,13 +343,18 @@ def _gathered(
     if not distributed.everyone(under_way.count == count):  # one does not see the file of another
         under_way = gathering.Gathering(len(indices), num_kept=spec.num_kept, partial=partial, goes_on=False)
         count = 0
+
+    def load(batch: np.ndarray) -> np.ndarray:
+        stopping.end_if_asked()
+        return distributed.gathered(lambda part: source.load(part)["image"], batch)
+
     reference = reference_statistics.compute(
         source,
         network,
         indices=indices,
         batch_size=spec.batch_size,
         gathering=under_way,
-        load=lambda batch: distributed.gathered(lambda part: source.load(part)["image"], batch),
+        load=load,
         watch=cli.Meter(f"{source.name}/{source.split}", len(indices), count),
     )
     under_way.save()

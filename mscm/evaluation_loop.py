@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mscm import atomic, cli, distributed, evaluation
+from mscm import atomic, cli, distributed, evaluation, stopping
 from mscm.arrays import read_npz
 from mscm.checkpoint import CheckpointError, Checkpoints, UnreadableCheckpoint, reading
 from mscm.config import decides
@@ -110,6 +110,7 @@ class Evaluation:
                 logging.info("Waiting for checkpoints of %s in %s", self.experiment.name, self._workdir)
                 waiting = True
             time.sleep(_POLL_SECONDS)
+            stopping.end_if_asked()
 
     def _steps(self) -> list[int]:
         try:

@@ -6,7 +6,9 @@
         if stopping.reached():  # after every dispatch, in all processes
             ...  # save
 
-Outside of `deferred` there is nothing to save, and the signal ends the process where it is.
+Outside of `deferred` there is nothing to save, and the signal ends the process where it is; of several processes, all
+where they next call `end_if_asked`, because JAX takes the signal and a process that ended alone would leave the others
+waiting.
 """
 
 import contextlib
@@ -63,6 +65,16 @@ def reached() -> bool:
     if jax.process_count() > 1:
         return multihost_utils.reached_preemption_sync_point(next(_calls))
     return _asked is not None
+
+
+def end_if_asked() -> None:
+    """Ends all of several processes where one was asked to; they call it in the same order, outside of `deferred`.
+
+    Raises:
+      Stopped: then.
+    """
+    if jax.process_count() > 1 and reached():
+        raise Stopped("stopped by a signal")
 
 
 def _on_signal(number: int, frame: object) -> None:

@@ -26,6 +26,8 @@ from mscm.training import partition
 from mscm.training.step import Averages, Batch, TrainState
 from mscm.types import Key, Params
 
+_BAD = "bad_steps_in_a_row"  # of a checkpoint's facts
+
 
 def run(experiment: Experiment, workdir: str) -> None:
     """Trains the teacher if there is none, the phases if there are some, then the experiment, and scores all.
@@ -137,7 +139,7 @@ def train(
     with (
         stopping.deferred(),
         Checkpoints(workdir, keep=spec.keep_checkpoints) as checkpoints,
-        Writer(workdir, active=is_main) as writer,
+        Writer(workdir, active=is_main, first_step=(checkpoints.latest() or 0) + 1) as writer,
         noting_divergence(experiment, workdir, checkpoints),
         device_memory(experiment),
     ):
@@ -149,7 +151,7 @@ def train(
         run_steps = experiment.train_steps()
         root = jax.random.key(experiment.seed + 1)  # not the key of the initialisation
         frozen = experiment.frozen(teacher_params)
-        progress = Progress(experiment, step, writer)
+        progress = Progress(experiment, step, writer, bad_in_a_row=bad_steps_before(checkpoints))
         for batch in progress.waiting_for(on_device(experiment, batches(experiment, source, step))):
             state, averages = run_steps(state, frozen, batch, root)
             step += spec.steps_per_dispatch
@@ -158,11 +160,13 @@ def train(
             stops = stopping.reached()
             saves = step % spec.save_every_steps == 0 or done or stops
             if step % spec.log_every_steps == 0 or saves:
-                progress.report(step)  # before the checkpoint: what has diverged is not kept
+                # Before the checkpoint: what has diverged is not kept, and no metric is left for after it.
+                progress.report(step)
                 checkpoints.check_save()  # not at the next save, which may be hours away
             if saves:
                 check_ours()
-                checkpoints.save(state, checkpoint_facts(experiment, source))
+                writer.flush()  # who goes on from this checkpoint does not report again what was before
+                checkpoints.save(state, checkpoint_facts(experiment, source) | {_BAD: progress.bad_in_a_row})
             if stops:
                 checkpoints.wait()
                 distributed.barrier()  # the end of one process ends the others
@@ -235,6 +239,11 @@ def initial_state(experiment: Experiment, checkpoints: Checkpoints, teacher_para
     return first_state(experiment, teacher_params)
 
 
+def bad_steps_before(checkpoints: Checkpoints) -> int:
+    """How many steps in a row, up to the newest checkpoint, were skipped."""
+    return 0 if checkpoints.latest() is None else checkpoints.facts().get(_BAD, 0)
+
+
 def first_state(experiment: Experiment, teacher_params: Params) -> TrainState:
     """The state before the first step: the teacher's weights (students); else random ones."""
     if experiment.teacher is not None:
@@ -284,10 +293,10 @@ def on_device(experiment: Experiment, items: Iterator[Batch], *, ahead: int = 2)
 class Progress:
     """Metrics since the last report, one console line and one event each time."""
 
-    def __init__(self, experiment: Experiment, step: int, writer: Writer):
+    def __init__(self, experiment: Experiment, step: int, writer: Writer, *, bad_in_a_row: int = 0):
         self._experiment, self._writer, self._pending = experiment, writer, []
         self._step, self._time, self._waited = step, time.monotonic(), 0.0
-        self._bad_in_a_row = 0
+        self.bad_in_a_row = bad_in_a_row  # steps that were skipped, up to the last report
 
     def waiting_for(self, items: Iterator[Batch]) -> Iterator[Batch]:
         """The same items, counting the time in which the device has nothing to do: it has finished when they come."""
@@ -316,10 +325,10 @@ class Progress:
         if spec.max_bad_steps:
             skipped = np.concatenate([np.atleast_1d(averages.pop("skipped_steps").total) for averages in pending])
             for bad in skipped:
-                self._bad_in_a_row = self._bad_in_a_row + 1 if bad else 0
-                if self._bad_in_a_row > spec.max_bad_steps:
+                self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+                if self.bad_in_a_row > spec.max_bad_steps:
                     raise Diverged(
-                        f"got a loss or a gradient that is not finite in {self._bad_in_a_row} steps in a row within "
+                        f"got a loss or a gradient that is not finite in {self.bad_in_a_row} steps in a row within "
                         f"the steps {first} to {step}, expected at most train.max_bad_steps = {spec.max_bad_steps}",
                         first,
                         step,

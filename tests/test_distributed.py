@@ -2,14 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from mscm import distributed
-from mscm.config import ConfigError
+from mscm.checkpoint import reading
+from mscm.config import ConfigError, load_config
+from mscm.experiment import build
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -122,6 +127,65 @@ def test_an_error_of_one_ends_all(run_both, config, tmp_path):
         assert code == 2, errors
         assert "error: process 1 of 2: --workdir: got" in errors
         assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("silent", [None, 1, 3])
+def test_a_process_is_silent_when_its_last_sign_is_old(monkeypatch, silent):
+    """Not one that says something new just in time, nor one that is done; one of which nothing was heard is."""
+    now = [100.0]
+    monkeypatch.setattr(distributed, "_now", lambda: now[0])
+    watch = distributed.Watch([1, 2, 3])
+    for sign in range(20):
+        signs = {1: str(sign), 2: "done" if sign else "0", 3: str(sign)}
+        if sign > 9 and silent == 1:
+            signs[1] = "9"
+        if silent == 3:
+            del signs[3]
+        late = now[0] - 100.0 >= (0.0 if silent == 3 else 9.5 * 59.0) + 60.0
+        assert watch.silent(signs) == (silent if late else None)
+        now[0] += 59.0
+
+
+# Dies after step 2 without a word.
+KILLED = """
+import os, signal
+from mscm import cli, distributed, main, training_loop
+
+distributed.SILENT_SECONDS = 5.0
+add = training_loop.Progress.add
+
+def add_and_die(self, averages):
+    add(self, averages)
+    if self._step == 2 and DIES:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+training_loop.Progress.add = add_and_die
+cli.run(main.main, doc="", required=())
+"""
+
+
+def states(workdir):
+    """Every array of the checkpoints of a work directory, in their order."""
+    experiment = build(load_config(str(workdir.parent / "config.py")))
+    with reading(workdir) as checkpoints:
+        found = {step: checkpoints.restore(experiment.placed_state(), step) for step in checkpoints.steps()}
+    return {step: [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)] for step, state in found.items()}
+
+
+def test_the_death_of_one_ends_the_other_and_the_run_goes_on(run_both, run_together, config, tmp_path):
+    """With kill -9. The main process says which one is silent; both started again, they come to the same bits."""
+    flags = [config, "--config.eval.at_end=False"]
+    there = ["--distributed=WHERE", *flags, f"--workdir={tmp_path / 'a'}"]
+    words = [[sys.executable, "-c", KILLED.replace("DIES", dies), *there] for dies in ("False", "True")]
+    (code, _, errors), (other_code, _, _) = run_together(*words)
+    assert other_code == -signal.SIGKILL
+    assert code == 1, errors
+    assert "error: process 0 of 2: process 1 was not heard of for 5 s: it was killed, or its machine is gone" in errors
+    assert not (tmp_path / "a" / "checkpoints" / "4").exists()
+    for name in ("a", "whole"):
+        for code, _, errors in run_both("main", *[[*flags, f"--workdir={tmp_path / name}"]] * 2):
+            assert code == 0, errors
+    assert states(tmp_path / "a") == states(tmp_path / "whole") and len(states(tmp_path / "a")) == 2
 
 
 @pytest.mark.parametrize("where", ["", "host", "host:1", "host:1,2", "host:1,2,2", "host:1,0,0", "host,2,0", "h:1,a,b"])

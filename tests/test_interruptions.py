@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import kill_test
 from mscm import lease, stopping, training_loop
 from mscm.checkpoint import CheckpointError, reading
 from mscm.config import ConfigError, differences, load_config
@@ -288,6 +289,58 @@ def test_without_a_whole_checkpoint_training_is_refused(whole, workdir):
     assert listing(workdir) == before
 
 
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def largest(workdir, pattern):
+    """The file that holds most of the arrays."""
+    return max((workdir / "checkpoints" / "8").glob(pattern), key=lambda path: path.stat().st_size)
+
+
+def test_training_goes_on_from_the_newest_checkpoint_without_a_changed_byte(whole, workdir, caplog):
+    """One bit, in a file of the same size: to the same end; the file that it was in is named."""
+    path = largest(workdir, "opt/ocdbt.process_0/d/*")
+    flip(path)
+    training_loop.run(changed(whole), str(workdir))
+    assert_same_end(changed(whole), workdir, whole.workdir)
+    name = path.relative_to(workdir / "checkpoints" / "8")
+    said = rf"Moved to \S+/damaged/8 \({name} has other bytes than it was written with\); step 4 is the newest"
+    assert re.search(said, caplog.text)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["opt/d/*", "params/ocdbt.process_0/d/*", "ema/ocdbt.process_0/d/*", "ema/_METADATA"]
+)
+def test_a_changed_byte_is_refused_by_who_reads_it(whole, workdir, pattern):
+    """Not by who reads other items; with the steps that are left."""
+    flip(largest(workdir, pattern))
+    before, experiment = listing(workdir), changed(whole)
+    said = r"checkpoints/8: got a damaged checkpoint .* has other bytes .* name another step \(4\)"
+    with reading(workdir) as checkpoints:
+        with pytest.raises(CheckpointError, match=said):
+            checkpoints.restore(experiment.abstract_state())
+        with pytest.raises(CheckpointError, match=said) if pattern.startswith("ema") else nullcontext():
+            checkpoints.restore_ema(experiment.abstract_params())
+        assert checkpoints.facts()["name"] == "digits_teacher"
+        assert checkpoints.restore(experiment.abstract_state(), 4).step == 4
+    flip(largest(workdir, "facts/metadata"))
+    with reading(workdir) as checkpoints, pytest.raises(CheckpointError, match="facts/metadata has other bytes"):
+        checkpoints.facts()
+    assert listing(workdir).keys() == before.keys()
+
+
+def test_a_list_without_checksums_is_one_of_sizes(whole, workdir):
+    """As earlier versions wrote it."""
+    path = workdir / "checkpoints" / "8" / "files.json"
+    path.write_text(json.dumps({name: size for name, (size, _) in json.loads(path.read_text()).items()}))
+    assert newest_state(changed(whole), workdir)[0] == 8
+    damage(workdir, "opt/_METADATA", truncate)
+    assert newest_state(changed(whole), workdir)[0] == 4
+
+
 # Dies while a save is under way.
 KILLED = """
 import os, signal
@@ -422,6 +475,37 @@ def test_two_processes_stop_at_the_same_step(run_together, whole, tmp_path):
     assert 6 <= step < 100_000 and f"stopped after step {step} of 100000, which is saved" in sentence
 
 
+# Scores; sends itself a signal with the third batch of images.
+SCORES = """
+import itertools, signal
+from mscm import cli, evaluation, main
+
+to_uint8, batches = evaluation.transforms.to_uint8, itertools.count()
+
+def to_uint8_and_signal(images):
+    if next(batches) == 2 and SENDS:
+        signal.raise_signal(signal.SIGTERM)
+    return to_uint8(images)
+
+evaluation.transforms.to_uint8 = to_uint8_and_signal
+cli.run(main.main, doc="", required=())
+"""
+
+
+def test_two_processes_that_score_end_together(run_together, whole, workdir):
+    """One of them gets the signal; both end alike, with what makes it be started again, and no score."""
+    flags = [
+        "--distributed=WHERE", f"--config={whole.file}", f"--workdir={workdir}", "--config.eval.at_end=True",
+        "--config.eval.num_images=100000", "--config.eval.network=pixels",
+    ]
+    words = [[sys.executable, "-c", SCORES.replace("SENDS", sends), *flags] for sends in ("False", "True")]
+    for code, _, errors in run_together(*words):
+        assert code == 75, errors
+        assert errors.splitlines()[-1] == "stopped by a signal; run the same command again to continue"
+        assert "Traceback" not in errors
+    assert not (workdir / "eval" / "scores.jsonl").exists() and not (workdir / "eval" / "owner.json").exists()
+
+
 # Divergence.
 
 
@@ -486,6 +570,60 @@ def test_a_bounded_number_of_bad_steps_is_skipped(whole, tmp_path, monkeypatch):
         training_loop.run(poisoned(experiment, 3, 4, 5), str(tmp_path / "b"))
     training_loop.run(experiment, str(tmp_path / "c"))  # without any, it changes nothing
     assert_same_end(experiment, tmp_path / "c", whole.workdir)
+
+
+def test_bad_steps_in_a_row_are_counted_over_a_resume(whole, tmp_path):
+    """Two before the checkpoint and one after it are three; a good one after it begins anew."""
+    for last, is_too_many in ((4, True), (5, False)):
+        workdir = tmp_path / str(last)
+        training_loop.run(poisoned(changed(whole, train__max_bad_steps=2, train__num_steps=4), 2, 3), str(workdir))
+        experiment = poisoned(changed(whole, train__max_bad_steps=2), 2, 3, last)
+        said = "in 3 steps in a row within the steps 5 to 6, expected at most"
+        with pytest.raises(FloatingPointError, match=said) if is_too_many else nullcontext():
+            training_loop.run(experiment, str(workdir))
+
+
+def test_metrics_go_on_after_a_stop_between_two_reports(whole, tmp_path, monkeypatch, signals):
+    """A stop reports what came since the last report, so that none of it is lost: the two parts are the whole."""
+    reports = {}
+    monkeypatch.setattr(Writer, "write_scalars", lambda self, step, values: reports.update({step: values}))
+    changes = {"train__log_every_steps": 4, "train__save_every_steps": 8}
+    training_loop.run(changed(whole, **changes), str(tmp_path / "whole"))
+    expected, add = dict(reports), training_loop.Progress.add
+    reports.clear()
+
+    def add_and_signal(self, averages):
+        add(self, averages)
+        if self._step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(stopping.Stopped):
+        patch.setattr(training_loop.Progress, "add", add_and_signal)
+        training_loop.run(changed(whole, **changes), str(tmp_path / "stopped"))
+    monkeypatch.setattr(stopping, "_asked", None)
+    training_loop.run(changed(whole, **changes), str(tmp_path / "stopped"))
+    assert sorted(expected) == [4, 8] and sorted(reports) == [4, 6, 8]
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        assert reports[4][name] == expected[4][name]
+        assert np.mean([reports[6][name], reports[8][name]]) == pytest.approx(expected[8][name], rel=1e-6)
+
+
+def test_events_are_those_of_one_run(whole, workdir, monkeypatch):
+    """All that was reported is in the file when a save begins; what was reported after the last save is void."""
+    save, seen = training_loop.Checkpoints.save, []
+
+    def look_and_save(self, state, facts):
+        seen.append([step for step, name, _ in kill_test.scalars(workdir) if name == "loss"])
+        save(self, state, facts)
+
+    with Writer(workdir) as writer:  # of steps that were done and not saved
+        writer.write_scalars(10, {"loss": 7.0})
+    for i, path in enumerate(sorted(workdir.glob("events.*"), key=os.path.getmtime)):
+        path.rename(workdir / f"events.out.tfevents.{i}")  # names of the same second have no order
+    monkeypatch.setattr(training_loop.Checkpoints, "save", look_and_save)
+    training_loop.run(changed(whole, train__num_steps=16), str(workdir))
+    assert seen == [[2, 4, 6, 8, 10, 12], [2, 4, 6, 8, 10, 12, 14, 16]]
+    assert 7.0 not in [value for _, name, value in kill_test.scalars(workdir) if name == "loss"]
 
 
 # Before anything happens.

@@ -240,6 +240,52 @@ def test_a_run_that_was_stopped_at_once_is_no_wrong_flag(fake):
     assert result.returncode == 2 and "exit status 2 within 60 seconds" in result.stderr
 
 
+# Starts, says so, and takes a moment to end when a signal asks it: with $STATUS.
+SAVES = """#!/usr/bin/env bash
+[[ "$*" != *pip* ]] || exit 0
+for name in TERM INT HUP; do trap "echo $name >>$FAKE/signals; sleep 0.2; exit $STATUS" "$name"; done
+echo started >>"$FAKE/starts"
+while true; do read -rt 0.05 <><(:) || true; done
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75), (signal.SIGTERM, 0)]
+)
+def test_a_signal_to_the_script_is_passed_on_and_ends_it_with_the_command(fake, number, status):
+    """It waits for the command, has its status, and does not start it again."""
+    write(fake / "venv/bin/python", SAVES)
+    job = subprocess.Popen(
+        [ROOT / "launch/run.sh", "tpu", "python", "train"],
+        env=environment(fake, VENV=str(fake / "venv"), STATUS=str(status)), stderr=subprocess.PIPE, text=True,
+    )
+    while not (fake / "starts").exists():
+        assert job.poll() is None
+        time.sleep(0.02)
+    job.send_signal(number)
+    _, stderr = job.communicate(timeout=60)
+    assert job.returncode == status, stderr
+    assert (fake / "signals").read_text() == f"{number.name.removeprefix('SIG')}\n"
+    assert (fake / "starts").read_text() == "started\n" and "again" not in stderr
+
+
+def test_a_signal_between_two_starts_ends_the_script(fake):
+    """Within the pause after a stop that was somebody else's."""
+    write(fake / "venv/bin/python", PYTHON)
+    write(fake / "bin/sleep", '#!/usr/bin/env bash\n[[ "$1" != 10 ]] || touch "$FAKE/pauses"\nexec /bin/sleep "$@"\n')
+    (fake / "exits").write_text("75\n0\n")
+    job = subprocess.Popen(
+        [ROOT / "launch/run.sh", "tpu", "python", "train"],
+        env=environment(fake, VENV=str(fake / "venv")), stderr=subprocess.DEVNULL,
+    )
+    while not (fake / "pauses").exists():
+        assert job.poll() is None
+        time.sleep(0.02)
+    job.terminate()
+    assert job.wait(timeout=60) == 75
+    assert (fake / "home.runs").read_text().count("\n") == 1
+
+
 # A TPU pod.
 
 ACTIVE = {"request": ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import directory_check
 
 from mscm import failures
@@ -18,14 +18,16 @@ _FLUSH_SECONDS = 10.0
 class Writer:
     """Writes scalars and images of a run below `logdir`; a context manager.
 
-    A reader sees them at the next write after `_FLUSH_SECONDS`, and all of them after the exit.
+    A reader sees them after `flush` or the exit, and otherwise with the first that come `_FLUSH_SECONDS` later.
     """
 
-    # Not tensorboardX's SummaryWriter: where the thread that it writes in has met a full disk, the next write waits
-    # for it for ever.
+    # Not tensorboardX's SummaryWriter: its `flush` leaves behind what is still on the way to its thread, and where that
+    # has met a full disk the next write waits for it for ever.
 
-    def __init__(self, logdir: str | os.PathLike, *, active: bool = True):
+    def __init__(self, logdir: str | os.PathLike, *, active: bool = True, first_step: int | None = None):
         """`active` False writes nothing: one of several processes does.
+
+        `first_step`: what was written for this and later steps by a run that was killed is void.
 
         Raises:
           OSError: it cannot write there; so do all methods.
@@ -35,6 +37,8 @@ class Writer:
             with failures.naming(self._logdir):
                 directory_check(self._logdir)
                 self._events = EventsWriter(os.path.join(self._logdir, "events"))
+        if first_step is not None:
+            self._write(first_step, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self) -> "Writer":
         return self
@@ -47,7 +51,7 @@ class Writer:
         if self._events is not None:
             with failures.naming(self._logdir):
                 self._events.flush()
-            self._flushed = time.monotonic()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Writes what is left."""
@@ -58,17 +62,18 @@ class Writer:
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Scalars by name at `step`."""
-        self._write(step, [summary.scalar(name, float(value)) for name, value in scalars.items()])
+        for name, value in scalars.items():
+            self._write(step, summary=summary.scalar(name, float(value)))
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Images `h w c`, uint8, by name at `step`."""
-        self._write(step, [summary.image(name, image, dataformats="HWC") for name, image in images.items()])
+        for name, image in images.items():
+            self._write(step, summary=summary.image(name, image, dataformats="HWC"))
 
-    def _write(self, step: int, values: list) -> None:
+    def _write(self, step: int, **content: object) -> None:
         if self._events is None:
             return
         with failures.naming(self._logdir):
-            for value in values:
-                self._events.write_event(Event(wall_time=time.time(), step=step, summary=value))
+            self._events.write_event(Event(step=step, wall_time=time.time(), **content))
         if time.monotonic() - self._flushed >= _FLUSH_SECONDS:
             self.flush()

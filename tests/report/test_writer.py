@@ -25,3 +25,24 @@ def test_close_writes_what_is_left(tmp_path):
     writer.close()
     (events,) = tmp_path.glob("events.*")
     assert b"fid" in events.read_bytes() and np.float32(0.125).tobytes() in events.read_bytes()
+
+
+def test_flush_leaves_nothing_behind(tmp_path):
+    """Who is killed after it has lost nothing: all is in the file, in order."""
+    writer = Writer(tmp_path)
+    for step in range(50):
+        writer.write_scalars(step, {"loss": step / 64})
+    writer.flush()
+    (events,) = tmp_path.glob("events.*")
+    content = events.read_bytes()
+    places = [content.find(np.float32(step / 64).tobytes()) for step in range(1, 50)]
+    assert places[0] > 0 and places == sorted(places)
+    writer.close()
+    assert events.read_bytes() == content
+
+
+def test_one_of_several_processes_writes(tmp_path):
+    with Writer(tmp_path, active=False, first_step=3) as writer:
+        writer.write_scalars(3, {"loss": 0.5})
+        writer.flush()
+    assert not list(tmp_path.iterdir())

@@ -39,3 +39,12 @@ def run(name: str, *words: str) -> int:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return 0
+
+
+def refusal(capfd: pytest.CaptureFixture, name: str, *words: str) -> str:
+    """The one sentence of a command that ends with an error of the user's making: no traceback, exit code 2."""
+    capfd.readouterr()
+    code, errors = run(name, *words), capfd.readouterr().err
+    assert code == 2 and "Traceback" not in errors, errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    return line

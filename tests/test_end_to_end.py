@@ -17,6 +17,7 @@ from mscm import evaluation, evaluation_loop, lease, training_loop
 from mscm.checkpoint import CheckpointError, reading
 from mscm.config import load_config
 from mscm.experiment import DataSpec, build
+from tests.commands import refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,14 +56,6 @@ def command(name: str, *flags: str, cwd: Path | None = None) -> subprocess.Compl
         text=True,
         timeout=300,
     )
-
-
-def sentence_of(result: subprocess.CompletedProcess) -> str:
-    """The last line of an error of the user's making: no traceback, exit code 2."""
-    assert "Traceback" not in result.stderr, result.stderr
-    assert result.returncode == 2, result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    return line
 
 
 @pytest.fixture(scope="module")
@@ -234,35 +227,35 @@ def test_sample_writes_arrays_a_grid_and_a_folder(tiny, flags, tmp_path):
         np.testing.assert_array_equal(np.asarray(image), images[7, ..., 0])
 
 
-def test_sample_refuses_what_the_student_was_not_trained_for(tiny, flags, tmp_path):
+def test_sample_refuses_what_the_student_was_not_trained_for(tiny, flags, tmp_path, capfd):
     """Another number of steps is refused in a sentence that names the student's, and --force takes it."""
     output = f"--output={tmp_path / 'x.npz'}"
-    refused = sentence_of(command("sample", *flags, "--num_steps=3", output))
+    refused = refusal(capfd, "sample", *flags, "--num_steps=3", output)
     assert "ddim 3 steps" in refused and "expected ddim with 2 steps" in refused and "--force" in refused
     assert not (tmp_path / "x.npz").exists()
     heun = ("--num_steps=3", "--sampler=heun:grid=karras,clip=static")
-    assert "expected ddim with 2 steps" in sentence_of(command("sample", *flags, *heun, output))
+    assert "expected ddim with 2 steps" in refusal(capfd, "sample", *flags, *heun, output)
     forced = command("sample", *flags, *heun, "--num_images=10", "--force", output)
     assert forced.returncode == 0, forced.stderr
     assert "digits_cd2, heun:grid=karras,clip=static 3 steps, NFE 5: " in forced.stdout
-    assert "did you mean 'heun'" in sentence_of(command("sample", *flags, "--sampler=heum"))
+    assert "did you mean 'heun'" in refusal(capfd, "sample", *flags, "--sampler=heum")
     assert (tmp_path / "x.npz").exists()
-    assert "--labels: got 10, expected numbers from 0 to 9" in sentence_of(command("sample", *flags, "--labels=10"))
+    assert "--labels: got 10, expected numbers from 0 to 9" in refusal(capfd, "sample", *flags, "--labels=10")
 
 
-def test_mistakes_on_the_command_line_are_one_sentence(tiny, flags, tmp_path):
+def test_mistakes_on_the_command_line_are_one_sentence(tiny, flags, tmp_path, capfd):
     """What can be wrong is said before anything is compiled, in one line, with exit code 2 and what to do."""
     config, workdir = flags
     fresh = f"--workdir={tmp_path / 'fresh'}"
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    said = sentence_of(command("main", config, fresh, f"--config.teacher.workdir={tmp_path / 'empty'}"))
+    said = refusal(capfd, "main", config, fresh, f"--config.teacher.workdir={tmp_path / 'empty'}")
     assert str(tmp_path / "empty") in said and "checkpoints" in said
-    said = sentence_of(command("main", config, f"--workdir={tmp_path / 'file'}"))
+    said = refusal(capfd, "main", config, f"--workdir={tmp_path / 'file'}")
     assert "which is a file, expected a directory" in said
-    said = sentence_of(command("main", config, fresh, "--config.optimizer.decay=linaer"))
+    said = refusal(capfd, "main", config, fresh, "--config.optimizer.decay=linaer")
     assert "got 'linaer', expected one of constant, cosine, linear" in said
-    said = sentence_of(command("eval", config, fresh, "--once"))
+    said = refusal(capfd, "eval", config, fresh, "--once")
     assert "expected the work directory of a training" in said
     for words, sentence in (
         (["--images=x.npz", "--once"], "got --images and --once, expected one of them"),
@@ -270,8 +263,8 @@ def test_mistakes_on_the_command_line_are_one_sentence(tiny, flags, tmp_path):
         (["--checkpoint=2", "--once"], "got --checkpoint and --once, expected one of them"),
         (["--images="], "--images: got an empty name"),
     ):
-        assert sentence in sentence_of(command("eval", config, workdir, *words))
-    said = sentence_of(command("sample", config, workdir, "--step=3"))
+        assert sentence in refusal(capfd, "eval", config, workdir, *words)
+    said = refusal(capfd, "sample", config, workdir, "--step=3")
     assert "got step 3, expected one of 2, 4" in said
 
 
@@ -339,9 +332,10 @@ def test_commands_start_without_jax():
         ("--config=configs/digits_cd4.py --workdir=x y z", "got y z, expected flags only"),
     ],
 )
-def test_a_wrong_flag_is_one_sentence(flags, sentence, tmp_path):
+def test_a_wrong_flag_is_one_sentence(flags, sentence, tmp_path, capfd, monkeypatch):
     """From any directory: a config file that is not here is looked for in the repository."""
-    assert sentence in sentence_of(command("main", *flags.split(), cwd=tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refusal(capfd, "main", *flags.split())
     assert not list(tmp_path.iterdir())
 
 

@@ -27,14 +27,15 @@ def main() -> None:
 
     if WEIGHTS.value is not None and not NETWORK.value:
         raise ConfigError(f"--weights: got {WEIGHTS.value}, expected it with --network only: whose weights are they?")
-    checks = [*_gaussians(), *_real_images()]
-    if NETWORK.value:
+    of_weights = []
+    if NETWORK.value:  # first, because it may be refused
         if NETWORK.value not in weights.NETWORKS:
             raise ConfigError(f"--network: got {NETWORK.value!r}, expected one of {', '.join(weights.NETWORKS)}")
         try:
-            checks += _weights(NETWORK.value, WEIGHTS.value or weights.default_path(NETWORK.value))
+            of_weights = _weights(NETWORK.value, WEIGHTS.value or weights.default_path(NETWORK.value))
         except ValueError as error:
             raise ConfigError(str(error)) from error
+    checks = [*_gaussians(), *_real_images(), *of_weights]
     failed = [what for what, got, expected, tolerance in checks if not abs(got - expected) <= tolerance]
     rows = [
         [what, f"{got:.6g}", f"{expected:.6g}", f"{tolerance:.1g}", "no" if what in failed else "yes"]

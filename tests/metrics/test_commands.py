@@ -1,6 +1,5 @@
 """The commands beside the metrics, each in a process of its own: what they print, and one sentence for a mistake."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,20 +8,18 @@ import numpy as np
 import pytest
 
 from mscm.metrics import dinov2, files, reference_statistics, weights
+from tests.commands import refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "--config=configs/digits_cd4.py"
 
 
-def command(name, *flags, code=0, **env):
-    """What `python -m mscm.metrics.NAME` prints; of an error, its sentence."""
+def command(name, *flags, code=0):
+    """What `python -m mscm.metrics.NAME` prints, of a failure with its sentence."""
     words = [sys.executable, "-m", f"mscm.metrics.{name}", *map(str, flags)]
-    result = subprocess.run(words, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
-    if code == 0:
-        return result.stdout
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    return line + result.stdout
+    return result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,7 @@ def test_selfcheck_finds_what_is_known(small_dinov2):
     assert "1 of 9 checks failed" in said and said.count("| no") == 1
 
 
-def test_a_reference_is_computed_or_imported(tmp_path):
+def test_a_reference_is_computed_or_imported(tmp_path, capfd):
     """Of a split of its own; an imported one needs the count that its file does not hold."""
     computed, imported = tmp_path / "computed.npz", tmp_path / "imported.npz"
     printed = command("reference", CONFIG, "--config.eval.reference_split=half_a", f"--output={computed}")
@@ -64,19 +61,21 @@ def test_a_reference_is_computed_or_imported(tmp_path):
     mean, cov = reference.statistics.features.mean, reference.statistics.features.cov
     np.savez(tmp_path / "theirs.npz", mu=mean, sigma=cov)
     flags = [CONFIG, f"--import={tmp_path / 'theirs.npz'}", f"--output={imported}"]
-    assert "--count: got none" in command("reference", *flags, code=2)
+    assert "--count: got none" in refusal(capfd, "metrics.reference", *flags)
     assert "digits/all, 1797 images, from theirs.npz" in command("reference", *flags, "--count=1797")
     np.testing.assert_array_equal(reference_statistics.load(imported).statistics.features.cov, cov)
 
 
-def test_what_cannot_be_written_is_named(tmp_path):
+def test_what_cannot_be_written_is_named(tmp_path, capfd):
     """The file itself, also where it is another than --output."""
     (tmp_path / "file").touch()
-    said = command("reference", CONFIG, f"--output={tmp_path / 'file' / 'x.npz'}", code=2)
-    assert f"error: {tmp_path / 'file'}" in said
+    output = tmp_path / "file" / "x.npz"
+    said = refusal(capfd, "metrics.reference", CONFIG, f"--output={output}")
+    assert f"error: --output: got '{output}', expected a file to write to" in said
     weights_file = tmp_path / "x.pth"
     weights_file.touch()
-    assert f"error: --source: {weights_file}: got" in command("convert", f"--source={weights_file}", code=2)
+    said = refusal(capfd, "metrics.convert", f"--source={weights_file}")
+    assert f"error: --source: {weights_file}: got" in said
 
 
 @pytest.mark.parametrize(
@@ -97,7 +96,8 @@ def test_what_cannot_be_written_is_named(tmp_path):
         ("selfcheck", ["--network=vgg"], "--network: got 'vgg', expected one of inception, dinov2"),
     ],
 )
-def test_a_mistake_is_one_sentence(name, flags, sentence, tmp_path):
+def test_a_mistake_is_one_sentence(name, flags, sentence, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = [flag.replace("x.npz", str(tmp_path / "x.npz")) for flag in flags]
-    assert sentence in command(name, *flags, code=2, XDG_CACHE_HOME=str(tmp_path))
+    assert sentence in refusal(capfd, f"metrics.{name}", *flags)
     assert not (tmp_path / "x.npz").exists()

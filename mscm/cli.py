@@ -48,8 +48,9 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
         handler.addFilter(_is_ours)
         for name in _QUIET:
             python_logging.getLogger(name).setLevel(python_logging.WARNING)
-        # It prints the traceback of every write of a save that has failed, which is also raised.
+        # They print a traceback for every write of a save that has failed, which is also raised.
         python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+        sys.unraisablehook = _without_closed_loops
         try:
             main()
         except (ConfigError, CheckpointError, LeaseError, FloatingPointError, BrokenImage, *_WRONG_PLACE) as error:
@@ -197,6 +198,11 @@ def _checked(word: str) -> str:
     load_config(path)
     file, colon, variant = path.partition(":")
     return f"--config={find_config(file)}{colon}{variant}"
+
+
+def _without_closed_loops(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _is_ours(record: python_logging.LogRecord) -> bool:

@@ -26,6 +26,7 @@ def run(name: str, *words: str) -> int:
         # absl's own start-up happens once in a process.
         patch.setattr(app, "run", lambda main, flags_parser: main(flags_parser(sys.argv)))
         patch.setattr(sys, "argv", [module, *words])
+        patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back
         patch.setattr(stopping, "_asked", None)
         for other in (module, "mscm.run_flags"):  # they define flags
             patch.delitem(sys.modules, other, raising=False)

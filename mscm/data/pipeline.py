@@ -112,15 +112,19 @@ class _OfWorkers:
         answer = concurrent.futures.Future()
         threading.Thread(target=self._ask, args=(answer,), daemon=True).start()
         while not concurrent.futures.wait([answer], _LOOK_SECONDS).done:
-            # Now: later it does not name those that have died.
-            self._workers |= frozenset(multiprocessing.active_children()) - self._others
+            self._look()
             killed = [worker for worker in self._workers if (worker.exitcode or 0) < 0]
             if killed:
                 raise self._died(signal.Signals(-killed[0].exitcode).name)
+        self._look()
         error = answer.exception()
         if isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error):
             raise self._died(str(error).partition(". ")[0]) from error
         return answer.result()
+
+    def _look(self) -> None:
+        # With every item: later `active_children` does not name those that have died.
+        self._workers |= frozenset(multiprocessing.active_children()) - self._others
 
     def _ask(self, answer: concurrent.futures.Future) -> None:
         try:

@@ -55,7 +55,7 @@ SMALL = {
 LENGTH = {"train.num_steps": 120, "train.log_every_steps": 4, "train.save_every_steps": 10}
 EVALUATION = {"eval.num_images": 200, "eval.batch_size": 20, "eval.teacher_steps": (2, 8)}
 
-# Not `--workdir`, which mscm defines: a test imports both.
+# The same network as the student's, which no override can reach.
 TEACHER = """
 from configs import digits
 

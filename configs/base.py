@@ -138,6 +138,7 @@ def tract(
     run: str,
     variant: str = "",
     multiscale: tuple[int, ...] | None = None,
+    teacher: str = "teacher",
 ) -> ConfigDict:
     """TRACT in phases of `train.num_steps` each; arXiv:2303.04248."""
     config.objective = dict(
@@ -151,16 +152,16 @@ def tract(
     )
     # Over a phase the average forgets all but a thousandth of where it began.
     config.ema.update(dict(decay=1e-3 ** (1 / config.train.num_steps), warmup=False))
-    return _of_teacher(config, family=family, run=run, variant=variant)
+    return _of_teacher(config, family=family, run=run, variant=variant, teacher=teacher)
 
 
 def tract_of_edm(
     config: ConfigDict, *, family: str, teacher_steps: int, student_steps: int, run: str, variant: str = ""
 ) -> ConfigDict:
     """TRACT's variant for EDM's models: one phase, of Heun's steps; arXiv:2303.04248."""
-    config = tract(config, family=family, phase_steps=(teacher_steps, student_steps), run=run, variant=variant)
+    steps = (teacher_steps, student_steps)
+    config = tract(config, family=family, phase_steps=steps, run=run, variant=variant, teacher="edm")
     config.objective.update(dict(solver=dict(name="heun"), distance="edm_mse"))
-    config.teacher.config = _teacher_file(family, "edm", variant)
     _on_edm_levels(config, "edm", num_steps=teacher_steps)
     return config
 
@@ -273,12 +274,9 @@ def _alone(config: ConfigDict, *, family: str, run: str, variant: str, samplers:
 def _of_teacher(config: ConfigDict, *, family: str, run: str, variant: str, teacher: str = "teacher") -> ConfigDict:
     """Name and teacher of a run."""
     config.name = _join(family, run, variant)
-    config.teacher = dict(config=_teacher_file(family, teacher, variant), workdir=placeholder(str), guidance=0.0)
+    file = f"configs/{family}_{teacher}.py" + (f":{variant}" if variant else "")
+    config.teacher = dict(config=file, workdir=placeholder(str), guidance=0.0)
     return config
-
-
-def _teacher_file(family: str, run: str, variant: str) -> str:
-    return f"configs/{family}_{run}.py" + (f":{variant}" if variant else "")
 
 
 def _join(*parts: str) -> str:

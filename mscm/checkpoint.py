@@ -20,7 +20,7 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -117,16 +117,13 @@ class Checkpoints:
         if step == self._manager.latest_step():
             return
         self.wait()
-        with failures.naming(self._directory):
-            saved = self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
-                    ema=ocp.args.StandardSave(state.ema),
-                    opt=ocp.args.StandardSave(_rest(state)),
-                    facts=ocp.args.JsonSave(facts),
-                ),
-            )
+        saved = self._start(
+            step,
+            params=ocp.args.StandardSave(state.params),
+            ema=ocp.args.StandardSave(state.ema),
+            opt=ocp.args.StandardSave(_rest(state)),
+            facts=ocp.args.JsonSave(facts),
+        )
         if not saved:  # Orbax says nothing else when a newer step is already there
             raise CheckpointError(
                 f"{self._directory}: got step {step} to save after step {self._manager.latest_step()}, expected a "
@@ -162,17 +159,13 @@ class Checkpoints:
 
     def save_ema(self, step: int, ema: Params, facts: dict[str, Any]) -> None:
         """Saves averaged parameters alone: enough to sample from."""
-        with failures.naming(self._directory):
-            self._manager.save(
-                step, args=ocp.args.Composite(ema=ocp.args.StandardSave(ema), facts=ocp.args.JsonSave(facts))
-            )
+        self._start(step, ema=ocp.args.StandardSave(ema), facts=ocp.args.JsonSave(facts))
 
     def facts(self, step: int | None = None) -> dict[str, Any]:
         """What the checkpoint of `step` (None: the newest) says of its model."""
         step = self._existing(step)
-        self._refuse_altered(step, "facts")
+        facts = self._restore(step, facts=ocp.args.JsonRestore())["facts"]
         with self._naming_damage(step):
-            facts = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
             if not isinstance(facts["config"], dict) or not isinstance(facts["parameters"], dict):
                 raise ValueError("facts without a config and parameters")
         return facts
@@ -181,16 +174,12 @@ class Checkpoints:
         """The whole training state; `abstract` gives structure, shapes and types."""
         step = self._existing(step)
         self._check_shapes(self.facts(step)["parameters"], parameter_shapes(abstract.params), step)
-        self._refuse_altered(step, "params", "ema", "opt")
-        with self._naming_damage(step):
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(abstract.params),
-                    ema=ocp.args.StandardRestore(abstract.ema),
-                    opt=ocp.args.StandardRestore(_rest(abstract)),
-                ),
-            )
+        restored = self._restore(
+            step,
+            params=ocp.args.StandardRestore(abstract.params),
+            ema=ocp.args.StandardRestore(abstract.ema),
+            opt=ocp.args.StandardRestore(_rest(abstract)),
+        )
         opt = restored["opt"]
         return TrainState(opt["step"], restored["params"], restored["ema"], opt["opt_state"], opt.get("target", {}))
 
@@ -198,9 +187,7 @@ class Checkpoints:
         """The averaged parameters alone."""
         step = self._existing(step)
         self._check_shapes(self.facts(step)["parameters"], parameter_shapes(abstract), step)
-        self._refuse_altered(step, "ema")
-        with self._naming_damage(step):
-            return self._manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(abstract)))["ema"]
+        return self._restore(step, ema=ocp.args.StandardRestore(abstract))["ema"]
 
     def check(self, facts: dict[str, Any], step: int | None = None) -> int:
         """Step of a checkpoint (None: the newest) that is of the model of `facts`; reads no array.
@@ -221,6 +208,15 @@ class Checkpoints:
                     "was trained with"
                 )
         return step
+
+    def _restore(self, step: int, **items: ocp.args.CheckpointArgs) -> Mapping[str, Any]:
+        self._refuse_altered(step, *items)
+        with self._naming_damage(step):
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def _start(self, step: int, **items: ocp.args.CheckpointArgs) -> bool:
+        with failures.naming(self._directory):
+            return self._manager.save(step, args=ocp.args.Composite(**items))
 
     @contextlib.contextmanager
     def _naming_damage(self, step: int) -> Iterator[None]:

@@ -39,8 +39,6 @@ def main() -> None:
         _verify() if VERIFY.value else _prepare()
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}") from error
 
 
 def _prepare() -> None:

@@ -45,7 +45,11 @@ def run(name: str, *words: str) -> int:
 def refusal(capfd: pytest.CaptureFixture, name: str, *words: str) -> str:
     """The one sentence of a command that ends with an error of the user's making: no traceback, exit code 2."""
     capfd.readouterr()
-    code, errors = run(name, *words), capfd.readouterr().err
+    return sentence(run(name, *words), capfd.readouterr().err)
+
+
+def sentence(code: int, errors: str) -> str:
+    """The one of a command that ended with `code` after it printed `errors`, which are the user's."""
     assert code == 2 and "Traceback" not in errors, errors
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     return line

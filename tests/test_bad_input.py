@@ -31,7 +31,7 @@ from mscm.experiment import build
 from mscm.metrics import dinov2, features, files, gathering, reference_statistics
 from mscm.metrics.moments import Moments
 from mscm.metrics.statistics import Statistics
-from tests.commands import run
+from tests import commands
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -757,21 +757,14 @@ TABLES = [
 ROWS = [*CONFIGS, *PLACES, *SAMPLING, *SCORING, *DATA, *TABLES]
 
 
-def check(code: int, errors: str, sentence: str) -> None:
-    """One line, that one, and no traceback."""
-    assert "Traceback" not in errors and code == 2, errors
-    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert re.search(sentence, line), line
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, where reading fails
 @pytest.mark.parametrize("row", ROWS, ids=[f"{i:03d} {row[0].partition(' ')[0]}" for i, row in enumerate(ROWS)])
 def test_bad_input_is_one_sentence_and_changes_nothing(here, capfd, monkeypatch, row):
     line, sentence, prepare = (*row, lambda: None)[:3]
     prepare()
     before = listing(here)
-    code = run(*shlex.split(line))
-    check(code, capfd.readouterr().err, sentence)
+    line = commands.refusal(capfd, *shlex.split(line))
+    assert re.search(sentence, line), line
     assert listing(here) == before
 
 
@@ -798,7 +791,8 @@ def test_a_process_says_the_same(here, i):
     command = [sys.executable, "-m", f"mscm.{name}", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    check(result.returncode, result.stderr, sentence)
+    line = commands.sentence(result.returncode, result.stderr)
+    assert re.search(sentence, line), line
 
 
 @pytest.mark.parametrize(
@@ -806,16 +800,16 @@ def test_a_process_says_the_same(here, i):
 )
 def test_verbose_prints_the_traceback_too(here, capfd, line):
     """Also of an error in the flags themselves."""
-    assert run(*line.split(), "--verbose") == 2
+    assert commands.run(*line.split(), "--verbose") == 2
     errors = capfd.readouterr().err
     assert "Traceback" in errors and errors.splitlines()[-1].startswith("error: ")
-    assert run(*line.split(), "--noverbose") == 2
+    assert commands.run(*line.split(), "--noverbose") == 2
     assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_error_of_ours_keeps_its_traceback(here, capfd, monkeypatch):
     monkeypatch.setattr(training_loop, "check", None)
-    assert run(*f"{MAIN} {NEW}".split()) == 1
+    assert commands.run(*f"{MAIN} {NEW}".split()) == 1
     errors = capfd.readouterr().err
     assert "TypeError: 'NoneType' object is not callable" in errors and "error: " not in errors.replace(
         "TypeError: ", ""

@@ -25,42 +25,19 @@ from mscm.dry_run import dry_run
 from mscm.experiment import build
 from mscm.replay import replay
 from mscm.report.writer import Writer
+from tests import tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
-CONFIG = """
-from configs import digits
-
-
-def get_config():
-    config = digits.teacher()
-    config.model.middle.update(dict(width=16, num_blocks=1))
-    config.model.update(dict(head_dim=16, emb_dim=16))
-    config.optimizer.warmup_steps = 2
-    config.train.update(
-        dict(num_steps=8, batch_size=8, steps_per_dispatch=2, log_every_steps=2, save_every_steps=4)
-    )
-    config.eval.update(dict(num_images=20, batch_size=20, teacher_steps=(1,), at_end=False))
-    return config
-"""
-
-
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """In this process: no pause after a lease is taken, and no pictures at the end."""
-    monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(training_loop, "finish", lambda *_: None)
+    tiny_run.hurry(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A config, and a run of it that nothing interrupted."""
-    root = tmp_path_factory.mktemp("whole")
-    (root / "config.py").write_text(CONFIG)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_loop, "finish", lambda *_: None)
-        training_loop.run(build(load_config(str(root / "config.py"))), str(root / "run"))
-    return SimpleNamespace(file=str(root / "config.py"), workdir=root / "run")
+    return tiny_run.train(tmp_path_factory.mktemp("whole"))
 
 
 def changed(whole, **changes):
@@ -92,7 +69,7 @@ def assert_same_end(experiment, workdir, expected):
 
 def student_file(whole, folder):
     """A config of a student whose teacher is the run's model."""
-    text = CONFIG.replace("digits.teacher()", "digits.student(student_steps=2, distil=True)")
+    text = tiny_run.CONFIG.replace("digits.teacher()", "digits.student(student_steps=2, distil=True)")
     text = text.replace("    return", f"    config.teacher.config = {whole.file!r}\n    return")
     (folder / "student.py").write_text(text)
     return str(folder / "student.py")

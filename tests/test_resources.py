@@ -14,7 +14,6 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,56 +21,31 @@ import numpy as np
 import pytest
 from absl import logging
 
-from mscm import atomic, evaluation, failures, lease, processes, training_loop
+from mscm import atomic, evaluation, failures, processes, training_loop
 from mscm.checkpoint import Checkpoints, reading
-from mscm.config import load_config
 from mscm.data import folders, images, preparation, records, sources
 from mscm.data import reading as data_reading
-from mscm.experiment import build
 from mscm.report import grid
 from mscm.report.writer import Writer
 from mscm.sampling import SamplerSpec
+from tests import tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
-CONFIG = """
-from configs import digits
-
-
-def get_config():
-    config = digits.teacher()
-    config.model.middle.update(dict(width=16, num_blocks=1))
-    config.model.update(dict(head_dim=16, emb_dim=16))
-    config.optimizer.warmup_steps = 2
-    config.train.update(
-        dict(num_steps=8, batch_size=8, steps_per_dispatch=2, log_every_steps=2, save_every_steps=4)
-    )
-    config.eval.update(dict(num_images=20, batch_size=20, teacher_steps=(1,), at_end=False))
-    return config
-"""
-
-
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """No pause after a lease is taken, and no pictures at the end."""
-    monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(training_loop, "finish", lambda *_: None)
+    tiny_run.hurry(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A config, a run of it that nothing interrupted, and one that has come to the middle."""
     root = tmp_path_factory.mktemp("whole")
-    (root / "config.py").write_text(CONFIG)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_loop, "finish", lambda *_: None)
-        experiment = build(load_config(str(root / "config.py")))
-        training_loop.run(experiment, str(root / "run"))
-    shutil.copytree(root / "run", root / "half")
-    shutil.rmtree(root / "half" / "checkpoints" / "8")
-    return SimpleNamespace(
-        file=str(root / "config.py"), experiment=experiment, workdir=root / "run", half=root / "half"
-    )
+    run = tiny_run.train(root)
+    run.half = root / "half"
+    shutil.copytree(run.workdir, run.half)
+    shutil.rmtree(run.half / "checkpoints" / "8")
+    return run
 
 
 @pytest.fixture

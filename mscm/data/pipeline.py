@@ -28,7 +28,7 @@ from mscm import processes
 from mscm.data.sources import Source
 
 _AHEAD = 2  # items that each thread prepares in advance
-_LOOK_SECONDS = 0.2  # between two looks whether the workers live; no worker sends anything so soon after its start
+_LOOK_SECONDS = 0.2  # between two looks whether the workers live, while an item is waited for
 
 Item = dict[str, np.ndarray]
 

@@ -318,11 +318,11 @@ def _draw(point: Point, params: Params, *, timed: bool) -> Drawn:
     experiment = point.model.experiment
     batch_size = max(SAMPLE_COLUMNS, experiment.eval.batch_size) if timed else SAMPLE_COLUMNS
     indices = np.arange(batch_size)
-    labels = (indices % experiment.data.num_classes).astype(np.int32)
+    condition = evaluation.conditions_in_turn(experiment)(indices)
     sample = evaluation.make_sample_fn(experiment, point.spec)
 
     def batch() -> jax.Array:
-        return jax.block_until_ready(sample(params, jax.random.key(0), indices, labels))
+        return jax.block_until_ready(sample(params, jax.random.key(0), indices, condition))
 
     images = np.asarray(transforms.to_uint8(batch()[:SAMPLE_COLUMNS]))  # compiled by now
     seconds = median_seconds(batch) if timed else None

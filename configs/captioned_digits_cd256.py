@@ -1,0 +1,7 @@
+"""Captioned digits 16x16, x."""
+
+from configs import captioned_digits
+
+
+def get_config():
+    return captioned_digits.student(student_steps=256)

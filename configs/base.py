@@ -38,7 +38,6 @@ def with_shared(**sections) -> ConfigDict:
                 network="classifier",  # or pixels; inception, dinov2: their weights are files, see mscm.metrics.convert
                 precision="float32",
                 weights=placeholder(str),
-                alignment=placeholder(str),  # of images with their captions, where they have some
                 reference=placeholder(str),  # a file of mscm.metrics.reference; by default computed from the data
                 reference_split=placeholder(str),
                 num_kept=10_000,

@@ -487,7 +487,7 @@ def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experim
         labels=eval_section.choose("labels", LABELS),
         network=eval_section.choose("network", FEATURE_NETWORKS),
         precision=eval_section.choose("precision", tuple(DTYPES)),
-        alignment=None if eval_section.take("alignment") is None else eval_section.choose("alignment", ALIGNMENTS),
+        alignment=eval_section.choose("alignment", ALIGNMENTS) if eval_section.has("alignment") else None,
         at_end=bool(eval_section.take("at_end")),
         **{key: eval_section.optional_text(key) for key in ("weights", "reference", "reference_split")},
     )

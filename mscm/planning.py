@@ -139,10 +139,10 @@ def model_flops(experiment: Experiment) -> tuple[int, int]:
     z_t = jax.ShapeDtypeStruct(batch["image"].shape, jnp.float32)
     t = jax.ShapeDtypeStruct(z_t.shape[:1], jnp.float32)
 
-    def forward(params, condition, z_t, t):
-        return experiment.denoiser(params, condition)(z_t, t)
+    def forward(params, batch, z_t, t):
+        return experiment.denoiser(params, condition_of(batch))(z_t, t)
 
-    once = flops.count(jax.make_jaxpr(forward)(state.params, condition_of(batch), z_t, t))
+    once = flops.count(jax.make_jaxpr(forward)(state.params, batch, z_t, t))
     rest = (state.params, state.target, frozen, batch, key, state.step)
     loss = flops.count(jax.make_jaxpr(experiment.loss_fn)(*rest))
     comparison = 0

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import sys
 
 import jax
@@ -162,7 +163,7 @@ def test_images_of_another_shape_are_refused():
 def test_several_devices_give_the_same_rows(run_together, processes, devices):
     """Every device computes its part of a batch, every process gets all rows."""
     where = ["WHERE"] if processes > 1 else []
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     results = run_together(*[[sys.executable, "-c", PROGRAM, *where]] * processes, XLA_FLAGS=flags)
     expected = network()(many_images()).features
     for code, output, errors in results:

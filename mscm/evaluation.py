@@ -71,6 +71,12 @@ class Shown:
         tokens, mask = captions.encode(texts, spec, encoder)
         return cls(lambda i: Text(tokens[i], mask[i]), _CAPTIONED_COLUMNS, texts=texts)
 
+    @classmethod
+    def of_data(cls, experiment: Experiment, num_images: int) -> "Shown":
+        """The captions of the data, whose tokens are there whoever made them."""
+        texts = captions_in_turn(experiment, np.arange(num_images))
+        return cls(conditions_in_turn(experiment), _CAPTIONED_COLUMNS, texts=texts)
+
 
 def default_samplers(experiment: Experiment) -> list[SamplerSpec]:
     """A student's own steps with DDIM, or its `eval.student_samplers`; a diffusion model's `diffusion_samplers`."""
@@ -166,8 +172,8 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Batches of uint8 images `b h w c` as an image file would hold them; the last may be smaller.
 
-    `start`: the first image, the first of a batch. Several processes go
-    through them together; between two batches a signal ends them all.
+    `start`: the first image, the first of a batch. Several processes go through them together; between two batches a
+    signal ends them all.
     """
     sample = make_sample_fn(experiment, spec)
     batch_size = partition.rounded_up(batch_size, experiment.mesh)

@@ -126,13 +126,16 @@ def _what_to_show(experiment):
     prompts = PROMPT.value + _lines(PROMPT_FILE.value)
     takes = "labels" if data.text is None else "captions"
     for flag, is_given, kind in (
-        (LABELS, LABELS.value, "labels"), (PROMPT, PROMPT.value, "captions"), (PROMPT_FILE, prompts, "captions")
+        (LABELS, LABELS.value, "labels"),
+        (PROMPT, PROMPT.value, "captions"),
+        (PROMPT_FILE, prompts, "captions"),
+        (TEXT_ENCODER, TEXT_ENCODER.value, "captions"),
     ):
         if is_given and kind != takes:
             raise ConfigError(f"--{flag.name}: got it for {experiment.name!r}, expected none: its images have {takes}")
     if data.text is not None:
         if not prompts:
-            prompts = evaluation.captions_in_turn(experiment, indices)
+            return evaluation.Shown.of_data(experiment, NUM_IMAGES.value)
         prompts = [prompts[i % len(prompts)] for i in indices]
         try:
             encoder = t5.load(TEXT_ENCODER.value, length=data.text.length) if TEXT_ENCODER.value else None

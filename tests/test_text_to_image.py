@@ -207,6 +207,7 @@ def test_samples_of_prompts(trained, tmp_path, capfd):
     [
         (["--labels=1"], "--labels: got it for 'captioned_digits_cd2', expected none: its images have captions"),
         (["--prompt_file=nowhere"], "--prompt_file: got 'nowhere' .*, expected a text with a caption a line"),
+        (["--prompt=a", "--text_encoder=nowhere"], "--text_encoder: got 'nowhere', expected a directory with a T5's"),
         (["--prompt_file={empty}"], "--prompt_file: got .* without any text, expected a caption a line"),
         (["--teacher", "--output=x.npz"], "--teacher: got 'captioned_digits_cd2' and 'x.npz', expected a student and"),
     ],

@@ -48,6 +48,8 @@ def encode(captions: Sequence[str], spec: TextSpec, encoder: Encoder | None = No
     Raises:
       ValueError: it is not the one of `spec`, or absent.
     """
+    if spec.encoder == BYTES and encoder is not None:
+        raise ValueError(f"got the text encoder {encoder.name!r}, expected none: the model reads bytes")
     if spec.encoder == BYTES:
         rows = [np.frombuffer(caption.encode()[: spec.length], np.uint8) for caption in captions]
     elif encoder is None:

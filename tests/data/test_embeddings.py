@@ -129,7 +129,7 @@ def _edit(directory, **changes):
         (lambda d: _edit(d, features=0), "got values that no card has"),
         (lambda d: _edit(d, captions_sha256="0"), "got embeddings of other captions than the split's"),
         (lambda d: _edit(d, shard_sizes=[3], num_captions=3), r"got shards of \(4,\) captions, expected \(3,\)"),
-        (lambda d: next(d.glob("train-text-0*")).write_bytes(b"x" * 100), r"got shards of \(0,\) captions|a broken shard"),
+        (lambda d: next(d.glob("train-text-0*")).write_bytes(b"x" * 100), r"got shards of \(0,\)|a broken shard"),
         (lambda d: _edit(d, encoder="other"), "got embeddings of 'other' with 5 features and up to 6 tokens, exp"),
     ],
 )

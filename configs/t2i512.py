@@ -6,6 +6,7 @@ variant '' has the guidance weight 0.5, 'high' 3. The rest is simple diffusion's
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import base
 
@@ -54,6 +55,8 @@ def _base() -> ConfigDict:
             num_images=30_000,
             batch_size=256,
             labels="captions",
+            alignment="clip",
+            alignment_weights=placeholder(str),  # a directory such as that of openai/clip-vit-base-patch32
             teacher_samplers=("ancestral:variance=large",),
             teacher_steps=(256,),
             network="inception",

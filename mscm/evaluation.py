@@ -22,7 +22,7 @@ from mscm.checkpoint import reading
 from mscm.config import ConfigError
 from mscm.data import captioned_digits, captions, embeddings, sources, transforms
 from mscm.experiment import EvalSpec, Experiment
-from mscm.metrics import alignment, features, files, gathering, reference_statistics, statistics, weights
+from mscm.metrics import alignment, clip, features, files, gathering, reference_statistics, statistics, weights
 from mscm.metrics import classifier as classifiers
 from mscm.metrics.features import FeatureNetwork, Outputs
 from mscm.metrics.statistics import Statistics
@@ -301,11 +301,26 @@ class Scorer:
 
 
 def _alignment(experiment: Experiment, directory: str) -> alignment.Alignment | None:
-    if experiment.eval.alignment is None:
+    """What `config.eval.alignment` names; a classifier of digits is trained, where it is not in `directory`.
+
+    Raises:
+      ConfigError: there is no such CLIP.
+    """
+    spec = experiment.eval
+    if spec.alignment == "clip":
+        return _clip(spec)
+    if spec.alignment is None:
         return None
     source = sources.open_source("digits", split="all")
     with distributed.main_first():
         return alignment.of_digits(classifiers.load_or_train(source, directory), captioned_digits.parts)
+
+
+def _clip(spec: EvalSpec) -> alignment.Alignment:
+    try:
+        return clip.load(spec.alignment_weights or "")
+    except ValueError as error:
+        raise ConfigError(f"config.eval.alignment_weights: {error}") from error
 
 
 def make_network(experiment: Experiment, directory: str) -> FeatureNetwork:
@@ -423,6 +438,8 @@ def check(experiment: Experiment, source: sources.Source) -> None:
       ConfigError: something is not there, or the reference is of other images.
     """
     spec = experiment.eval
+    if spec.alignment == "clip":
+        _clip(spec)
     try:
         _check_network(spec)
         network = _loaded_network(experiment)

@@ -47,7 +47,7 @@ PREDICTIONS: dict[str, Callable[[Schedule], denoisers.Prediction]] = {
 PRECONDITIONED = ("edm", "consistency")  # those that scale the network's input
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LABELS = ("balanced", "uniform", "captions")  # in turn, or drawn independently, or not labels but the data's captions
-ALIGNMENTS = ("digits",)
+ALIGNMENTS = ("digits", "clip")
 FEATURE_NETWORKS = ("classifier", "pixels", *weights.SCORING)
 _EVAL_NUMBERS = {"num_images": 4, "batch_size": 1, "num_kept": 4}  # and the least that each may be
 
@@ -133,6 +133,7 @@ class EvalSpec:
     reference: str | None  # file of reference statistics; None: computed from the data
     reference_split: str | None  # the split of the reference; None: the split that is trained on
     alignment: str | None  # with the captions, one of ALIGNMENTS; None: is not scored
+    alignment_weights: str | None  # the directory of a CLIP
     num_kept: int  # images whose features are kept, for precision, recall and the kernel distance
     at_end: bool  # whether training ends with scores; else mscm.eval gives them
 
@@ -488,6 +489,9 @@ def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experim
         network=eval_section.choose("network", FEATURE_NETWORKS),
         precision=eval_section.choose("precision", tuple(DTYPES)),
         alignment=eval_section.choose("alignment", ALIGNMENTS) if eval_section.has("alignment") else None,
+        alignment_weights=(
+            eval_section.optional_text("alignment_weights") if eval_section.has("alignment_weights") else None
+        ),
         at_end=bool(eval_section.take("at_end")),
         **{key: eval_section.optional_text(key) for key in ("weights", "reference", "reference_split")},
     )

@@ -86,7 +86,7 @@ def test_a_caller_cannot_change_the_next_one(name):
 def test_every_config_has_the_keys_of_its_kind():
     # The parameters of a schedule and the number of stages may differ; everything else is one schema for an objective,
     # of which consistency models from data alone read less.
-    differs = ("model.stages", "schedule.", "data.text.", "model.text.")
+    differs = ("model.stages", "schedule.", "data.text.", "model.text.", "eval.alignment")
     schemas = {}
     for name in ALL_CONFIGS:
         config = load(name)

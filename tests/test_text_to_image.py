@@ -233,7 +233,7 @@ def test_prompts_are_for_captions(capfd):
         ({"data.text.encoder": "t5"}, "config.data.text: got no key 'features'"),
         ({"model.text.num_blocks": 0}, "got 0 blocks that read bytes, expected at least 1"),
         ({"model.text.width": 33}, "got a text of width 33, expected a multiple of head_dim=32"),
-        ({"eval.alignment": "words"}, "config.eval.alignment: got 'words', expected one of digits"),
+        ({"eval.alignment": "words"}, "config.eval.alignment: got 'words', expected one of digits, clip"),
     ],
 )
 def test_settings_of_text_that_cannot_be(changes, sentence):

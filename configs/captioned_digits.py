@@ -20,14 +20,14 @@ def _base() -> ConfigDict:
         model=dict(
             stages=dict(),  # 16 x 16 pixels in 2 x 2 patches are 64 tokens
             middle=dict(width=96, num_blocks=2, dropout=0.0),
-            text=dict(width=64, num_blocks=2),
+            text=dict(width=96, num_blocks=3),
             emb_dim=64,
             head_dim=32,
             patch_size=2,
             dtype="float32",
             scan_blocks=False,
         ),
-        schedule=dict(name="cosine", shift=1.0),
+        schedule=dict(name="cosine", shift=0.0),
         optimizer=dict(learning_rate=3e-3, warmup_steps=100, decay="cosine"),
         ema=dict(decay=0.999, warmup=True),
         train=dict(

@@ -28,6 +28,7 @@ ALL_CONFIGS = [
     f"configs/{path.name}{suffix}"
     for path in FILES
     for suffix in ("", *VARIANTS.get(path.stem.split("_")[0].rstrip("0123456789"), ()))
+    if path.stem + suffix != "t2i512_teacher:high"  # guidance is of its students
 ]
 TOY = [f"configs/{ALONE}.py:{run}" for run in ("teacher", "cd1", "cd2", "cd4", "ct1", "ct2", "ct4")]
 

@@ -250,7 +250,7 @@ def test_training_and_sampling_are_traced_where_the_mesh_is_known(monkeypatch):
     """Otherwise `attention='auto'` would know no devices and never be a kernel."""
     meshes = []
 
-    def attend(q, k, v, *, implementation):
+    def attend(q, k, v, *, implementation, mask):
         if implementation == "auto":  # initialisation says 'xla'
             meshes.append(jax.sharding.get_abstract_mesh())
         return v

@@ -258,6 +258,8 @@ def test_a_signal_to_the_script_is_passed_on_and_ends_it_with_the_command(fake, 
     job = subprocess.Popen(
         [ROOT / "launch/run.sh", "tpu", "python", "train"],
         env=environment(fake, VENV=str(fake / "venv"), STATUS=str(status)), stderr=subprocess.PIPE, text=True,
+        # A shell cannot trap what it was started without, as in the background of another.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     while not (fake / "starts").exists():
         assert job.poll() is None

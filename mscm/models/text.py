@@ -67,7 +67,8 @@ class TextEncoder(nn.Module):
         if stage.kind == "bytes":
             init = nn.with_logical_partitioning(nn.linear.default_embed_init, (None, "embed"))
             x = nn.Embed(_NUM_BYTES, stage.width, dtype=dtype, embedding_init=init, name="bytes")(text.tokens)
-            x += self._vectors("position", stage.length, 0.01).astype(dtype)
+            # As large as the bytes': where they stand tells words apart.
+            x += self._vectors("position", stage.length, stage.width**-0.5).astype(dtype)
         else:
             x = layers.dense(stage.width, ("embed", "conv_out"), dtype=dtype, name="embeddings")(text.tokens)
         b = x.shape[0]

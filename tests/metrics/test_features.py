@@ -111,7 +111,8 @@ def test_outputs_that_there_are():
 
     pixels = IMAGES.reshape(len(IMAGES), -1)
     outputs = FeatureNetwork("pixels", "", {}, forward, 4)(IMAGES)
-    for rows, columns in zip(outputs, (slice(1), slice(1, 3), slice(3, 6)), strict=True):
+    assert outputs.alignment is None  # a network knows of no captions
+    for rows, columns in zip(outputs[:3], (slice(1), slice(1, 3), slice(3, 6)), strict=True):
         assert type(rows) is np.ndarray
         np.testing.assert_array_equal(rows, pixels[:, columns])
 

@@ -101,11 +101,9 @@ def _expected(implementation: str, *, num_tokens: int, head_dim: int, dtype: Any
 
 
 def _kernel_of_the_mesh(*, num_tokens: int) -> str | None:
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    kind = placement.device_kind()
+    if kind is None:
         return None
-    # By its kind: only a jax younger than the oldest that we run on knows an abstract device's platform.
-    kind = mesh.abstract_device.device_kind
     if kind.startswith("TPU"):
         return "splash"
     if kind == "cpu":

@@ -231,13 +231,14 @@ def _points(entries: Sequence[tuple[Model, dict[str, Any]]], metrics: Sequence[s
     points = []
     for (name, sampler, nfe), group in groups.items():
         model, row = group[0]
-        runs: dict[str, list[dict[str, Any]]] = {}
-        for _, other in group:
-            runs.setdefault(other["run"], []).append(other)
+        by_seed: dict[str, dict[int, dict[str, Any]]] = {}
+        for of_run, other in group:
+            by_seed.setdefault(_training(of_run), {})[other["seed"]] = other
+        runs = [list(rows.values()) for rows in by_seed.values()]
         points.append(
             Point(
-                name, sampler, nfe, len(runs), len(next(iter(runs.values()))), row["num_images"],
-                {key: mean_and_spread([[other[key] for other in rows] for rows in runs.values()]) for key in metrics},
+                name, sampler, nfe, len(runs), len(runs[0]), row["num_images"],
+                {key: mean_and_spread([[other[key] for other in rows] for rows in runs]) for key in metrics},
                 model, row["step"], SamplerSpec(sampler, row.get("num_steps", nfe)),
             )
         )
@@ -249,6 +250,11 @@ def _points(entries: Sequence[tuple[Model, dict[str, Any]]], metrics: Sequence[s
         return not point.model.is_diffusion, first[point.method], samplers[line], point.nfe
 
     return sorted(points, key=place)
+
+
+def _training(model: Model) -> str:
+    """What decides the parameters beside the name, under which a phase may have been trained for several students."""
+    return json.dumps({key: value for key, value in decides(model.config).items() if key != "name"}, sort_keys=True)
 
 
 def mean_and_spread(scores: Sequence[Sequence[float]]) -> tuple[float, float | None]:
@@ -265,7 +271,8 @@ def _methods(entries: Sequence[tuple[Model, dict[str, Any]]]) -> list[str]:
     """What each entry's method is called.
 
     The model's name without its number of steps, which the axis has, and without what all names begin with; where
-    models of one name were trained under several configs, with what differs between these.
+    models of one name were trained under several configs, with what differs between these. A phase before the last is
+    called as the last.
     """
     by_name: dict[str, list[dict[str, Any]]] = {}
     for model, _ in entries:
@@ -275,7 +282,10 @@ def _methods(entries: Sequence[tuple[Model, dict[str, Any]]]) -> list[str]:
         name, steps = model.experiment.name, model.experiment.student_steps
         config, others = flat(decides(model.config)), by_name[name]
         differing = [key for key in config if key != "seed" and any(o.get(key) != config[key] for o in others)]
-        label = re.sub(rf"^(.*[a-z])_?{steps}(?=_|$)", r"\1", name)
+        if name == f"{config['name']}_{steps}":
+            label = re.sub(r"(?<=[a-z])_?\d+$", "", config["name"])
+        else:
+            label = re.sub(rf"^(.*[a-z])_?{steps}(?=_|$)", r"\1", name)
         inside = ", ".join(f"{key.rpartition('.')[2]}={config[key]}" for key in differing)
         labels.append(f"{label} ({inside})" if inside else label)
     names = [label.partition(" ")[0] for label in labels]
@@ -318,11 +328,11 @@ def _draw(point: Point, params: Params, *, timed: bool) -> Drawn:
     experiment = point.model.experiment
     batch_size = max(SAMPLE_COLUMNS, experiment.eval.batch_size) if timed else SAMPLE_COLUMNS
     indices = np.arange(batch_size)
-    labels = (indices % experiment.data.num_classes).astype(np.int32)
+    condition = evaluation.conditions_in_turn(experiment)(indices)
     sample = evaluation.make_sample_fn(experiment, point.spec)
 
     def batch() -> jax.Array:
-        return jax.block_until_ready(sample(params, jax.random.key(0), indices, labels))
+        return jax.block_until_ready(sample(params, jax.random.key(0), indices, condition))
 
     images = np.asarray(transforms.to_uint8(batch()[:SAMPLE_COLUMNS]))  # compiled by now
     seconds = median_seconds(batch) if timed else None

@@ -38,6 +38,11 @@ class Section:
         self._known: set[str] = set()  # what may be given, for the hint at a typing error
         self._sections: list[Section] = []
 
+    def has(self, key: str) -> bool:
+        """Whether `key` is there: for the few that may be left out."""
+        self._known.add(key)
+        return key in self._values
+
     def take(self, key: str) -> Any:
         """The value of `key`; every key is required, so that a config shows all that it decides."""
         if key not in self._values:

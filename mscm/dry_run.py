@@ -7,9 +7,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from mscm import training_loop
+from mscm import cli, planning, training_loop
 from mscm.checkpoint import reading
 from mscm.config import ConfigError
+from mscm.cost import chips
 from mscm.experiment import Experiment, Member
 
 
@@ -47,10 +48,11 @@ def dry_run(experiment: Experiment, workdir: str) -> str:
 def _plan(member: Member) -> tuple[str, int]:
     """What happens to a model, and the bytes of its checkpoints that would be there at the same time."""
     experiment, spec = member.experiment, member.experiment.train
-    done = 0
+    done, rate = 0, None
     if (epath.Path(member.workdir) / "checkpoints").is_dir():
         with reading(member.workdir) as checkpoints:
-            done = checkpoints.latest() or 0
+            if checkpoints.latest() is not None:
+                done, rate = checkpoints.latest(), checkpoints.facts().get(training_loop.RATE)
     what = f"{experiment.name} in {member.workdir}: "
     if member.is_given:
         return f"{what}only read, its step {done}", 0
@@ -61,9 +63,23 @@ def _plan(member: Member) -> tuple[str, int]:
     count = last // spec.save_every_steps - done // spec.save_every_steps + bool(last % spec.save_every_steps)
     leaves = jax.tree.leaves(experiment.abstract_state())
     size = sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in leaves)
-    text = f"{done} of {last} steps are done, {count} checkpoints of {_gigabytes(size)} to come, "
+    text = f"{done} of {last} steps are done, {_time(experiment, last - done, rate)}, {count} checkpoints of "
+    text += f"{_gigabytes(size)} to come, {spec.keep_checkpoints} kept"
     # An old one goes after the new one has come.
-    return f"{what}{text}{spec.keep_checkpoints} kept", size * min(count, spec.keep_checkpoints + 1)
+    return f"{what}{text}", size * min(count, spec.keep_checkpoints + 1)
+
+
+def _time(experiment: Experiment, num_steps: int, rate: float | None) -> str:
+    """What the rest takes: at the rate that it had, or at the peak of chips that are known."""
+    if rate:
+        return f"{cli.duration(num_steps / rate)} left at the {rate:.3g} steps/s of before"
+    devices = experiment.mesh.devices
+    chip = chips.chip_of_kind(devices.flat[0].device_kind)
+    if chip is None:
+        return "which take a time that python -m mscm.plan --topology=host measures"
+    _, flops = planning.model_flops(experiment)
+    seconds = chips.least_seconds(chip, flops=flops / devices.size, hbm_bytes=0.0, sent_bytes=0.0)["compute"]
+    return f"{cli.duration(num_steps * seconds)} left or more: so long the {chip.name} would compute at their peak"
 
 
 def _existing(workdir: str) -> str | None:

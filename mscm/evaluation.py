@@ -1,8 +1,8 @@
 """Sampling and scoring of trained models: what `mscm.main`, `mscm.eval` and `mscm.sample` share.
 
 Image i of an evaluation starts from fold_in(key(seed), i) and has the label i modulo the number of classes, or one that
-is drawn from the seed (`labels_of_images`); the noise of its steps is its own too: it is the same image whatever the
-batch size, and two models sample from common noise.
+is drawn from the seed, or a caption of the data (`conditions_of_images`); the noise of its steps is its own too: it is
+the same image whatever the batch size, and two models sample from common noise.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ import numpy as np
 from mscm import cli, compilation, distributed, failures, stopping
 from mscm.checkpoint import reading
 from mscm.config import ConfigError
-from mscm.data import sources, transforms
+from mscm.data import captioned_digits, captions, embeddings, sources, transforms
 from mscm.experiment import EvalSpec, Experiment
+from mscm.metrics import alignment, clip, features, files, gathering, reference_statistics, statistics, weights
 from mscm.metrics import classifier as classifiers
-from mscm.metrics import features, files, gathering, reference_statistics, statistics, weights
-from mscm.metrics.features import FeatureNetwork
+from mscm.metrics.features import FeatureNetwork, Outputs
 from mscm.metrics.statistics import Statistics
 from mscm.report import grid, table
 from mscm.sampling import SamplerSpec, own_steps
 from mscm.training import partition
-from mscm.types import Images, Int, Key, Labels, Params
+from mscm.types import Condition, Images, Int, Key, Params, Text
 
-GRID_IMAGES, _GRID_COLUMNS = 50, 10
+GRID_IMAGES, _GRID_COLUMNS, _CAPTIONED_COLUMNS = 50, 10, 5
 
 # Of a row of scores: what it is a score of. A row is written once for each.
 ROW_KEY = ("identity", "run", "model", "step", "sampler", "nfe", "seed", "num_images", "labels")
@@ -39,8 +39,43 @@ ROW_KEY = ("identity", "run", "model", "step", "sampler", "nfe", "seed", "num_im
 # Folded into the key of an evaluation for the noise of the steps: no image has this index.
 _STEPS = np.uint32(2**32 - 1)
 
-# (params, key, indices of the images, labels) -> images, whole on every device
-SampleFn = Callable[[Params, Key, Int[np.ndarray, "b"], Labels], Images]
+# (params, key, indices of the images, what they should show) -> images, whole on every device
+SampleFn = Callable[[Params, Key, Int[np.ndarray, "b"], Condition], Images]
+# Indices of images -> what they should show, on the host
+Conditions = Callable[[Int[np.ndarray, "b"]], Condition]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What some images should show, as words or numbers too."""
+
+    conditions: Conditions
+    columns: int  # of a grid
+    labels: Int[np.ndarray, "n"] | None = None
+    texts: list[str] | None = None
+
+    @classmethod
+    def of_labels(cls, labels: Int[np.ndarray, "n"], num_classes: int) -> "Shown":
+        """One label for each image."""
+        return cls(lambda i: labels[i].astype(np.int32), min(num_classes, _GRID_COLUMNS), labels=labels)
+
+    @classmethod
+    def of_captions(
+        cls, spec: captions.TextSpec, texts: list[str], encoder: embeddings.Encoder | None = None
+    ) -> "Shown":
+        """One caption for each image; `encoder`: the frozen one that the model knows captions from, if it does.
+
+        Raises:
+          ValueError: as `captions.encode`.
+        """
+        tokens, mask = captions.encode(texts, spec, encoder)
+        return cls(lambda i: Text(tokens[i], mask[i]), _CAPTIONED_COLUMNS, texts=texts)
+
+    @classmethod
+    def of_data(cls, experiment: Experiment, num_images: int) -> "Shown":
+        """The captions of the data, whose tokens are there whoever made them."""
+        texts = captions_in_turn(experiment, np.arange(num_images))
+        return cls(conditions_in_turn(experiment), _CAPTIONED_COLUMNS, texts=texts)
 
 
 def default_samplers(experiment: Experiment) -> list[SamplerSpec]:
@@ -111,13 +146,13 @@ def make_sample_fn(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
     shape = (data.resolution, data.resolution, data.channels)
     rows, whole = partition.batch_sharding(experiment.mesh), partition.replicated(experiment.mesh)
 
-    def sample(params: Params, key: Key, indices: jax.Array, labels: Labels) -> Images:
+    def sample(params: Params, key: Key, indices: jax.Array, condition: Condition) -> Images:
         # Every process has all indices, and every device computes the images of its part.
-        indices, labels = jax.lax.with_sharding_constraint((indices, labels), rows)
+        indices, condition = jax.lax.with_sharding_constraint((indices, condition), rows)
         z_1 = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
         of_steps = jax.random.fold_in(key, _STEPS)
         keys = jax.vmap(lambda i: jax.random.fold_in(of_steps, i))(indices)
-        return plan.sample(spec.clip(model.denoiser(params, labels)), schedule, z_1, keys)
+        return plan.sample(spec.clip(model.denoiser(params, condition)), schedule, z_1, keys)
 
     sample = partition.on_mesh(sample, experiment.mesh)
     options = compilation.options(experiment.platform)
@@ -132,27 +167,27 @@ def generate(
     num_images: int,
     batch_size: int,
     seed: int,
-    labels: np.ndarray | None = None,
+    conditions: Conditions,
     start: int = 0,
 ) -> Iterator[np.ndarray]:
     """Batches of uint8 images `b h w c` as an image file would hold them; the last may be smaller.
 
-    `labels`: one for each image; None: balanced. `start`: the first image, the first of a batch. Several processes go
-    through them together; between two batches a signal ends them all.
+    `start`: the first image, the first of a batch. Several processes go through them together; between two batches a
+    signal ends them all.
     """
-    data, sample = experiment.data, make_sample_fn(experiment, spec)
+    sample = make_sample_fn(experiment, spec)
     batch_size = partition.rounded_up(batch_size, experiment.mesh)
     key = jax.random.key(seed)
     for first in range(start, num_images, batch_size):
         stopping.end_if_asked()
         # The last batch is filled up and cut: one compiled shape, and no image is dropped.
         indices = np.arange(first, first + batch_size)
-        wanted = indices % data.num_classes if labels is None else labels[indices % num_images]
+        condition = conditions(indices % num_images)
         with failures.device_memory(
             f"{experiment.name}, {spec}: {batch_size} images at once on {experiment.mesh.devices.size} devices",
             "lower config.eval.batch_size, which changes no image",
         ):
-            images = np.asarray(transforms.to_uint8(sample(params, key, indices, wanted.astype(np.int32))))
+            images = np.asarray(transforms.to_uint8(sample(params, key, indices, condition)))
         yield images[: num_images - first]
 
 
@@ -176,6 +211,7 @@ class Scorer:
             self.reference = _reference(experiment, self.network, directory)
         except ValueError as error:
             raise ConfigError(f"config.eval: {error}") from error
+        self.alignment = _alignment(experiment, directory)
         self.mismatch = self.differences(reference_facts(experiment))
         if experiment.eval.reference:
             data = experiment.data
@@ -211,7 +247,7 @@ class Scorer:
         of_file = files.fingerprint(reference.statistics.to_arrays()) if reference.imported_from else None
         kept = None if reference.statistics.kept is None else len(reference.statistics.kept)
         parts = [self.network.fingerprint, reference.data, reference.network, of_file, kept, self.spec.num_kept]
-        parts += self.mismatch
+        parts += self.mismatch + ([self.alignment.fingerprint] if self.alignment else [])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def describe(self, mismatch: list[str] | None = None) -> dict[str, Any]:
@@ -225,9 +261,19 @@ class Scorer:
         }
         return described | ({"mismatch": mismatch} if mismatch else {})
 
+    def network_for(self, seed: int, start: int) -> Callable[[np.ndarray], Outputs]:
+        """The network for the images of an evaluation from the one of number `start` on, in their order."""
+        if self.alignment is None:
+            return self.network
+        images = np.arange(start, self.spec.num_images)
+        return self.alignment.beside(self.network, captions_in_turn(self._experiment, images, seed))
+
     def compare(self, gathered: Statistics) -> dict[str, float]:
-        """All metrics of images against the reference."""
-        return statistics.compare(gathered, self.reference.statistics, network=self.network.name)
+        """All metrics of images against the reference, and with their captions where they have some."""
+        scores = statistics.compare(gathered, self.reference.statistics, network=self.network.name)
+        if gathered.alignment is not None:
+            scores[self.alignment.name] = float(gathered.alignment) / gathered.features.count
+        return scores
 
     def size_of_half(self) -> int:
         """Images on each side of `half_against_half`."""
@@ -252,6 +298,29 @@ class Scorer:
                 for name, half in zip("ab", halves, strict=True)
             )
             return statistics.compare(a.statistics, b.statistics, network=self.network.name)
+
+
+def _alignment(experiment: Experiment, directory: str) -> alignment.Alignment | None:
+    """What `config.eval.alignment` names; a classifier of digits is trained, where it is not in `directory`.
+
+    Raises:
+      ConfigError: there is no such CLIP.
+    """
+    spec = experiment.eval
+    if spec.alignment == "clip":
+        return _clip(spec)
+    if spec.alignment is None:
+        return None
+    source = sources.open_source("digits", split="all")
+    with distributed.main_first():
+        return alignment.of_digits(classifiers.load_or_train(source, directory), captioned_digits.parts)
+
+
+def _clip(spec: EvalSpec) -> alignment.Alignment:
+    try:
+        return clip.load(spec.alignment_weights or "")
+    except ValueError as error:
+        raise ConfigError(f"config.eval.alignment_weights: {error}") from error
 
 
 def make_network(experiment: Experiment, directory: str) -> FeatureNetwork:
@@ -369,6 +438,8 @@ def check(experiment: Experiment, source: sources.Source) -> None:
       ConfigError: something is not there, or the reference is of other images.
     """
     spec = experiment.eval
+    if spec.alignment == "clip":
+        _clip(spec)
     try:
         _check_network(spec)
         network = _loaded_network(experiment)
@@ -402,12 +473,42 @@ def read_ema(experiment: Experiment, workdir: str, step: int | None = None) -> P
         return checkpoints.restore_ema(experiment.placed_state().ema, step)
 
 
-def labels_of_images(experiment: Experiment, seed: int) -> np.ndarray:
-    """Labels of the images of an evaluation, by `eval.labels`."""
-    num_images, num_classes = experiment.eval.num_images, experiment.data.num_classes
-    if experiment.eval.labels == "balanced":
-        return np.arange(num_images) % num_classes
-    return np.random.RandomState(seed).randint(num_classes, size=num_images)
+def conditions_of_images(experiment: Experiment, seed: int) -> Conditions:
+    """What the images of an evaluation should show, by `eval.labels`.
+
+    Raises:
+      ConfigError: as `conditions_in_turn`.
+    """
+    if experiment.eval.labels != "uniform":
+        return conditions_in_turn(experiment, seed)
+    labels = np.random.RandomState(seed).randint(experiment.data.num_classes, size=experiment.eval.num_images)
+    return lambda indices: labels[indices].astype(np.int32)
+
+
+def conditions_in_turn(experiment: Experiment, seed: int = 0) -> Conditions:
+    """All labels one after the other, or all captions in an order of the seed.
+
+    Raises:
+      ConfigError: the data cannot be read, whose captions they are.
+    """
+    if experiment.data.text is None:
+        return lambda indices: (indices % experiment.data.num_classes).astype(np.int32)
+    source = _reference_source(experiment)
+    return lambda indices: source.texts(*_captions_in_turn(source, seed, indices))
+
+
+def captions_in_turn(experiment: Experiment, indices: Int[np.ndarray, "b"], seed: int = 0) -> list[str]:
+    """The captions of `conditions_in_turn`, as words."""
+    source = _reference_source(experiment)
+    return captions.in_epochs(source, *_captions_in_turn(source, seed, indices))
+
+
+def _captions_in_turn(
+    source: sources.Source, seed: int, indices: Int[np.ndarray, "b"]
+) -> tuple[Int[np.ndarray, "b"], Int[np.ndarray, "b"]]:
+    """Example and epoch of each: after all examples comes the next caption of each."""
+    order = np.random.RandomState(seed).permutation(len(source))
+    return order[indices % len(source)], indices // len(source)
 
 
 def read_scores(path: str) -> list[dict[str, Any]]:
@@ -450,15 +551,26 @@ def _over_seeds(values: list[float | None]) -> str:
 
 
 def sample_grid(models: list[tuple[Experiment, Params, SamplerSpec]], batch_size: int) -> np.ndarray:
-    """Samples side by side: image i of each is from the same noise and of the same class."""
-    return grid_of({
-        f"{experiment.name}, {spec}": np.concatenate(
-            list(generate(experiment, params, spec, num_images=GRID_IMAGES, batch_size=batch_size, seed=0))
+    """Samples side by side: image i of each is from the same noise and of the same class or caption."""
+    panels = {}
+    for experiment, params, spec in models:
+        batches = generate(
+            experiment,
+            params,
+            spec,
+            num_images=GRID_IMAGES,
+            batch_size=batch_size,
+            seed=0,
+            conditions=conditions_in_turn(experiment),
         )
-        for experiment, params, spec in models
-    })
+        panels[f"{experiment.name}, {spec}"] = np.concatenate(list(batches))
+    return grid_of(models[0][0], panels)
 
 
-def grid_of(panels: dict[str, np.ndarray]) -> np.ndarray:
-    """Images under their titles."""
-    return grid.side_by_side(panels, columns=_GRID_COLUMNS)
+def grid_of(experiment: Experiment, panels: dict[str, np.ndarray], seed: int = 0) -> np.ndarray:
+    """The first images of evaluations under their titles, with the captions that they have."""
+    columns, texts = _GRID_COLUMNS, None
+    if experiment.data.text is not None:
+        count = len(next(iter(panels.values())))
+        columns, texts = _CAPTIONED_COLUMNS, captions_in_turn(experiment, np.arange(count), seed)
+    return grid.side_by_side(panels, columns=columns, captions=texts)

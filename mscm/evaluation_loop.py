@@ -219,10 +219,11 @@ class Evaluation:
             num_images=key["num_images"],
             batch_size=self.scorer.spec.batch_size,
             seed=key["seed"],
-            labels=evaluation.labels_of_images(self.experiment, key["seed"]),
+            conditions=evaluation.conditions_of_images(self.experiment, key["seed"]),
             start=start,
         )
-        gathering.over(batches, self.scorer.network, under_way, watch=cli.Meter(what, key["num_images"], start))
+        network = self.scorer.network_for(key["seed"], start)
+        gathering.over(batches, network, under_way, watch=cli.Meter(what, key["num_images"], start))
         row = key | self._compare(under_way)
         logging.info("%s: %s %.4g", what, self.scorer.metric, row[self.scorer.metric])
         if under_way:
@@ -298,7 +299,8 @@ class Evaluation:
         """All that belongs to a row, and then the row: who finds it there finds the rest."""
         self._check_ours()
         samples_path, samples = self._samples_path(row), gathered.samples
-        grid.save_png(f"{samples_path}.png", evaluation.grid_of({os.path.basename(samples_path): samples}))
+        panel = {os.path.basename(samples_path): samples}
+        grid.save_png(f"{samples_path}.png", evaluation.grid_of(self.experiment, panel, row["seed"]))
         with atomic.writing(f"{samples_path}.npz") as file:
             np.savez(file, images=samples)
         name, metrics = _name_of(row), evaluation.metrics_of(row)
@@ -344,7 +346,7 @@ class Evaluation:
         panels = {}
         for row in rows:
             panels[f"{row['model']}, {SamplerSpec.of_row(row)}"] = read_npz(f"{self._samples_path(row)}.npz")["images"]
-        return evaluation.grid_of(panels)
+        return evaluation.grid_of(self.experiment, panels, rows[0]["seed"])
 
     def _samples_path(self, row: dict[str, Any]) -> str:
         return os.path.join(self.directory, "samples", f"{_name_of(row)}_{row['step']:08d}")

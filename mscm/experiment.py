@@ -23,17 +23,17 @@ from ml_collections import ConfigDict
 from mscm import compilation
 from mscm.checkpoint import first_mismatch, parameter_shapes
 from mscm.config import ConfigError, Section, flat, load_config
-from mscm.data import sources
+from mscm.data import captions, sources
 from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import schedule as schedules
 from mscm.methods import OBJECTIVES, Frozen, Method, Parts, network
 from mscm.metrics import weights
-from mscm.models import attention, mlp, uvit
+from mscm.models import attention, mlp, text, uvit
 from mscm.sampling import SamplerSpec, own_steps
 from mscm.training import optimizer as optimizers
 from mscm.training import partition
 from mscm.training.step import Averages, Batch, LossFn, TrainState, init_state, make_train_steps
-from mscm.types import Denoiser, Guided, Images, Key, Labels, Params, Schedule, Teacher, Times
+from mscm.types import Condition, Denoiser, Guided, Images, Key, Params, Schedule, Teacher, Text, Times
 
 SCHEDULES: dict[str, Callable[..., Any]] = {
     "cosine": schedules.cosine,
@@ -46,7 +46,8 @@ PREDICTIONS: dict[str, Callable[[Schedule], denoisers.Prediction]] = {
 }
 PRECONDITIONED = ("edm", "consistency")  # those that scale the network's input
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-LABELS = ("balanced", "uniform")  # in turn, or drawn independently
+LABELS = ("balanced", "uniform", "captions")  # in turn, or drawn independently, or not labels but the data's captions
+ALIGNMENTS = ("digits", "clip")
 FEATURE_NETWORKS = ("classifier", "pixels", *weights.SCORING)
 _EVAL_NUMBERS = {"num_images": 4, "batch_size": 1, "num_kept": 4}  # and the least that each may be
 
@@ -64,6 +65,7 @@ class DataSpec:
     flip: bool
     num_workers: int  # processes that load; 0: threads of the training process do
     num_threads: int  # of each process that loads
+    text: captions.TextSpec | None = None  # the tokens of the images' captions; None: labels are the condition
 
     def open(self) -> sources.Source:
         """The source, checked against what the config says of it."""
@@ -75,6 +77,7 @@ class DataSpec:
                 resolution=self.resolution,
                 channels=self.channels,
                 num_classes=self.num_classes,
+                captioned=self.text is not None,
             )
         except (ValueError, ImportError) as error:
             raise ConfigError(f"config.data: {error}") from error
@@ -84,7 +87,19 @@ class DataSpec:
                     f"config.data.{key}: got {getattr(self, key)}, expected {getattr(source, key)}, "
                     f"which is what {self.path or repr(self.name)} has"
                 )
-        return source
+        if self.text is None:
+            return source
+        try:
+            return captions.WithTokens(source, self.text)
+        except ValueError as error:
+            raise ConfigError(f"config.data.text: {error}") from error
+
+    def null_condition(self, rows: int) -> Condition:
+        """What stands for no condition."""
+        if self.text is None:
+            return jnp.full((rows,), self.num_classes, jnp.int32)
+        shape, dtype = self.text.of_tokens
+        return Text(jnp.zeros((rows, *shape), dtype), jnp.zeros((rows, self.text.length), bool))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +132,8 @@ class EvalSpec:
     weights: str | None  # its converted file; None: where mscm.metrics.convert writes it
     reference: str | None  # file of reference statistics; None: computed from the data
     reference_split: str | None  # the split of the reference; None: the split that is trained on
+    alignment: str | None  # with the captions, one of ALIGNMENTS; None: is not scored
+    alignment_weights: str | None  # the directory of a CLIP
     num_kept: int  # images whose features are kept, for precision, recall and the kernel distance
     at_end: bool  # whether training ends with scores; else mscm.eval gives them
 
@@ -324,23 +341,24 @@ class Experiment:
             compiler_options=compilation.options(self.platform),
         )
 
-    def answer(self, params: Params, labels: Labels, weights: Times | None = None) -> Teacher:
+    def answer(self, params: Params, condition: Condition, weights: Times | None = None) -> Teacher:
         """Without dropout; with its guidance, and then beside the conditional output.
 
         `weights`: of guidance, where they are an input of the network; None there: its guidance, or 0.
         """
+        (rows,) = jax.tree.leaves(condition)[0].shape[:1]
         takes_weights = self.method.guidance_range is not None
         if takes_weights and weights is None:
-            weights = jnp.full(labels.shape, self.guidance)
+            weights = jnp.full((rows,), self.guidance)
         function = network(self.model, params, guidance=weights)
         if takes_weights or not self.guidance:
-            return denoisers.make_denoiser(function, self.schedule, self.prediction, labels=labels)
+            return denoisers.make_denoiser(function, self.schedule, self.prediction, condition=condition)
         return denoisers.make_guided(
             function,
             self.schedule,
             self.prediction,
-            labels=labels,
-            null_label=self.data.num_classes,
+            condition=condition,
+            null=self.data.null_condition(rows),
             guidance=self.guidance,
             interval=self.guided_times,
         )
@@ -365,7 +383,7 @@ class Experiment:
         if not self.config["objective"].get("label_dropout"):
             raise ConfigError(
                 f"got {guidance}, expected 0.0 because {self.name!r} was trained with objective.label_dropout = 0.0: "
-                "its null class means nothing"
+                "it does not know what to guide away from"
             )
         return dataclasses.replace(self, guidance=guidance, guided_times=times)
 
@@ -382,9 +400,9 @@ class Experiment:
         except ConfigError as error:
             raise ConfigError(f"sampler {sampler.sampler!r}: guidance: {error}") from error
 
-    def denoiser(self, params: Params, labels: Labels) -> Denoiser:
+    def denoiser(self, params: Params, condition: Condition) -> Denoiser:
         """Deterministic denoiser for sampling."""
-        answer = self.answer(params, labels)
+        answer = self.answer(params, condition)
 
         def denoise(z_t: Images, t: Times) -> Images:
             answered = answer(z_t, t)
@@ -470,9 +488,20 @@ def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experim
         labels=eval_section.choose("labels", LABELS),
         network=eval_section.choose("network", FEATURE_NETWORKS),
         precision=eval_section.choose("precision", tuple(DTYPES)),
+        alignment=eval_section.choose("alignment", ALIGNMENTS) if eval_section.has("alignment") else None,
+        alignment_weights=(
+            eval_section.optional_text("alignment_weights") if eval_section.has("alignment_weights") else None
+        ),
         at_end=bool(eval_section.take("at_end")),
         **{key: eval_section.optional_text(key) for key in ("weights", "reference", "reference_split")},
     )
+    if (spec.labels == "captions") != (data.text is not None):
+        raise ConfigError(
+            f"config.eval.labels: got {spec.labels!r} for a model of {'labels' if data.text is None else 'captions'}, "
+            f"expected {'balanced or uniform' if data.text is None else 'captions'}"
+        )
+    if spec.alignment is not None and data.text is None:
+        raise ConfigError(f"config.eval.alignment: got {spec.alignment!r}, expected None for a model of labels")
     optimizer_section = root.section("optimizer")
     bind_rate = optimizer_section.bind(functools.partial(optimizers.make_learning_rate, num_steps=train.num_steps))
     learning_rate = bind_rate()
@@ -488,11 +517,11 @@ def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experim
         schedule=schedule,
         prediction=prediction,
         resolution=data.resolution,
-        num_classes=data.num_classes,
+        null_condition=data.null_condition,
         flip=data.flip,
         num_steps=train.num_steps,
         teacher=None if teacher is None else teacher.experiment.answer,
-        has_null_class=teacher is not None and bool(teacher.experiment.config["objective"].get("label_dropout")),
+        has_null=teacher is not None and bool(teacher.experiment.config["objective"].get("label_dropout")),
         guidance_range=None if teacher is None else teacher.experiment.method.guidance_range,
     )
     method = make_method(objective, parts)
@@ -569,6 +598,7 @@ def _fields(section: Section, spec: type) -> dict[str, Any]:
 
 
 def _data(section: Section) -> DataSpec:
+    of_text = section.section("text") if section.has("text") else None
     return DataSpec(
         name=section.text("name"),
         split=section.text("split"),
@@ -577,7 +607,14 @@ def _data(section: Section) -> DataSpec:
         flip=bool(section.take("flip")),
         num_workers=section.number("num_workers", minimum=0),
         num_threads=section.number("num_threads", minimum=1),
+        text=of_text and _text_spec(of_text),
     )
+
+
+def _text_spec(section: Section) -> captions.TextSpec:
+    encoder = section.text("encoder")
+    features = None if encoder == captions.BYTES else section.number("features", minimum=1)
+    return captions.TextSpec(encoder, section.number("length", minimum=1), features)
 
 
 def _train(section: Section) -> TrainSpec:
@@ -599,7 +636,8 @@ def _uvit(section: Section, data: DataSpec) -> uvit.UViT:
     middle = section.section("middle")
     return uvit.UViT(
         out_channels=data.channels,
-        num_classes=data.num_classes,
+        num_classes=data.num_classes if data.text is None else None,
+        text=None if data.text is None else _text_stage(section.section("text"), data.text),
         stages=stages,
         middle=uvit.Stage("transformer", **{key: middle.take(key) for key in ("width", "num_blocks", "dropout")}),
         dtype=section.choose("dtype", DTYPES),
@@ -613,7 +651,18 @@ def _uvit(section: Section, data: DataSpec) -> uvit.UViT:
     )
 
 
+def _text_stage(section: Section, spec: captions.TextSpec) -> text.TextStage:
+    return text.TextStage(
+        kind="bytes" if spec.features is None else "embeddings",
+        length=spec.length,
+        width=section.number("width", minimum=1),
+        num_blocks=section.number("num_blocks", minimum=0),
+    )
+
+
 def _mlp(section: Section, data: DataSpec) -> mlp.MLP:
+    if data.text is not None:
+        raise ConfigError("config.data.text: got one, expected none: config.model 'mlp' reads no captions")
     return mlp.MLP(
         out_channels=data.channels,
         num_classes=data.num_classes,
@@ -630,7 +679,7 @@ def _init(model: nn.Module, data: DataSpec, key: Key) -> Params:
     """Parameters boxed with the logical names of their axes."""
     images = jnp.zeros((1, data.resolution, data.resolution, data.channels))
     guidance = (jnp.zeros((1,)),) if model.guidance_input else ()
-    variables = model.init(key, images, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32), *guidance, train=False)
+    variables = model.init(key, images, jnp.zeros((1,)), data.null_condition(1), *guidance, train=False)
     return variables["params"]
 
 

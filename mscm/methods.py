@@ -28,7 +28,22 @@ from mscm.objectives.progressive import progressive_loss
 from mscm.objectives.tract import tract_loss
 from mscm.training import ema
 from mscm.training.step import Batch, LossFn, TargetDecay
-from mscm.types import Array, Denoiser, Distance, Images, Int, Key, Labels, Params, PerExample, Schedule, Teacher, Times
+from mscm.types import (
+    Array,
+    Bool,
+    Condition,
+    Denoiser,
+    Distance,
+    Images,
+    Int,
+    Key,
+    Params,
+    PerExample,
+    Schedule,
+    Teacher,
+    Text,
+    Times,
+)
 
 DIFFUSION_LOSSES: dict[str, Distance] = {
     "v_mse": distances.v_mse,
@@ -67,8 +82,8 @@ GRIDS: dict[str, Callable[..., Array]] = {
     "ict": curriculum.ict_grid_points,
 }
 
-# (parameters, labels, guidance weights where they are an input) -> what the teacher answers
-Answer = Callable[[Params, Labels, Times | None], Teacher]
+# (parameters, condition, guidance weights where they are an input) -> what the teacher answers
+Answer = Callable[[Params, Condition, Times | None], Teacher]
 
 
 class Frozen(NamedTuple):
@@ -93,11 +108,11 @@ class Parts:
     schedule: Schedule
     prediction: denoisers.Prediction
     resolution: int
-    num_classes: int
+    null_condition: Callable[[int], Condition]  # of so many rows: what stands for none
     flip: bool
     num_steps: int  # of the training
     teacher: Answer | None  # None: there is none
-    has_null_class: bool  # whether the teacher was trained with dropped labels
+    has_null: bool  # whether the teacher was trained with dropped conditions
     guidance_range: tuple[float, float] | None  # of the weights that are an input of the teacher; None: they are not
 
 
@@ -118,10 +133,20 @@ class Example(NamedTuple):
     """A batch as a loss sees it, and keys that nobody has used."""
 
     x: Images
-    labels: Labels
+    condition: Condition
     guidance: Times | None
     k_dropout: Key
     keys: tuple[Key, Key]
+
+
+def condition_of(batch: Batch) -> Condition:
+    """The texts of a batch, where it has some, else its labels."""
+    return Text(batch["tokens"], batch["mask"]) if "tokens" in batch else batch["label"]
+
+
+def _choose(which: Bool[Array, "b"], if_true: Condition, if_false: Condition) -> Condition:
+    """Row by row one of two conditions."""
+    return jax.tree.map(lambda a, b: jnp.where(which.reshape(-1, *(1,) * (a.ndim - 1)), a, b), if_true, if_false)
 
 
 def network(
@@ -129,9 +154,9 @@ def network(
 ) -> denoisers.Network:
     """The network as a function; with a key it drops out, the same units in every call (synchronised dropout)."""
 
-    def apply(z_t, logsnr, labels):
+    def apply(z_t, logsnr, condition):
         rngs = None if dropout_key is None else {"dropout": dropout_key}
-        inputs = (z_t, logsnr, labels) if guidance is None else (z_t, logsnr, labels, guidance)
+        inputs = (z_t, logsnr, condition) if guidance is None else (z_t, logsnr, condition, guidance)
         return model.apply({"params": params}, *inputs, train=dropout_key is not None, rngs=rngs)
 
     return apply
@@ -145,13 +170,13 @@ def _example(parts: Parts, guidance_range: tuple[float, float] | None, batch: Ba
     if guidance_range is not None:
         low, high = guidance_range
         guidance = sample_guidance(k_guidance, x.shape[0], low=low, high=high)
-    return Example(x, batch["label"], guidance, k_dropout, tuple(keys))
+    return Example(x, condition_of(batch), guidance, k_dropout, tuple(keys))
 
 
 def _denoiser(parts: Parts, params: Params, example: Example) -> Denoiser:
     """In training: with dropout."""
     function = network(parts.model, params, guidance=example.guidance, dropout_key=example.k_dropout)
-    return denoisers.make_denoiser(function, parts.schedule, parts.prediction, labels=example.labels)
+    return denoisers.make_denoiser(function, parts.schedule, parts.prediction, condition=example.condition)
 
 
 def _scaled(section: Section, distance: Distance, parts: Parts) -> Distance:
@@ -178,8 +203,9 @@ def _diffusion(section: Section, parts: Parts) -> Method:
         example = _example(parts, None, batch, key)
         k_label, k_loss = example.keys
         if label_dropout:
-            dropped = jax.random.bernoulli(k_label, label_dropout, example.labels.shape)
-            example = example._replace(labels=jnp.where(dropped, parts.num_classes, example.labels))
+            dropped = jax.random.bernoulli(k_label, label_dropout, example.x.shape[:1])
+            null = parts.null_condition(len(example.x))
+            example = example._replace(condition=_choose(dropped, null, example.condition))
         return diffusion_loss(
             _denoiser(parts, params, example), parts.schedule, example.x, k_loss, times=times, distance=distance
         )
@@ -208,7 +234,7 @@ def _multistep_consistency(section: Section, parts: Parts) -> Method:
         current_steps = teacher_steps(step)
         loss, metrics = consistency_loss(
             _denoiser(parts, params, example),
-            parts.teacher(frozen.teacher, example.labels, example.guidance) if distil else None,
+            parts.teacher(frozen.teacher, example.condition, example.guidance) if distil else None,
             parts.schedule,
             example.x,
             example.keys[0],
@@ -246,7 +272,7 @@ def _progressive(section: Section, parts: Parts) -> Method:
         example = _example(parts, parts.guidance_range, batch, key)
         return progressive_loss(
             _denoiser(parts, params, example),
-            parts.teacher(frozen.teacher, example.labels, example.guidance),
+            parts.teacher(frozen.teacher, example.condition, example.guidance),
             parts.schedule,
             example.x,
             example.keys[0],
@@ -268,7 +294,7 @@ def _tract(section: Section, parts: Parts) -> Method:
         example = _example(parts, parts.guidance_range, batch, key)
         return tract_loss(
             _denoiser(parts, params, example),
-            parts.teacher(frozen.teacher, example.labels, example.guidance),
+            parts.teacher(frozen.teacher, example.condition, example.guidance),
             _denoiser(parts, target, example),
             parts.schedule,
             example.x,
@@ -306,7 +332,7 @@ def _consistency(section: Section, parts: Parts) -> Method:
         points = points_at(step)
         loss, metrics = consistency_model_loss(
             _denoiser(parts, params, example),
-            parts.teacher(frozen.teacher, example.labels, example.guidance) if distil else None,
+            parts.teacher(frozen.teacher, example.condition, example.guidance) if distil else None,
             parts.schedule,
             example.x,
             example.keys[0],
@@ -365,7 +391,7 @@ def _consistency_target_decay(section: Section, grid: Section, points_at: Callab
 def _guided(section: Section, parts: Parts) -> Method:
     low, high = section.number("guidance_low", minimum=0.0), section.number("guidance_high", minimum=0.0)
     distance = _scaled(section, section.choose("distance", SQUARED), parts)
-    if not parts.has_null_class:
+    if not parts.has_null:
         raise ConfigError(
             "config.teacher: got a teacher that was trained with objective.label_dropout = 0.0, expected one that "
             "knows the null class: without it there is nothing to guide away from"
@@ -374,10 +400,10 @@ def _guided(section: Section, parts: Parts) -> Method:
     def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
         del target, step
         example = _example(parts, (low, high), batch, key)
-        null = jnp.full_like(example.labels, parts.num_classes)
+        null = parts.null_condition(len(example.x))
         return guidance_loss(
             _denoiser(parts, params, example),
-            parts.teacher(frozen.teacher, example.labels, None),
+            parts.teacher(frozen.teacher, example.condition, None),
             parts.teacher(frozen.teacher, null, None),
             parts.schedule,
             example.x,

@@ -31,6 +31,7 @@ from mscm.config import ConfigError
 from mscm.cost import chips, flops, hlo
 from mscm.cost.plan import Plan
 from mscm.experiment import Experiment, build
+from mscm.methods import condition_of
 from mscm.training import partition
 
 HOST = "host"
@@ -138,10 +139,10 @@ def model_flops(experiment: Experiment) -> tuple[int, int]:
     z_t = jax.ShapeDtypeStruct(batch["image"].shape, jnp.float32)
     t = jax.ShapeDtypeStruct(z_t.shape[:1], jnp.float32)
 
-    def forward(params, labels, z_t, t):
-        return experiment.denoiser(params, labels)(z_t, t)
+    def forward(params, batch, z_t, t):
+        return experiment.denoiser(params, condition_of(batch))(z_t, t)
 
-    once = flops.count(jax.make_jaxpr(forward)(state.params, batch["label"], z_t, t))
+    once = flops.count(jax.make_jaxpr(forward)(state.params, batch, z_t, t))
     rest = (state.params, state.target, frozen, batch, key, state.step)
     loss = flops.count(jax.make_jaxpr(experiment.loss_fn)(*rest))
     comparison = 0
@@ -158,10 +159,11 @@ def abstract_inputs(experiment: Experiment) -> tuple[Any, Any, Any, Any]:
     state = experiment.placed_state()
     place = partition.batch_sharding(mesh, leading=1)
     rows = (spec.steps_per_dispatch, spec.batch_size)
-    images = (*rows, data.resolution, data.resolution, data.channels)
+    inside = {"image": ((data.resolution, data.resolution, data.channels), jnp.uint8), "label": ((), jnp.int32)}
+    if data.text is not None:
+        inside |= {"tokens": data.text.of_tokens, "mask": ((data.text.length,), jnp.bool_)}
     batch = {
-        "image": jax.ShapeDtypeStruct(images, jnp.uint8, sharding=place),
-        "label": jax.ShapeDtypeStruct(rows, jnp.int32, sharding=place),
+        name: jax.ShapeDtypeStruct((*rows, *shape), dtype, sharding=place) for name, (shape, dtype) in inside.items()
     }
     key = partition.placed(jax.eval_shape(lambda: jax.random.key(0)), partition.replicated(mesh))
     return state, experiment.placed_frozen(), batch, key
@@ -170,12 +172,12 @@ def abstract_inputs(experiment: Experiment) -> tuple[Any, Any, Any, Any]:
 def random_inputs(experiment: Experiment) -> tuple[Any, Any, Any, Any]:
     """The same as arrays: a new state, and random images."""
     _, _, batch, key = abstract_inputs(experiment)
-    rng, image, label = np.random.default_rng(0), batch["image"], batch["label"]
-    images = rng.integers(0, 256, image.shape, dtype=np.uint8)
-    labels = rng.integers(0, experiment.data.num_classes, label.shape, dtype=np.int32)
+    rng = np.random.default_rng(0)
+    limits = {"image": 256, "label": experiment.data.num_classes, "tokens": 256, "mask": 2}
+    inputs = {name: rng.integers(0, limits[name], array.shape).astype(array.dtype) for name, array in batch.items()}
     state = experiment.random_state(jax.random.key(0))
     frozen = experiment.random_frozen(jax.random.key(0))
-    inputs = jax.device_put({"image": images, "label": labels}, image.sharding)
+    inputs = jax.device_put(inputs, batch["image"].sharding)
     return state, frozen, inputs, jax.device_put(jax.random.key(1), key.sharding)
 
 

@@ -5,8 +5,11 @@
 
 --source is a folder, zip or tar with one folder per class (CLASS/NAME.jpg, or SPLIT/CLASS/NAME.jpg with --split),
 ILSVRC's tar of tars, or tfds:NAME, a prepared data set of TensorFlow Datasets. Labels are the index in the sorted class
-names (of tfds:NAME, its own). Uses all cores; killed, it continues where it was when it is run again. Then train with
---config.data.path=DIR. Later, --output=DIR --verify reads a split and compares it with its card.
+names (of tfds:NAME, its own). With --captions images have no class but captions: NAME.txt beside NAME.jpg, a table
+(*.jsonl, *.csv) with `file_name` and `caption`, or a folder of tars as webdataset's.
+
+Uses all cores; killed, it continues where it was when it is run again. Then train with --config.data.path=DIR. Later,
+--output=DIR --verify reads a split and compares it with its card.
 """
 
 import os
@@ -18,6 +21,11 @@ from mscm import cli
 SOURCE = flags.DEFINE_string("source", None, "Folder, zip or tar of images, or tfds:NAME.")
 OUTPUT = flags.DEFINE_string("output", None, "Directory to write to.")
 RESOLUTION = flags.DEFINE_integer("resolution", None, "Side of the images in pixels.", lower_bound=1)
+CAPTIONS = flags.DEFINE_bool("captions", False, "The images have captions and no classes.")
+TEXT_ENCODER = flags.DEFINE_string(
+    "text_encoder", None, "Directory of a T5 and its tokeniser: with --captions, what it makes of them is stored too."
+)
+TEXT_LENGTH = flags.DEFINE_integer("text_length", 128, "Tokens of a caption that it is given at most.", lower_bound=1)
 SPLIT = flags.DEFINE_string("split", None, "Folder above the class folders to read. Default: there is none.")
 NAME = flags.DEFINE_string("name", None, "What config.data.split calls the result. Default: --split, else train.")
 TRANSFORM = flags.DEFINE_string("transform", "area", "area, adm or lanczos.")
@@ -34,15 +42,28 @@ VERIFY = flags.DEFINE_bool("verify", False, "Write nothing; read a finished spli
 def main() -> None:
     """Lists, transforms, writes; or verifies."""
     from mscm.config import ConfigError
+    from mscm.data import records
 
+    if TEXT_ENCODER.value is not None and not CAPTIONS.value:
+        raise ConfigError("--text_encoder: got it without --captions, expected both")
     try:
-        _verify() if VERIFY.value else _prepare()
+        if VERIFY.value:
+            _verify()
+            return
+        if TEXT_ENCODER.value is None:
+            _prepare()
+            return
+        encoder = _text_encoder()
+        # Of a split that is there already, or was when this was killed.
+        if not records.card_path(OUTPUT.value, _split_name()).exists():
+            _prepare()
+        _embed(encoder)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
 def _prepare() -> None:
-    from mscm.data import folders, preparation, tfds_source
+    from mscm.data import captioned_files, folders, preparation, tfds_source
 
     for flag in (SOURCE, RESOLUTION):
         if flag.value is None:
@@ -55,37 +76,78 @@ def _prepare() -> None:
         images_per_shard=IMAGES_PER_SHARD.value,
         skip_broken=SKIP_BROKEN.value,
     )
-    is_tfds = SOURCE.value.startswith(tfds_source.PREFIX)
-    files = (tfds_source.open_tfds_files if is_tfds else folders.open_files)(SOURCE.value, split=SPLIT.value)
-    logging.info("%d images of %d classes in %s", len(files.entries), len(files.class_names), files.path)
+    if SOURCE.value.startswith(tfds_source.PREFIX):
+        files = tfds_source.open_tfds_files(SOURCE.value, split=SPLIT.value, captioned=CAPTIONS.value)
+    else:
+        list_files = captioned_files.open_captioned if CAPTIONS.value else folders.open_files
+        files = list_files(SOURCE.value, split=SPLIT.value)
+    if CAPTIONS.value:
+        what = f"{sum(map(len, files.captions))} captions"
+    else:
+        what = f"{len(files.class_names)} classes"
+    logging.info("%d images and %s in %s", len(files.entries), what, files.path)
     card = preparation.prepare(
         files, OUTPUT.value, settings, split=_split_name(), num_workers=WORKERS.value, report=_report
     )
     counts = card.class_counts
+    of_classes = "" if CAPTIONS.value else f" of {len(counts)} classes ({min(counts)} to {max(counts)} in each)"
     print(
-        f"{card.num_examples} images of {len(counts)} classes ({min(counts)} to {max(counts)} in each), "
+        f"{card.num_examples} images{of_classes}, "
         f"{card.resolution} pixels, {card.num_enlarged} enlarged, {len(card.broken)} broken left out: {OUTPUT.value}"
     )
     for broken in card.broken:
         print(f"broken: {broken}")
 
 
+def _text_encoder():
+    from mscm.data import t5
+
+    return t5.load(TEXT_ENCODER.value, length=TEXT_LENGTH.value)
+
+
+def _embed(encoder) -> None:
+    """Of all captions of a finished split."""
+    import time
+
+    from mscm.data import embeddings, records
+
+    source = records.RecordSource("records", OUTPUT.value, split=_split_name())
+    if source.captions is None:
+        raise ValueError(f"{OUTPUT.value}: got split {_split_name()!r} without captions; prepare it again with them")
+    captions, started = [text for said in source.captions for text in said], time.monotonic()
+    first = None  # shards that an earlier run has made are reported too
+
+    def report(done: int, total: int) -> None:
+        nonlocal first
+        first = done if first is None else first
+        _report(done, total, time.monotonic() - started, done - first, "captions")
+
+    card = embeddings.write(
+        OUTPUT.value, _split_name(), captions, source.card.captions_sha256, encoder, report=report
+    )
+    print(f"{card.num_captions} captions as {card.encoder} reads them, {card.features} features: {OUTPUT.value}")
+
+
 def _verify() -> None:
-    from mscm.data import records
+    from mscm.data import embeddings, records
 
     source = records.RecordSource("records", OUTPUT.value, split=_split_name())
     source.verify()
     print(f"{len(source)} images are what the card says, checksum {source.card.checksum}: {OUTPUT.value}")
+    if embeddings.card_path(OUTPUT.value, _split_name()).exists():
+        embedded = source.open_embeddings()
+        embedded.verify()
+        print(f"{len(embedded)} captions are what {embedded.card.encoder} has made of them: {OUTPUT.value}")
 
 
 def _split_name() -> str:
     return NAME.value or SPLIT.value or "train"
 
 
-def _report(done: int, total: int, seconds: float, done_now: int) -> None:
+def _report(done: int, total: int, seconds: float, done_now: int, what: str = "images") -> None:
     rate = done_now / max(seconds, 1e-9)
     left = cli.duration((total - done) / rate) if rate else "unknown time"
-    logging.info("%d/%d images, %.0f images/s, %s left", done, total, rate, left)
+    logging.info("%d/%d %s, %.0f %s/s, %s left", done, total, what, rate, what, left)
 
 
 if __name__ == "__main__":

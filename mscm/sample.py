@@ -3,8 +3,10 @@
   python -m mscm.sample --config=configs/digits_cd4.py --workdir=DIR --output=samples.png
   python -m mscm.sample --config=configs/digits_teacher.py --workdir=DIR --sampler=heun:grid=karras --num_steps=18
 
-The name of --output decides: FILE.png is a grid, FILE.npz holds `images` (uint8, n h w c) and `labels`, any other name
-is a folder with one PNG per image. Image i depends on --seed and i only.
+  python -m mscm.sample --config=configs/captioned_digits_cd8.py --workdir=DIR --teacher --prompt="a seven above a two"
+
+The name of --output decides: FILE.png is a grid, FILE.npz holds `images` (uint8, n h w c) and `labels` or `captions`,
+any other name is a folder with one PNG per image. Image i depends on --seed, i and its label or caption only.
 """
 
 import os
@@ -24,6 +26,12 @@ SAMPLER = flags.DEFINE_string(
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read. Default: the newest.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**31 - 1)
 LABELS = flags.DEFINE_list("labels", None, "Class indices, repeated as needed. Default: all classes in turn.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; several times for several, which are repeated as needed.")
+PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Text file with a caption a line, after those of --prompt.")
+TEXT_ENCODER = flags.DEFINE_string(
+    "text_encoder", None, "Directory of the text encoder, where the model was trained on what one makes of captions."
+)
+TEACHER = flags.DEFINE_bool("teacher", False, "In a grid, a student's teacher beside it, from the same noise.")
 FORCE = flags.DEFINE_bool("force", False, "Sample a student with a sampler that it was not trained for.")
 
 
@@ -44,43 +52,104 @@ def main() -> None:
         num_steps = own_steps(sampler) or default.num_steps
     spec = SamplerSpec(sampler, num_steps)
     evaluation.check_sampler(experiment, spec, force=FORCE.value)
-    num_classes = experiment.data.num_classes
-    indices = np.arange(NUM_IMAGES.value)
-    labels = indices % num_classes
-    if LABELS.value:
-        if not all(text.isdecimal() and int(text) < num_classes for text in LABELS.value):
-            raise ConfigError(f"--labels: got {','.join(LABELS.value)}, expected numbers from 0 to {num_classes - 1}")
-        labels = np.resize(np.array(LABELS.value, np.int32), NUM_IMAGES.value)
-
-    params = evaluation.read_ema(experiment, workdir, STEP.value)
+    shown = _what_to_show(experiment)
     if OUTPUT.value is None:
         output = os.path.join(workdir, "samples.png")
     else:
         output = cli.output_of(OUTPUT, "file" if OUTPUT.value.endswith((".png", ".npz")) else "folder")
-    images = np.concatenate(
-        list(
-            evaluation.generate(
-                experiment,
-                params,
-                spec,
-                num_images=NUM_IMAGES.value,
-                batch_size=min(NUM_IMAGES.value, experiment.eval.batch_size),
-                seed=SEED.value,
-                labels=labels,
-            )
+    if TEACHER.value and (experiment.teacher is None or not output.endswith(".png")):
+        raise ConfigError(
+            f"--teacher: got {experiment.name!r} and {output!r}, expected a student and a grid, whose name ends in .png"
         )
-    )
+
+    models = [(experiment, evaluation.read_ema(experiment, workdir, STEP.value), spec)]
+    if TEACHER.value:
+        teacher, directory, _ = experiment.lineage(workdir)[0]
+        of_teacher = evaluation.diffusion_samplers(experiment)[-1]
+        models.append((teacher, evaluation.read_ema(teacher, directory), of_teacher))
+    panels = {}
+    for model, params, of_model in models:
+        batches = evaluation.generate(
+            model,
+            params,
+            of_model,
+            num_images=NUM_IMAGES.value,
+            batch_size=min(NUM_IMAGES.value, experiment.eval.batch_size),
+            seed=SEED.value,
+            conditions=shown.conditions,
+        )
+        panels[f"{model.name}, {of_model}"] = np.concatenate(list(batches))
+    images = next(iter(panels.values()))
     if output.endswith(".png"):
-        columns = min(len(images), num_classes, 10)
-        grid.save_png(output, grid.image_grid(images, columns=columns, title=f"{experiment.name}, {spec}"))
+        columns = min(len(images), shown.columns)
+        grid.save_png(output, grid.side_by_side(panels, columns=columns, captions=shown.texts))
     elif output.endswith(".npz"):
+        of_images = {"labels": shown.labels} if shown.texts is None else {"captions": np.array(shown.texts)}
         with atomic.writing(output) as file:
-            np.savez(file, images=images, labels=labels)
+            np.savez(file, images=images, **of_images)
     else:
         for i, image in enumerate(images):
             grid.save_png(os.path.join(output, f"{i:06d}.png"), image)
     nfe = evaluation.num_evaluations(experiment, spec)
     print(f"{len(images)} images of {experiment.name}, {spec}, NFE {nfe}: {output}", flush=True)
+
+
+def _lines(path: str | None) -> list[str]:
+    """The lines of a file that are not empty."""
+    from mscm.config import ConfigError
+
+    if path is None:
+        return []
+    try:
+        with open(path) as file:
+            lines = [line.strip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompt_file: got {path!r} ({error}), expected a text with a caption a line") from error
+    if not any(lines):
+        raise ConfigError(f"--prompt_file: got {path!r} without any text, expected a caption a line")
+    return [line for line in lines if line]
+
+
+def _what_to_show(experiment):
+    """The labels or captions of the images that the flags ask for.
+
+    Raises:
+      ConfigError: flags of the other kind, no such label, or a file that cannot be read.
+    """
+    import numpy as np
+
+    from mscm import evaluation
+    from mscm.config import ConfigError
+    from mscm.data import t5
+
+    indices, data = np.arange(NUM_IMAGES.value), experiment.data
+    prompts = PROMPT.value + _lines(PROMPT_FILE.value)
+    takes = "labels" if data.text is None else "captions"
+    for flag, is_given, kind in (
+        (LABELS, LABELS.value, "labels"),
+        (PROMPT, PROMPT.value, "captions"),
+        (PROMPT_FILE, prompts, "captions"),
+        (TEXT_ENCODER, TEXT_ENCODER.value, "captions"),
+    ):
+        if is_given and kind != takes:
+            raise ConfigError(f"--{flag.name}: got it for {experiment.name!r}, expected none: its images have {takes}")
+    if data.text is not None:
+        if not prompts:
+            return evaluation.Shown.of_data(experiment, NUM_IMAGES.value)
+        prompts = [prompts[i % len(prompts)] for i in indices]
+        try:
+            encoder = t5.load(TEXT_ENCODER.value, length=data.text.length) if TEXT_ENCODER.value else None
+            return evaluation.Shown.of_captions(data.text, prompts, encoder)
+        except ValueError as error:
+            raise ConfigError(f"--text_encoder: {error}") from error
+    labels = indices % data.num_classes
+    if LABELS.value:
+        if not all(text.isdecimal() and int(text) < data.num_classes for text in LABELS.value):
+            raise ConfigError(
+                f"--labels: got {','.join(LABELS.value)}, expected numbers from 0 to {data.num_classes - 1}"
+            )
+        labels = np.resize(np.array(LABELS.value, np.int32), NUM_IMAGES.value)
+    return evaluation.Shown.of_labels(labels, data.num_classes)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from mscm.training.step import Averages, Batch, TrainState
 from mscm.types import Key, Params
 
 _BAD = "bad_steps_in_a_row"  # of a checkpoint's facts
+RATE = "steps_per_second"  # the same: in the last report before it
 
 
 def run(experiment: Experiment, workdir: str) -> None:
@@ -166,7 +167,8 @@ def train(
             if saves:
                 check_ours()
                 writer.flush()  # who goes on from this checkpoint does not report again what was before
-                checkpoints.save(state, checkpoint_facts(experiment, source) | {_BAD: progress.bad_in_a_row})
+                of_run = {_BAD: progress.bad_in_a_row, RATE: progress.rate}
+                checkpoints.save(state, checkpoint_facts(experiment, source) | of_run)
             if stops:
                 checkpoints.wait()
                 distributed.barrier()  # the end of one process ends the others
@@ -297,6 +299,7 @@ class Progress:
         self._experiment, self._writer, self._pending = experiment, writer, []
         self._step, self._time, self._waited = step, time.monotonic(), 0.0
         self.bad_in_a_row = bad_in_a_row  # steps that were skipped, up to the last report
+        self.rate: float | None = None  # steps per second of the last report
 
     def waiting_for(self, items: Iterator[Batch]) -> Iterator[Batch]:
         """The same items, counting the time in which the device has nothing to do: it has finished when they come."""
@@ -343,7 +346,7 @@ class Progress:
         if spec.max_bad_steps:
             scalars["skipped_steps"] = float(np.sum(skipped))
         now = time.monotonic()
-        rate = (step - self._step) / (now - self._time)
+        rate = self.rate = (step - self._step) / (now - self._time)
         scalars |= {
             "steps_per_second": rate,
             "images_per_second": rate * spec.batch_size,

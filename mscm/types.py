@@ -9,13 +9,23 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import jaxtyping
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 Images = Float[Array, "b h w c"]
 Times = Float[Array, "b"]
 Labels = Int[Array, "b"]
 PerExample = Float[Array, "b"]
 Params = Any  # a pytree of arrays
+
+
+class Text(NamedTuple):
+    """Captions, one a row: bytes of UTF-8, or what a frozen encoder made of them; no token is the null caption."""
+
+    tokens: Int[Array, "b n"] | Float[Array, "b n e"]
+    mask: Bool[Array, "b n"]  # which tokens there are
+
+
+Condition = Labels | Text  # what an image should show
 
 
 class Level(NamedTuple):
@@ -55,6 +65,6 @@ Metrics = Mapping[str, Array]
 Key = PRNGKeyArray
 Keys = jaxtyping.Key[Array, "b"]  # one for each image
 __all__ = [
-    "Array", "Denoiser", "Distance", "Float", "Guided", "Images", "Int", "Key", "Keys", "Labels", "Level", "Metrics",
-    "Params", "PerExample", "Schedule", "Teacher", "Times",
+    "Array", "Bool", "Condition", "Denoiser", "Distance", "Float", "Guided", "Images", "Int", "Key", "Keys", "Labels",
+    "Level", "Metrics", "Params", "PerExample", "Schedule", "Teacher", "Text", "Times",
 ]

@@ -110,6 +110,34 @@ def test_methods_of_one_name_are_told_apart_by_what_their_configs_say(tmp_path):
     assert [(p.method, p.num_runs) for p in points] == [("ct (huber_epsilon=0.0001)", 2), ("ct (huber_epsilon=1.0)", 1)]
 
 
+def test_a_phase_that_several_students_share_is_one_point(tmp_path):
+    """It is called as they are, and counts once for each seed of the training."""
+    runs = []
+    for steps in (1, 2):
+        for seed in (0, 1):
+            name, score = f"digits_tract{steps}", 3.0 + seed
+            rows = [
+                {"model": name, "nfe": steps, "fd_pixels": 9.0},
+                {"model": f"{name}_16", "nfe": 16, "fd_pixels": score, "run": f"{steps}{seed}"},
+            ]
+            config = load_config(f"configs/digits_tract{steps}.py")
+            config.seed = seed
+            workdir = tmp_path / f"{steps}{seed}"
+            for folder, phases in ((workdir, (256, 16, steps)), (workdir / "phases" / "16", (256, 16))):
+                folder.mkdir(parents=True)
+                config.objective.phase_steps = phases
+                (folder / "config.json").write_text(config.to_json_best_effort())
+            (workdir / "eval").mkdir()
+            lines = [json.dumps(_ROW | {"run": f"{steps}{seed}"} | row) + "\n" for row in rows]
+            (workdir / "eval" / "scores.jsonl").write_text("".join(lines))
+            runs.append(str(workdir))
+    points = {point.nfe: point for point in comparison.compare(runs).points}
+    assert {point.method for point in points.values()} == {"tract"}
+    of_phase = points[16]
+    assert (of_phase.num_runs, of_phase.num_seeds) == (2, 1)
+    assert of_phase.scores["fd_pixels"] == pytest.approx((3.5, 0.5**0.5))
+
+
 def test_files_of_a_comparison(four_runs, tmp_path, caplog):
     """Without a checkpoint there are no samples, which is said, and all else is written: the numbers of the points."""
     found = comparison.compare(four_runs)

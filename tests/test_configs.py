@@ -19,15 +19,16 @@ from mscm.config import ConfigError
 from mscm.experiment import build
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = ("digits", "cifar10", "imagenet")
+FAMILIES = ("digits", "cifar10", "imagenet", "captioned_digits", "t2i512")
 ALONE = "toy_mixture"  # family and runs in one file
 FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in (*FAMILIES, ALONE, "base", "__init__"))
-VARIANTS = {"imagenet": (":large",), "cifar": (":small",)}
-# What --config takes, relative to the root of the repository: every file, and its large variant where there is one.
+VARIANTS = {"imagenet": (":large",), "cifar": (":small",), "t2i": (":high",)}
+# What --config takes, relative to the root of the repository: every file, and its other variant where there is one.
 ALL_CONFIGS = [
     f"configs/{path.name}{suffix}"
     for path in FILES
     for suffix in ("", *VARIANTS.get(path.stem.split("_")[0].rstrip("0123456789"), ()))
+    if path.stem + suffix != "t2i512_teacher:high"  # guidance is of its students
 ]
 TOY = [f"configs/{ALONE}.py:{run}" for run in ("teacher", "cd1", "cd2", "cd4", "ct1", "ct2", "ct4")]
 
@@ -63,6 +64,8 @@ def test_the_files_that_the_readme_promises_exist():
     baselines = ("pd", *(f"tract{s}" for s in (1, 2, 4, 8)), "cm_cd", "cm_ct", "ict", "edm", "tract_edm1")
     others = {f"{family}_{run}" for family in ("digits", "cifar10") for run in baselines}
     others |= {f"digits_{run}" for run in ("guidable", "guided", "guided_cd4")} | {"imagenet64_ict", "imagenet64_pd"}
+    others |= {f"t2i512_{run}" for run in ("teacher", "cd4", "cd8", "cd16", "cd256")}
+    others |= {f"captioned_digits_{run}" for run in ("teacher", "cd4", "cd8", "cd256")}
     assert {path.stem for path in FILES} == small | imagenet | others
 
 
@@ -84,7 +87,7 @@ def test_a_caller_cannot_change_the_next_one(name):
 def test_every_config_has_the_keys_of_its_kind():
     # The parameters of a schedule and the number of stages may differ; everything else is one schema for an objective,
     # of which consistency models from data alone read less.
-    differs = ("model.stages", "schedule.")
+    differs = ("model.stages", "schedule.", "data.text.", "model.text.", "eval.alignment")
     schemas = {}
     for name in ALL_CONFIGS:
         config = load(name)
@@ -133,6 +136,10 @@ def test_header_names_command_hardware_cost_and_expected_result(path):
         assert f"--config=configs/{path.name}:large" in header
         # A number that this project has not measured is not presented as its own.
         assert expected.startswith("FID") and "the paper's" in expected and "not reproduced here" in expected
+    elif path.stem.startswith("t2i"):
+        assert "CLIP score" in expected and "the paper's" in expected and "not reproduced here" in expected
+    elif path.stem.startswith("captioned"):
+        assert "caption_accuracy" in expected
     else:
         assert "fd_classifier" in expected and "FID" not in expected
         assert "the paper's" not in expected or "not reproduced here" in expected
@@ -297,6 +304,42 @@ def test_a_config_read_back_from_json_builds_the_same(name):
     if again.teacher is not None:
         assert again.teacher.workdir == experiment.teacher.workdir
         assert again.teacher.experiment.config == experiment.teacher.experiment.config
+
+
+# FID of 30,000 images and CLIP score of Table 6, arXiv:2403.06807v3, with the guidance weights 0.5 and 3.
+_TABLE_6 = {
+    4: ((8.7, ".298"), (12.4, ".311")),
+    8: ((8.1, ".300"), (13.9, ".311")),
+    16: ((7.9, ".300"), (14.4, ".312")),
+    256: ((8.2, ".300"), (13.9, ".312")),
+}
+
+
+@pytest.mark.parametrize("steps", _TABLE_6)
+@pytest.mark.parametrize(("variant", "guidance"), [("", 0.5), (":high", 3.0)])
+def test_text_to_image_is_the_papers(steps, variant, guidance):
+    """But for the patches, without which the paper's rate is beyond its chips."""
+    name = f"configs/t2i512_cd{steps}.py"
+    (fid, clip), (fid_high, clip_high) = _TABLE_6[steps]
+    header = " ".join((ROOT / name).read_text().split())
+    assert f"FID of 30,000 images {fid} and CLIP score {clip}; high: {fid_high} and {clip_high} (" in header
+    config = load(name + variant)
+    assert config.teacher.guidance == guidance and config.objective.student_steps == steps
+    assert config.objective.teacher_steps.to_dict() == dict(start=256, end=256, anneal_steps=0)
+    assert config.objective.huber_epsilon == 1.0 and config.objective.x_var_frac == 0.75
+    assert config.objective.multiscale == (512, 256, 128, 64, 32)
+    assert config.train.batch_size == 2048 and config.train.num_steps == 30_000
+    stages = [(s.kind, s.width, s.num_blocks) for s in config.model.stages.values()]
+    assert stages == [("residual", 128, 3), ("residual", 256, 3), ("residual", 1024, 3), ("transformer", 2048, 3)]
+    middle = config.model.middle
+    assert (middle.width, middle.num_blocks, middle.dropout) == (4096, 16, 0.1) and config.model.patch_size == 4
+    assert (config.schedule.noise_low, config.schedule.noise_high) == (32, 512)
+    assert load("configs/t2i512_teacher.py").objective.label_dropout == 0.1
+
+
+def test_unknown_variant_of_text_to_image():
+    with pytest.raises(ValueError, match="got 'low', expected one of '', 'high'"):
+        load("configs/t2i512_cd4.py:low")
 
 
 def test_unknown_variant_of_cifar10():

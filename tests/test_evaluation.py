@@ -33,7 +33,7 @@ def _images(model, *, batch_size, num_images=7, seed=0, labels=None, sampler="ad
         num_images=num_images,
         batch_size=batch_size,
         seed=seed,
-        labels=labels,
+        conditions=evaluation.conditions_in_turn(experiment) if labels is None else lambda indices: labels[indices],
     )
     return np.concatenate(list(batches))
 

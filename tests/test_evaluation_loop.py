@@ -154,8 +154,8 @@ def test_a_row_says_sampler_and_evaluations(states, workdir):
 
 def test_labels_are_balanced_or_drawn(experiment):
     balanced, uniform = experiment, experiment_of(labels="uniform", num_images=10_000)
-    assert np.bincount(evaluation.labels_of_images(balanced, 0)).tolist() == [6] * 10
-    drawn = [evaluation.labels_of_images(uniform, seed) for seed in (0, 0, 1)]
+    assert np.bincount(evaluation.conditions_of_images(balanced, 0)(np.arange(60))).tolist() == [6] * 10
+    drawn = [evaluation.conditions_of_images(uniform, seed)(np.arange(10_000)) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
     counts = np.bincount(drawn[0], minlength=10)

@@ -117,7 +117,7 @@ def test_guidance_reaches_the_teacher_and_its_samples(guided):
         def network(z_t, logsnr, labels):
             return experiment.model.apply({"params": params}, z_t, logsnr, labels, train=False)
 
-        return denoisers.make_denoiser(network, experiment.schedule, experiment.prediction, labels=labels)
+        return denoisers.make_denoiser(network, experiment.schedule, experiment.prediction, condition=labels)
 
     z_t, t = jax.random.normal(key, (8, 8, 8, 1)), jnp.linspace(0.1, 0.9, 8)
     x_cond, x_null = plain(labels)(z_t, t), plain(jnp.full_like(labels, 10))(z_t, t)
@@ -132,7 +132,7 @@ def test_guidance_reaches_the_teacher_and_its_samples(guided):
         plain(labels),
         denoisers.make_guided(
             lambda *inputs: experiment.model.apply({"params": params}, *inputs, train=False),
-            experiment.schedule, experiment.prediction, labels=labels, null_label=10, guidance=1.5,
+            experiment.schedule, experiment.prediction, condition=labels, null=jnp.full_like(labels, 10), guidance=1.5,
         ),
         experiment.schedule, x, k_loss, student_steps=2, teacher_steps=16.0,
     )
@@ -173,7 +173,7 @@ def test_a_guided_student_is_sampled_with_the_weight_of_its_sampler(guided_stude
             weights = jnp.full(labels.shape, weight)
             return experiment.model.apply({"params": params}, z_t, logsnr, labels, weights, train=False)
 
-        return denoisers.make_denoiser(network, experiment.schedule, experiment.prediction, labels=labels)(z_t, t)
+        return denoisers.make_denoiser(network, experiment.schedule, experiment.prediction, condition=labels)(z_t, t)
 
     for text, weight in (("ddim", 0.0), ("ddim:guidance=2", 2.0)):
         spec = SamplerSpec(text, 2)
@@ -250,7 +250,7 @@ def test_training_and_sampling_are_traced_where_the_mesh_is_known(monkeypatch):
     """Otherwise `attention='auto'` would know no devices and never be a kernel."""
     meshes = []
 
-    def attend(q, k, v, *, implementation):
+    def attend(q, k, v, *, implementation, mask):
         if implementation == "auto":  # initialisation says 'xla'
             meshes.append(jax.sharding.get_abstract_mesh())
         return v

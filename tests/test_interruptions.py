@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from benchmarks import kill_test
-from mscm import lease, stopping, training_loop
+from mscm import cli, lease, planning, stopping, training_loop
 from mscm.checkpoint import CheckpointError, reading
 from mscm.config import ConfigError, differences, load_config
+from mscm.cost import chips
 from mscm.dry_run import dry_run
 from mscm.experiment import build
 from mscm.replay import replay
@@ -617,7 +618,9 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(whole, workdir, tmp
     first, second, third = result.stdout.splitlines()
     assert first == "digits_teacher: 1797 images, 1 cpu of mesh {'data': 1, 'fsdp': 1, 'tensor': 1}"
     said = re.fullmatch(
-        rf"digits_teacher in {new}: 0 of 8 steps are done, 2 checkpoints of (\S+) GB to come, 3 kept", second
+        rf"digits_teacher in {new}: 0 of 8 steps are done, which take a time that python -m mscm.plan --topology=host "
+        r"measures, 2 checkpoints of (\S+) GB to come, 3 kept",
+        second,
     )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(newest_state(changed(whole), workdir)[1]))
     assert said[1] == f"{size / 1e9:.3g}"
@@ -627,13 +630,29 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(whole, workdir, tmp
     assert ": all 8 steps are done\n" in dry_run(changed(whole), str(workdir))
     longer = changed(whole, train__num_steps=20, train__save_every_steps=2, train__keep_checkpoints=1)
     text = dry_run(longer, str(workdir))
-    assert ": 8 of 20 steps are done, 6 checkpoints of " in text and " to come, 1 kept\n" in text
+    with reading(workdir) as checkpoints:
+        rate = checkpoints.facts()["steps_per_second"]
+    left = cli.duration(12 / rate)
+    assert f": 8 of 20 steps are done, {left} left at the {rate:.3g} steps/s of before, 6 checkpoints of " in text
+    assert " to come, 1 kept\n" in text
     assert f"need {2 * size / 1e9:.3g} GB of" in text  # the old one goes after the new one has come
     student = load_config(student_file(whole, tmp_path))
     student.teacher.workdir = str(workdir)
     text = dry_run(build(student), str(new))
     assert f"\ndigits_teacher in {workdir}: only read, its step 8\ndigits_cd2 in {new}: 0 of 8 steps are done" in text
     assert listing(workdir) == before and not new.exists()
+
+
+def test_a_dry_run_says_how_long_chips_that_are_known_need_at_least(whole, tmp_path, monkeypatch):
+    """The operations of the steps by the peak of all devices together."""
+    device = jax.devices()[0]
+    known = dataclasses.replace(chips.CHIPS[1], kinds=(device.device_kind,), flops=1e6)
+    monkeypatch.setattr(chips, "CHIPS", (known,))
+    experiment = changed(whole)
+    seconds = 8 * planning.model_flops(experiment)[1] / 1e6
+    assert f"0 of 8 steps are done, {cli.duration(seconds)} left or more: so long the v5e would" in dry_run(
+        experiment, str(tmp_path / "x")
+    )
 
 
 def test_a_dry_run_refuses_what_cannot_work(whole, tmp_path, monkeypatch):

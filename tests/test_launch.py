@@ -256,7 +256,8 @@ def test_a_signal_to_the_script_is_passed_on_and_ends_it_with_the_command(fake, 
     """It waits for the command, has its status, and does not start it again."""
     write(fake / "venv/bin/python", SAVES)
     job = subprocess.Popen(
-        [ROOT / "launch/run.sh", "tpu", "python", "train"],
+        # A shell cannot trap a signal that it was started to ignore, as this process may have been.
+        ["env", "--default-signal", ROOT / "launch/run.sh", "tpu", "python", "train"],
         env=environment(fake, VENV=str(fake / "venv"), STATUS=str(status)), stderr=subprocess.PIPE, text=True,
     )
     while not (fake / "starts").exists():

@@ -13,6 +13,7 @@ import fsspec
 import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
@@ -76,7 +77,8 @@ def test_commands_look_each_time(bucket, monkeypatch):
     monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: main([]))
     monkeypatch.setattr(cli.logging, "set_verbosity", lambda level: None)
     monkeypatch.setattr(cli, "_keep_compiled_programs", lambda: None)
-    cli.run(lambda: None, doc="", required=())
+    with flagsaver.flagsaver():  # it defines one
+        cli.run(lambda: None, doc="", required=())
     assert {name: options["use_listings_cache"] for name, options in fsspec.config.conf.items()} == {
         "gcs": False, "s3": False
     }

@@ -327,11 +327,19 @@ def test_training_beyond_the_memory_of_the_devices(whole, workdir, monkeypatch):
 
 
 def test_sampling_beyond_the_memory_of_the_devices(whole, monkeypatch):
-    def large(params, key, indices, labels):
+    def large(params, key, indices, condition):
         return jnp.zeros((TOO_LARGE,))
 
     monkeypatch.setattr(evaluation, "make_sample_fn", lambda *_: large)
-    batches = evaluation.generate(whole.experiment, {}, SamplerSpec("ddim", 2), num_images=8, batch_size=4, seed=0)
+    batches = evaluation.generate(
+        whole.experiment,
+        {},
+        SamplerSpec("ddim", 2),
+        num_images=8,
+        batch_size=4,
+        seed=0,
+        conditions=evaluation.conditions_in_turn(whole.experiment),
+    )
     with pytest.raises(failures.OutOfDeviceMemory, match="ddim 2 steps: 4 images at once .* lower config.eval.bat"):
         next(batches)
 

@@ -75,7 +75,7 @@ def test_guided_evaluations_are_counted_exactly(text, expected):
         return 0.1 * z_t * (1 + labels)[:, None, None, None]
 
     guided = denoisers.make_guided(
-        network, schedule.cosine, denoisers.PREDICTIONS["v"], labels=jnp.array([0, 1]), null_label=2,
+        network, schedule.cosine, denoisers.PREDICTIONS["v"], condition=jnp.array([0, 1]), null=jnp.array([2, 2]),
         guidance=spec.guidance, interval=spec.guided_times(schedule.cosine),
     )
     images = images_of(spec, schedule.cosine, lambda z_t, t: guided(z_t, t).x_hat)

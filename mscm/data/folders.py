@@ -42,7 +42,7 @@ class Entry(NamedTuple):
     label: int
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where the bytes of a file are: a range of the file `path`."""
 
     path: str
@@ -59,7 +59,8 @@ class ImageFiles:
     split: str | None
     class_names: tuple[str, ...]
     entries: tuple[Entry, ...]
-    _places: tuple[_Place, ...]  # where each entry's bytes are
+    _places: tuple[Place, ...]  # where each entry's bytes are
+    captions: tuple[tuple[str, ...], ...] | None = None  # of each entry, at least one; None: there are none
 
     def part(self, start: int, stop: int) -> "ImageFiles":
         """The files from `start` to before `stop`."""
@@ -68,13 +69,13 @@ class ImageFiles:
     def chosen(self, indices: Iterable[int]) -> "ImageFiles":
         """The files at `indices`."""
         indices = tuple(indices)
-        entries, places = (tuple(items[i] for i in indices) for items in (self.entries, self._places))
-        return dataclasses.replace(self, entries=entries, _places=places)
+        chosen = {name: getattr(self, name) for name in ("entries", "_places", "captions")}
+        chosen = {name: items and tuple(items[i] for i in indices) for name, items in chosen.items()}
+        return dataclasses.replace(self, **chosen)
 
     def size(self, index: int) -> int:
         """The number of bytes of a file as it is stored."""
-        place = self._places[index]
-        return os.path.getsize(place.path) if place.size < 0 else place.size
+        return size_of(self._places[index])
 
     def read(self, index: int) -> bytes:
         """The bytes of a file.
@@ -84,23 +85,32 @@ class ImageFiles:
           OSError: with its path: it is not there any more, or its disk does not answer, also after some time.
           zlib.error: it is packed and damaged.
         """
-        place = self._places[index]
+        return read_place(self._places[index])
 
-        def read() -> bytes:
-            _check_size(self.size(index))
-            with open(place.path, "rb") as file:
-                file.seek(place.offset)
-                return file.read(place.size)
 
-        data = reading.patiently(read, place.path)
-        if not place.deflated:
-            return data
-        unpacker = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
-        data = unpacker.decompress(data, MAX_BYTES + 1)
-        _check_size(len(data))
-        if not unpacker.eof:
-            raise zlib.error("incomplete or truncated stream")
+def size_of(place: Place) -> int:
+    """The number of bytes of a file as it is stored."""
+    return os.path.getsize(place.path) if place.size < 0 else place.size
+
+
+def read_place(place: Place) -> bytes:
+    """The bytes of a file, as `ImageFiles.read`."""
+
+    def read() -> bytes:
+        _check_size(size_of(place))
+        with open(place.path, "rb") as file:
+            file.seek(place.offset)
+            return file.read(place.size)
+
+    data = reading.patiently(read, place.path)
+    if not place.deflated:
         return data
+    unpacker = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+    data = unpacker.decompress(data, MAX_BYTES + 1)
+    _check_size(len(data))
+    if not unpacker.eof:
+        raise zlib.error("incomplete or truncated stream")
+    return data
 
 
 def open_files(path: str | os.PathLike, *, split: str | None = None) -> ImageFiles:
@@ -148,12 +158,10 @@ def open_unlabelled(path: str | os.PathLike) -> ImageFiles:
     return ImageFiles(path, None, ("any",), entries, tuple(images[name] for name in names))
 
 
-def _images_in(path: str, example: str) -> tuple[dict[str, _Place], list[str], Iterable[str]]:
+def _images_in(path: str, example: str) -> tuple[dict[str, Place], list[str], Iterable[str]]:
     """The images of a source by name, the names of its other files, and its folders."""
-    found, folders = _list(path)
-    # Without the resource forks that some archivers add, and other hidden files.
-    found = {name: place for name, place in found.items() if not _is_hidden(name)}
-    images = {name: place for name, place in found.items() if _is_image(name)}
+    found, folders = list_files(path)
+    images = {name: place for name, place in found.items() if is_image(name)}
     if not images:
         raise ValueError(f"{path}: got {len(found)} files and no image, expected files such as {example}")
     others = sorted(found.keys() - images.keys())
@@ -194,7 +202,7 @@ def _check_size(num_bytes: int) -> None:
         raise BrokenImage(f"got a file of {num_bytes} bytes or more, expected at most {MAX_BYTES}")
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
@@ -202,8 +210,19 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
-def _list(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
-    """The files of a source by name, and its folders."""
+def list_files(path: str) -> tuple[dict[str, Place], Iterable[str]]:
+    """The files of a folder, zip or tar by name, and its folders.
+
+    Without the resource forks that some archivers add, and other hidden files.
+
+    Raises:
+      ValueError: no such path, not one of the three, damaged, or compressed so that files cannot be read one by one.
+    """
+    found, folders = _list(path)
+    return {name: place for name, place in found.items() if not _is_hidden(name)}, folders
+
+
+def _list(path: str) -> tuple[dict[str, Place], Iterable[str]]:
     if os.path.isdir(path):
         return _list_folder(path)
     if not os.path.exists(path):
@@ -236,7 +255,7 @@ def _list(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
             raise ValueError(f"{path}: got a damaged or cut tar ({error}), expected a whole one") from error
 
 
-def _list_folder(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
+def _list_folder(path: str) -> tuple[dict[str, Place], Iterable[str]]:
     def refuse(error: OSError) -> None:
         raise ValueError(f"{path}: got the folder {error.filename}, expected to be allowed to read it") from error
 
@@ -250,11 +269,11 @@ def _list_folder(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
         folders.add(folder)
         for name in names:
             full = os.path.join(directory, name)
-            files[(PurePosixPath(folder) / name).as_posix()] = _Place(full)
+            files[(PurePosixPath(folder) / name).as_posix()] = Place(full)
     return files, folders - {"."}
 
 
-def _list_zip(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
+def _list_zip(path: str) -> tuple[dict[str, Place], Iterable[str]]:
     files, folders = {}, set()
     with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
         for info in archive.infolist():
@@ -272,11 +291,11 @@ def _list_zip(path: str) -> tuple[dict[str, _Place], Iterable[str]]:
             lengths = raw.read(4)
             skip = 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
             deflated = info.compress_type == zipfile.ZIP_DEFLATED
-            files[name] = _Place(path, info.header_offset + skip, info.compress_size, deflated)
+            files[name] = Place(path, info.header_offset + skip, info.compress_size, deflated)
     return files, folders
 
 
-def _list_tar(tar: tarfile.TarFile, path: str, base: int, prefix: str) -> tuple[dict[str, _Place], Iterable[str]]:
+def _list_tar(tar: tarfile.TarFile, path: str, base: int, prefix: str) -> tuple[dict[str, Place], Iterable[str]]:
     files, folders, links = {}, set(), {}
     for member in tar:
         name = PurePosixPath(prefix, member.name).as_posix()
@@ -292,7 +311,7 @@ def _list_tar(tar: tarfile.TarFile, path: str, base: int, prefix: str) -> tuple[
             files |= inside
             folders |= {name.removesuffix(".tar"), *more}
         elif member.isfile():
-            files[name] = _Place(path, base + member.offset_data, member.size)
+            files[name] = Place(path, base + member.offset_data, member.size)
         elif member.islnk():
             links[name] = PurePosixPath(prefix, member.linkname).as_posix()
         elif member.issym():
@@ -304,6 +323,6 @@ def _list_tar(tar: tarfile.TarFile, path: str, base: int, prefix: str) -> tuple[
     for name, goal in links.items():
         if goal in files:
             files[name] = files[goal]
-        elif _is_image(name):
+        elif is_image(name):
             raise _Refused(f"got {name}, a link to {goal}, expected that file in the tar; unpack it first")
     return files, folders

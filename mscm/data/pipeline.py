@@ -25,6 +25,7 @@ from absl import flags
 from jaxtyping import Integer
 
 from mscm import processes
+from mscm.data.captions import WithTokens
 from mscm.data.sources import Source
 
 _AHEAD = 2  # items that each thread prepares in advance
@@ -54,8 +55,9 @@ def batches(
 ) -> Items:
     """Endless iterator over some rows of the global batches of steps `start_step`, `start_step + 1`, ...
 
-    Each item is `{'image': uint8 'rows h w c', 'label': int32 'rows'}`; for
-    `steps_per_item` = k > 1 it is the batches of k consecutive steps, stacked along a new leading axis of size k.
+    Each item is `{'image': uint8 'rows h w c', 'label': int32 'rows'}`, and the tokens of captions with them where the
+    source has some; for `steps_per_item` = k > 1 it is the batches of k consecutive steps, stacked along a new leading
+    axis of size k.
     Every example appears once per epoch; a batch may span two epochs. Call `close()` when done.
 
     Args:
@@ -171,6 +173,8 @@ class _Loader:
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             indices[here] = _permutation(len(self.source), self.seed, epoch)[within[here]]
+        if isinstance(self.source, WithTokens):
+            return self.source.load_in_epochs(indices, epochs)
         return self.source.load(indices)
 
 

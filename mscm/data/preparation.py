@@ -183,7 +183,8 @@ def _shards(files: ImageFiles | TfdsFiles, output: Path, settings: Settings, spl
     for i in range(count):
         part = range(i * size, min(total, (i + 1) * size))
         path = output / f"{split}-{i:05d}-of-{count:05d}.array_record"
-        of_files = _hash([[*files.entries[j], files.size(j)] for j in part])
+        said = files.captions and files.captions[part.start : part.stop]
+        of_files = _hash([[[*files.entries[j], files.size(j)] for j in part], *([said] if said else [])])
         shards.append(_Shard(str(path), part.start, part.stop, key, of_files))
     ours = {records.note_path(shard.path) for shard in shards}
     for note in _of_split(output, split, r"\.done\.json"):
@@ -290,6 +291,13 @@ def _card(
     if not counts.all():
         lost = files.class_names[int(np.argmin(counts))]
         raise ValueError(f"{files.path}: got no whole image in class {lost!r}, expected at least one; remove the class")
+    broken = tuple(name for note in notes for name in note["broken"])
+    captions = b""
+    if files.captions is not None:
+        kept = zip(files.entries, files.captions, strict=True)
+        lost = set(broken)
+        lines = (json.dumps(said) + "\n" for entry, said in kept if entry.name not in lost)
+        captions = "".join(lines).encode()
     card = records.Card(
         source=os.path.basename(os.path.normpath(files.path)),
         split=split,
@@ -305,8 +313,12 @@ def _card(
         checksum=records.checksum(digests, labels),
         labels_sha256=records.labels_sha256(labels),
         num_enlarged=sum(note["num_enlarged"] for note in notes),
-        broken=tuple(name for note in notes for name in note["broken"]),
+        broken=broken,
+        captions_sha256=None if files.captions is None else hashlib.sha256(captions).hexdigest(),
     )
+    if files.captions is not None:
+        with atomic.writing(records.captions_path(output, split)) as file:
+            file.write(captions)
     with atomic.writing(records.labels_path(output, split)) as file:
         np.save(file, labels)
     atomic.write_text(records.card_path(output, split), card.to_json())

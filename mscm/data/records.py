@@ -3,6 +3,7 @@
     DIR/train.json                            the card: source, transform, sizes, classes, counts, checksum
     DIR/train-labels.npy                      int32, one per image
     DIR/train-00000-of-00013.array_record     the images in the order of the labels, PNG files or raw pixels
+    DIR/train-captions.jsonl                  of captioned images: a list of texts, one line per image
 
 `mscm.prepare` writes them; `RecordSource` is how training and evaluation read them.
 """
@@ -22,6 +23,7 @@ from jaxtyping import Int32, Integer, UInt8
 
 from mscm.arrays import read_npy
 from mscm.data import images, png, reading
+from mscm.data.embeddings import Embeddings
 
 FORMAT = "mscm records 2"
 ENCODINGS = ("png", "raw")
@@ -46,6 +48,7 @@ class Card:
     labels_sha256: str
     num_enlarged: int  # images that were smaller than the resolution
     broken: tuple[str, ...]  # files that were skipped
+    captions_sha256: str | None = None  # of the file of captions; None: there are none
     format: str = FORMAT
 
     def to_json(self) -> str:
@@ -61,6 +64,11 @@ def card_path(directory: str | os.PathLike, split: str) -> Path:
 def labels_path(directory: str | os.PathLike, split: str) -> Path:
     """Where the labels of a split are."""
     return Path(directory) / f"{split}-labels.npy"
+
+
+def captions_path(directory: str | os.PathLike, split: str) -> Path:
+    """Where the captions of a split are, if it has some."""
+    return Path(directory) / f"{split}-captions.jsonl"
 
 
 def are_at(path: str | os.PathLike) -> bool:
@@ -95,7 +103,8 @@ def read_card(directory: str | os.PathLike, split: str) -> Card:
         raise ValueError(f"{path}: got a file that is no JSON ({error}), expected a card; prepare it again") from error
     got = values.get("format") if isinstance(values, dict) else None
     fields = {field.name for field in dataclasses.fields(Card)}
-    if got != FORMAT or values.keys() != fields:
+    since = {"captions_sha256"}  # cards that are older have no such key
+    if got != FORMAT or not fields - since <= values.keys() <= fields:
         raise ValueError(f"{path}: got format {got!r}, expected {FORMAT!r} with all its keys; prepare the data again")
     wrong = _wrong_key(values)
     if wrong is not None:
@@ -125,6 +134,7 @@ def _wrong_key(values: dict[str, Any]) -> str | None:
         # Names only: a shard lies beside its card.
         "shards": len(shards) == len(sizes) and all(os.path.basename(name) == name for name in shards),
         "shard_sizes": min(sizes, default=0) >= 0,
+        "captions_sha256": isinstance(values.get("captions_sha256"), str | None),
         "num_examples": values["num_examples"] == sum(sizes),
     }
     return next((key for key, right in is_right.items() if not right), None)
@@ -172,7 +182,7 @@ class RecordSource:
         Raises:
           ValueError: from `read_card`, or a file is missing, or holds something else than the card says.
         """
-        self.name, self.split = name, split
+        self.name, self.split, self._directory = name, split, os.fspath(directory)
         self.card = read_card(directory, split)
         paths = [Path(directory) / shard for shard in self.card.shards]
         for path in (*paths, labels_path(directory, split)):
@@ -204,9 +214,28 @@ class RecordSource:
                 f"{labels_path(directory, split)}: got labels from {self.labels.min()} to {self.labels.max()}, "
                 f"expected 0 to {num_classes - 1}; prepare it again"
             )
+        self.captions = None if self.card.captions_sha256 is None else self._read_captions(directory)
         self._starts = np.cumsum((0, *sizes[:-1]))
         if len(self):
             self.load(np.array([0]))  # refuses records of another encoding or size
+
+    def open_embeddings(self) -> Embeddings:
+        """What a text encoder has made of the captions.
+
+        Raises:
+          ValueError: as `Embeddings`.
+        """
+        return Embeddings(self._directory, self.split, captions_sha256=self.card.captions_sha256)
+
+    def _read_captions(self, directory: str | os.PathLike) -> tuple[tuple[str, ...], ...]:
+        path = captions_path(directory, self.split)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: got no such file, expected the captions; prepare it again") from error
+        if hashlib.sha256(data).hexdigest() != self.card.captions_sha256:
+            raise ValueError(f"{path}: got other captions than those of {self.split}.json; prepare it again")
+        return tuple(tuple(json.loads(line)) for line in data.decode().splitlines())
 
     @functools.cached_property
     def _readers(self) -> list[ArrayRecordReader]:
@@ -220,7 +249,14 @@ class RecordSource:
     resolution = property(lambda self: self.card.resolution)
     channels = property(lambda self: self.card.channels)
     transform = property(lambda self: self.card.transform)
-    fingerprint = property(lambda self: self.card.checksum)
+
+    @property
+    def fingerprint(self) -> str:
+        """The card's checksum, and that of the captions with it where there are some."""
+        card = self.card
+        if card.captions_sha256 is None:
+            return card.checksum
+        return hashlib.sha256(f"{card.checksum} {card.captions_sha256}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return self.card.num_examples

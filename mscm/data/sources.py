@@ -8,6 +8,7 @@ Everything downstream (the pipeline, the feature network, the references of the 
 
     open_source("digits", split="all")                                   # inside scikit-learn
     open_source("synthetic", split="train", resolution=64, channels=3, num_classes=1000)
+    open_source("captioned_digits", split="train")                       # two digits each, and a caption
     open_source("mixture", split="train")                                # two Gaussians, one pixel
     open_source("photos", split="train", path="DIR")                     # records made by mscm.prepare
     open_source("photos", split="train", path="x.zip", resolution=64)    # a folder, zip or tar, resized while read
@@ -21,14 +22,14 @@ import hashlib
 import os
 import statistics
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int32, Integer, UInt8
 
-from mscm.data import folders, images, records, tfds_source
+from mscm.data import captioned_digits, captioned_files, folders, images, records, tfds_source
 
 _FINGERPRINT_FILES = 256
 _MAX_SYNTHETIC = 2**34  # bytes: 2,000 pixels a side
@@ -48,6 +49,7 @@ class Source(Protocol):
     class_names: tuple[str, ...]
     resolution: int
     channels: int
+    captions: Sequence[tuple[str, ...]] | None  # of each example, at least one; None: there are none
 
     @property
     def labels(self) -> Int32[np.ndarray, "n"]:
@@ -73,6 +75,7 @@ class ArraySource:
     images: UInt8[np.ndarray, "n h w c"]
     labels: Int32[np.ndarray, "n"]
     class_names: tuple[str, ...]
+    captions: tuple[tuple[str, ...], ...] | None = None
     transform: None = None
 
     def __post_init__(self):
@@ -109,6 +112,8 @@ class ArraySource:
     def fingerprint(self) -> str:
         digest = hashlib.sha256(np.ascontiguousarray(self.images))
         digest.update(np.ascontiguousarray(self.labels))
+        if self.captions is not None:
+            digest.update(repr(self.captions).encode())
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -130,15 +135,34 @@ def stratified_halves(labels: Integer[np.ndarray, "n"]) -> tuple[Int[np.ndarray,
 def _digits(split: str) -> ArraySource:
     """The 1,797 real handwritten digits that come with scikit-learn, 8 x 8, grey; values 0..16 become 0..255."""
     _check_choice("split of 'digits'", split, ("all", "half_a", "half_b"))
+    images, labels, names = _load_digits()
+    if split != "all":
+        indices = stratified_halves(labels)[("half_a", "half_b").index(split)]
+        images, labels = images[indices], labels[indices]
+    return ArraySource("digits", split, images, labels, names)
+
+
+def _load_digits() -> tuple[UInt8[np.ndarray, "n 8 8 1"], Int32[np.ndarray, "n"], tuple[str, ...]]:
     from sklearn import datasets  # here, so that only who opens it needs scikit-learn
 
     digits = datasets.load_digits()
     images = np.round(digits.images[..., None] * (255.0 / 16.0)).astype(np.uint8)
-    labels = digits.target.astype(np.int32)
-    if split != "all":
-        indices = stratified_halves(labels)[("half_a", "half_b").index(split)]
-        images, labels = images[indices], labels[indices]
-    return ArraySource("digits", split, images, labels, tuple(str(name) for name in digits.target_names))
+    return images, digits.target.astype(np.int32), tuple(str(name) for name in digits.target_names)
+
+
+def _captioned_digits(split: str) -> ArraySource:
+    """Pairs of those digits and what they are."""
+    _check_choice("split of 'captioned_digits'", split, ("train",))
+    digits, labels, _ = _load_digits()
+    composed = captioned_digits.compose(digits, labels)
+    return ArraySource(
+        "captioned_digits",
+        split,
+        composed.images,
+        composed.labels,
+        captioned_digits.CLASS_NAMES,
+        captions=composed.captions,
+    )
 
 
 class FileSource:
@@ -150,7 +174,7 @@ class FileSource:
     def __init__(self, name: str, files: folders.ImageFiles, *, resolution: int, channels: int = 3):
         self.name, self.split = name, files.split or "train"
         self.resolution, self.channels = resolution, channels
-        self.class_names = files.class_names
+        self.class_names, self.captions = files.class_names, files.captions
         self.labels = np.array([entry.label for entry in files.entries], np.int32)
         self._files = files
         self.transform  # noqa: B018 decodes some: a broken one is refused before anything is compiled
@@ -175,6 +199,7 @@ class FileSource:
         sizes = [self._files.size(i) for i in range(len(self))]
         digests = [hashlib.sha256(self._files.read(i)).hexdigest() for i in self._some]
         what = [self._files.entries, sizes, digests, self.class_names, self.resolution, self.channels]
+        what += [] if self.captions is None else [self.captions]
         return hashlib.sha256(repr(what).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -251,10 +276,12 @@ def open_source(
     resolution: int | None = None,
     channels: int | None = None,
     num_classes: int | None = None,
+    captioned: bool = False,
 ) -> Source:
     """The data set at `path` (records, or a folder, zip or tar of images), or the one called `name`.
 
-    Sizes are for sources that have none of their own; the caller checks those of the others.
+    `captioned`: images at `path` have captions and no classes. Sizes are for sources that have none of their own; the
+    caller checks those of the others.
 
     Raises:
       ValueError: no such data set, split or path; the message says what there is.
@@ -264,9 +291,11 @@ def open_source(
             return records.RecordSource(name, path, split=split)
         if resolution is None:
             raise ValueError(f"{path}: got a folder or archive of images, expected a resolution to resize them to")
-        return FileSource(name, _files_of(path, split), resolution=resolution, channels=channels or 3)
+        return FileSource(name, _files_of(path, split, captioned), resolution=resolution, channels=channels or 3)
     if name == "digits":
         return _digits(split)
+    if name == "captioned_digits":
+        return _captioned_digits(split)
     if name == "synthetic":
         return _synthetic(split=split, resolution=resolution, channels=channels, num_classes=num_classes)
     if name == "mixture":
@@ -274,14 +303,17 @@ def open_source(
     return tfds_source.open_tfds(name, split=split)
 
 
-def _files_of(path: str | os.PathLike, split: str) -> folders.ImageFiles:
+def _files_of(path: str | os.PathLike, split: str, captioned: bool) -> folders.ImageFiles:
     """Files without splits, that is with all class folders in one folder of no telling name, are the split train."""
+    list_files = captioned_files.open_captioned if captioned else folders.open_files
     try:
-        return folders.open_files(path, split=split)
+        return list_files(path, split=split)
     except folders.NoSuchSplit:
         if split != "train":
             raise
-        files = folders.open_files(path)
+        files = list_files(path)
+        if captioned:
+            return files
         above = {PurePosixPath(entry.name).parent.parent for entry in files.entries}
         if len(above) > 1 or above.pop().name.lower() in _SPLIT_NAMES:
             raise

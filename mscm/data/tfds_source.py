@@ -7,6 +7,8 @@ Preparing one of the stock data sets needs TensorFlow, once: `pip install mscm[p
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Integer
@@ -23,6 +25,7 @@ class TfdsSource:
     """A `Source` over a prepared data set with an image and a label; made by `open_tfds`."""
 
     transform = None
+    captions = None
 
     def __init__(self, name: str, split: str, builder, keys: tuple[str, str]):
         features = builder.info.features
@@ -71,10 +74,12 @@ class TfdsFiles:
     _image: str  # name of the feature
     _directory: str  # where it is prepared: a worker process may not know the builder's class
     _first: int = 0  # where the entries start in the data set
+    captions: tuple[tuple[str, ...], ...] | None = None  # of each image; None: labels are read
 
     def part(self, start: int, stop: int) -> "TfdsFiles":
         """The images from `start` to before `stop`."""
-        return dataclasses.replace(self, entries=self.entries[start:stop], _first=self._first + start)
+        said = self.captions and self.captions[start:stop]
+        return dataclasses.replace(self, entries=self.entries[start:stop], _first=self._first + start, captions=said)
 
     def size(self, index: int) -> int:
         """0: not known without reading it; the entry's name carries the version of the data set."""
@@ -92,15 +97,17 @@ class TfdsFiles:
         return builder.as_data_source(self.split, decoders={self._image: _skip_decoding()})
 
 
-def open_tfds_files(path: str, *, split: str | None) -> TfdsFiles:
+def open_tfds_files(path: str, *, split: str | None, captioned: bool = False) -> TfdsFiles:
     """The images of `tfds:NAME`, to prepare them.
 
     Raises:
-      ValueError: as `open_tfds`, but for the sizes; or there is no split.
+      ValueError: as `open_tfds`, but for the sizes; or there is no split, or, with `captioned`, no captions.
     """
     name = path.removeprefix(PREFIX)
     builder = _builder(name, split)
-    image, label = builder.info.supervised_keys
+    if captioned:
+        return _captioned_files(path, builder, split)
+    image, label = _keys(builder)
     records = builder.as_data_source(split, decoders={image: _skip_decoding()})
     # The order of the class names is the data set's own: its labels are kept.
     class_names = tuple(builder.info.features[label].names)
@@ -108,6 +115,48 @@ def open_tfds_files(path: str, *, split: str | None) -> TfdsFiles:
     full_name = builder.info.full_name
     entries = tuple(Entry(f"{full_name}/{split}/{i:08d}", int(k)) for i, k in enumerate(labels))
     return TfdsFiles(path, split, class_names, entries, image, str(builder.data_path))
+
+
+def _captioned_files(path: str, builder, split: str) -> TfdsFiles:
+    import tensorflow_datasets as tfds
+
+    features, info = builder.info.features, builder.info
+    images_of = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    read = {key: reader for key in features if (reader := _caption_reader(features[key])) is not None}
+    if len(images_of) != 1 or len(read) != 1:
+        raise ValueError(
+            f"got data set {info.name!r} with the images {images_of} and the texts {sorted(read)}, expected one of each"
+        )
+    (image,), ((key, texts_of),) = images_of, read.items()
+    records = builder.as_data_source(split, decoders={image: _skip_decoding()})
+    blocks = np.array_split(np.arange(len(records)), -(-len(records) // _BLOCK))
+    said = [texts_of(record[key]) for block in blocks for record in records.__getitems__(block.tolist())]
+    entries = tuple(Entry(f"{info.full_name}/{split}/{i:08d}", 0) for i in range(len(said)))
+    lost = [entry.name for entry, texts in zip(entries, said, strict=True) if not texts]
+    if lost:
+        raise ValueError(f"got no caption of {lost[0]}, expected one of each image")
+    return TfdsFiles(
+        path, split, ("captioned",), entries, image, str(builder.data_path), captions=tuple(map(tuple, said))
+    )
+
+
+def _caption_reader(feature) -> Callable[[Any], list[str]] | None:
+    """From the value of a feature to texts; None: it is not one of texts."""
+    import tensorflow_datasets as tfds
+
+    def texts(values) -> list[str]:
+        decoded = (value.decode() if isinstance(value, bytes) else str(value) for value in values)
+        return [text.strip() for text in decoded if text.strip()]
+
+    if isinstance(feature, tfds.features.Text):
+        return lambda value: texts([value])
+    if not isinstance(feature, tfds.features.Sequence):
+        return None
+    if isinstance(feature.feature, tfds.features.Text):
+        return texts
+    if "text" in getattr(feature.feature, "keys", tuple)():  # as COCO's, of which each has a number too
+        return lambda value: texts(value["text"])
+    return None
 
 
 def open_tfds(name: str, *, split: str) -> TfdsSource:
@@ -118,14 +167,14 @@ def open_tfds(name: str, *, split: str) -> TfdsSource:
         sizes; the message says what to do.
     """
     builder = _builder(name, split)
-    keys = builder.info.supervised_keys
+    keys = _keys(builder)
     shape = builder.info.features[keys[0]].shape
     if None in shape or shape[0] != shape[1]:
         raise ValueError(
             f"got images of shape {shape} in {name!r}, expected one square size; run python -m mscm.prepare "
             f"--source={PREFIX}{name} --split={split} and give config.data.path"
         )
-    return TfdsSource(name, split, builder, tuple(keys))
+    return TfdsSource(name, split, builder, keys)
 
 
 def _labels(records, key: str, num_classes: int, name: str, split: str | None) -> Int32[np.ndarray, "n"]:
@@ -142,7 +191,7 @@ def _labels(records, key: str, num_classes: int, name: str, split: str | None) -
 
 
 def _builder(name: str, split: str | None):
-    """The builder of a prepared data set with images and class labels that has the split."""
+    """The builder of a prepared data set that has the split."""
     import tensorflow_datasets as tfds  # here: half a second that only its users pay
 
     path = "or give config.data.path: a folder, zip or tar of images, or a directory made by python -m mscm.prepare"
@@ -159,11 +208,16 @@ def _builder(name: str, split: str | None):
         )
     if split not in builder.info.splits:
         raise ValueError(f"got split {split!r} of {name!r}, expected one of {', '.join(builder.info.splits)}")
+    return builder
+
+
+def _keys(builder) -> tuple[str, str]:
+    """The features that are an image and its class."""
     keys, features = builder.info.supervised_keys, builder.info.features
     has_both = keys is not None and len(keys) == 2 and len(features[keys[0]].shape) == 3
     if not has_both or not hasattr(features[keys[1]], "names"):
-        raise ValueError(f"got data set {name!r} without an image and a class label, expected both")
-    return builder
+        raise ValueError(f"got data set {builder.info.name!r} without an image and a class label, expected both")
+    return tuple(keys)
 
 
 def _skip_decoding():

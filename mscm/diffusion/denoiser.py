@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from mscm.diffusion import prediction
-from mscm.types import Array, Denoiser, Float, Guided, Images, Labels, Level, Schedule, Teacher, Times
+from mscm.types import Array, Condition, Denoiser, Float, Guided, Images, Level, Schedule, Teacher, Times
 
-# (z_t, log-SNR, labels or None) -> raw output
-Network = Callable[[Images, Times, Labels | None], Images]
+# (z_t, log-SNR, condition or None) -> raw output
+Network = Callable[[Images, Times, Condition | None], Images]
 ToX = Callable[[Images, Images, Level], Images]
 
 
@@ -41,14 +41,14 @@ def consistency_prediction(schedule: Schedule) -> Prediction:
 
 
 def make_denoiser(
-    network: Network, schedule: Schedule, predicted: Prediction, *, labels: Labels | None = None
+    network: Network, schedule: Schedule, predicted: Prediction, *, condition: Condition | None = None
 ) -> Denoiser:
-    """Denoiser (z_t, t) -> x_hat of a network whose output means what `predicted` says; labels are fixed."""
+    """Denoiser (z_t, t) -> x_hat of a network whose output means what `predicted` says; the condition is fixed."""
 
     def denoiser(z_t: Images, t: Times) -> Images:
         lvl_t = schedule(t)
         scaled = z_t if predicted.c_in is None else predicted.c_in(lvl_t) * z_t
-        output = network(scaled.astype(jnp.float32), lvl_t.logsnr[:, 0, 0, 0], labels)
+        output = network(scaled.astype(jnp.float32), lvl_t.logsnr[:, 0, 0, 0], condition)
         return predicted.to_x(output.astype(jnp.float32), z_t, lvl_t)
 
     return denoiser
@@ -59,19 +59,21 @@ def make_guided(
     schedule: Schedule,
     predicted: Prediction,
     *,
-    labels: Labels,
-    null_label: int,
+    condition: Condition,
+    null: Condition,
     guidance: float,
     interval: tuple[float, float] | None = None,
 ) -> Teacher:
     """Classifier-free guidance x = (1 + g) x_cond - g x_null with both forwards in one batch.
 
+    `null`: what stands for no condition, as many rows as `condition`.
+
     Returns `Guided`, because the variance of aDDIM is that of the conditional output. With `interval`, the first and
     the last of the times that are guided (arXiv:2404.07724), the conditional output alone is the answer outside; where
     no image is inside, which a sampler's common time decides for all, one forward is all that is computed.
     """
-    both_labels = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
-    both = make_denoiser(network, schedule, predicted, labels=both_labels)
+    of_both = jax.tree.map(lambda *parts: jnp.concatenate(parts), condition, null)
+    both = make_denoiser(network, schedule, predicted, condition=of_both)
 
     def guided(z_t: Images, t: Times) -> Guided:
         x_cond, x_null = jnp.split(both(jnp.concatenate([z_t, z_t]), jnp.concatenate([t, t])), 2)
@@ -79,7 +81,7 @@ def make_guided(
 
     if interval is None:
         return guided
-    conditional = make_denoiser(network, schedule, predicted, labels=labels)
+    conditional = make_denoiser(network, schedule, predicted, condition=condition)
 
     def teacher(z_t: Images, t: Times) -> Guided:
         is_inside = (interval[0] <= t) & (t <= interval[1])

@@ -26,6 +26,7 @@ class Outputs(NamedTuple):
     features: Float[Array, "n d"] | Float[np.ndarray, "n d"]
     spatial: Float[Array, "n s"] | Float[np.ndarray, "n s"] | None = None  # of an earlier layer, for sFID
     probabilities: Float[Array, "n k"] | Float[np.ndarray, "n k"] | None = None  # of classes, for the Inception score
+    alignment: Float[np.ndarray, "n"] | None = None  # with the captions, of which a network knows nothing
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

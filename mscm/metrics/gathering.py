@@ -17,7 +17,7 @@ from etils import epath
 from jaxtyping import UInt8
 
 from mscm.metrics import files
-from mscm.metrics.features import FeatureNetwork, Outputs
+from mscm.metrics.features import Outputs
 from mscm.metrics.statistics import Accumulator, Statistics
 
 _KIND = "mscm pass under way 1"
@@ -99,7 +99,7 @@ class Gathering:
 
 def over(
     batches: Iterable[UInt8[np.ndarray, "n h w c"]],
-    network: FeatureNetwork,
+    network: Callable[[np.ndarray], Outputs],
     gathering: Gathering | None,
     *,
     watch: Callable[[int], None] = lambda num_images: None,

@@ -28,10 +28,11 @@ class Statistics:
     spatial: Moments | None  # None: the network has none, or an imported file
     class_sums: Float64[np.ndarray, "splits sums"] | None  # by split: images, sum of p log p, sum of p by class
     kept: Float32[np.ndarray, "n d"] | None  # features of some of the images, drawn at random
+    alignment: Float64[np.ndarray, ""] | None = None  # with the captions, summed over the images
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """By name, as a file keeps them."""
-        arrays = {"class_sums": self.class_sums, "kept": self.kept}
+        arrays = {"class_sums": self.class_sums, "kept": self.kept, "alignment": self.alignment}
         for name, part in (("features", self.features), ("spatial", self.spatial)):
             if part is not None:
                 arrays |= {f"{name}/{key}": np.asarray(value) for key, value in part._asdict().items()}
@@ -59,7 +60,7 @@ class Statistics:
                 f"(n, {len(features.mean)})"
             )
         spatial = part("spatial") if "spatial/count" in arrays else None
-        return cls(features, spatial, class_sums=arrays.get("class_sums"), kept=kept)
+        return cls(features, spatial, arrays.get("class_sums"), kept, arrays.get("alignment"))
 
 
 class Accumulator:
@@ -89,6 +90,7 @@ class Accumulator:
             now,
             features=moments.add(now.features, outputs.features),
             spatial=None if now.spatial is None else moments.add(now.spatial, outputs.spatial),
+            alignment=None if now.alignment is None else np.asarray(now.alignment + outputs.alignment.sum()),
         )
         self.count += rows
 
@@ -99,6 +101,7 @@ class Accumulator:
             None if outputs.spatial is None else moments.empty(outputs.spatial.shape[1]),
             None if outputs.probabilities is None else np.zeros((splits, outputs.probabilities.shape[1] + 2)),
             np.zeros((len(self._chosen), outputs.features.shape[1]), np.float32),
+            None if outputs.alignment is None else np.zeros(()),
         )
 
     def statistics(self) -> Statistics:

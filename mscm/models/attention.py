@@ -1,6 +1,9 @@
-"""Attention over all tokens of an image: one function, and the programs that can compute it.
+"""Attention: one function, and the programs that can compute it.
 
-    out = softmax(q k^T / sqrt(head_dim)) v,    q, k, v of shape `b n heads head_dim`
+    out = softmax(q k^T / sqrt(head_dim)) v,    q of shape `b n heads head_dim`, k and v of `b m heads head_dim`
+
+All tokens of an image attend to each other (m = n), which is what the programs below differ in. Where tokens are left
+out by a mask, those of a text, it is always `xla`: they are few.
 
 Products are in the type of the inputs with float32 sums, the softmax is in float32.
 
@@ -24,7 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mscm.models import placement
 
@@ -37,12 +40,23 @@ _LARGEST_BLOCK = 512
 _CACHED_TOKENS = 128  # logits of fewer stay in a CPU's cache anyway (measured on one core, 32 examples of 3 heads)
 
 
-def attend(q: Heads, k: Heads, v: Heads, *, implementation: str = "auto") -> Heads:
-    """softmax(q k^T / sqrt(head_dim)) v over all tokens of one example, in the type of the inputs.
+def attend(
+    q: Heads,
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
+    *,
+    implementation: str = "auto",
+    mask: Bool[Array, "b m"] | None = None,
+) -> Heads:
+    """softmax(q k^T / sqrt(head_dim)) v over the tokens of one example, in the type of the inputs.
+
+    With a `mask`, over those of k and v for which it is true, at least one.
 
     Raises:
       ValueError: no such implementation, or one that cannot take these shapes or this type.
     """
+    if mask is not None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
     shape = dict(num_tokens=q.shape[1], head_dim=q.shape[3], dtype=q.dtype)
     check(implementation, **shape)
     if implementation == "auto":
@@ -87,11 +101,9 @@ def _expected(implementation: str, *, num_tokens: int, head_dim: int, dtype: Any
 
 
 def _kernel_of_the_mesh(*, num_tokens: int) -> str | None:
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    kind = placement.device_kind()
+    if kind is None:
         return None
-    # By its kind: only a jax younger than the oldest that we run on knows an abstract device's platform.
-    kind = mesh.abstract_device.device_kind
     if kind.startswith("TPU"):
         return "splash"
     if kind == "cpu":

@@ -23,6 +23,13 @@ def spec_of(shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionS
     return PartitionSpec(*map(cut, shape, nn.logical_to_mesh_axes(names)))
 
 
+def device_kind() -> str | None:
+    """What JAX calls the devices of the mesh around the trace; None without one, where nothing is known of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # By its kind: only a jax younger than the oldest that we run on knows an abstract device's platform.
+    return None if mesh.empty else mesh.abstract_device.device_kind
+
+
 def place(x: Array, *names: str | None) -> Array:
     """The same array, laid out by the logical names of its axes.
 

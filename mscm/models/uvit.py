@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mscm.models import attention, layers
-from mscm.models.layers import Embedding, Resized
+from mscm.models.layers import Context, Embedding, Resized
 from mscm.models.placement import place
-from mscm.types import Images, Labels, Times
+from mscm.models.text import TextEncoder, TextStage
+from mscm.types import Condition, Images, Text, Times
 
 Output = Float[Array, "b h w c_out"]
 
@@ -83,7 +84,7 @@ class ResidualStage(nn.Module):
 
 
 class TransformerStage(nn.Module):
-    """Learned position embedding, then transformer blocks in a row.
+    """Learned position embedding, then transformer blocks in a row, which attend to a context where there is one.
 
     With `scan` the blocks are one scanned body, `blocks`, whose parameters have a leading axis `layers`, so that
     compile time does not depend on depth; without it they are `block_0`, `block_1`, ... The function is the same.
@@ -99,7 +100,7 @@ class TransformerStage(nn.Module):
     attention: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Images, emb: Embedding) -> Images:
+    def __call__(self, x: Images, emb: Embedding, context: Context | None = None) -> Images:
         b, h, w, c = x.shape
         init = nn.with_logical_partitioning(nn.initializers.normal(0.01), (None, None, "embed"))
         x = x + self.param("position", init, (h, w, c)).astype(x.dtype)[None]
@@ -108,7 +109,7 @@ class TransformerStage(nn.Module):
         fields = (c, self.head_dim, self.mlp_ratio, self.stage.dropout, self.train, self.dtype, self.attention)
         if self.scan:
             x, _ = nn.scan(
-                lambda block, x, _: (block(x, emb), None),
+                lambda block, x, _: (block(x, emb, context), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=self.stage.num_blocks,
@@ -116,7 +117,7 @@ class TransformerStage(nn.Module):
             )(make_block(*fields, name="blocks"), x, None)
         else:
             for i in range(self.stage.num_blocks):
-                x = make_block(*fields, name=f"block_{i}")(x, emb)
+                x = make_block(*fields, name=f"block_{i}")(x, emb, context)
         return x.reshape(b, h, w, c)
 
 
@@ -134,6 +135,7 @@ class UViT(nn.Module):
     middle: Stage  # a transformer
     emb_dim: int = 1024
     num_classes: int | None = None  # label `num_classes` is the null class of classifier-free guidance
+    text: TextStage | None = None  # what reads captions, where the condition is one and not a label
     head_dim: int = 128  # heads = width / 128 fills a TPU's lanes; the paper's widths are all multiples
     mlp_ratio: int = 4
     patch_size: int = 1
@@ -147,22 +149,36 @@ class UViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, z: Images, logsnr: Times, labels: Labels | None = None, guidance: Times | None = None, *, train: bool
+        self,
+        z: Images,
+        logsnr: Times,
+        condition: Condition | None = None,
+        guidance: Times | None = None,
+        *,
+        train: bool,
     ) -> Output:
         """Raw output (x, eps or v is the caller's reading) for z at log-SNR `logsnr`.
 
+        `condition`: labels where there are classes, a text where that is read, else None.
         `guidance`: the weight w of (1 + w) conditional - w unconditional that a guided student stands for.
         Consumes the `dropout` key when `train` and a stage has dropout; the same key gives the same masks.
 
         Raises:
             ValueError: resolution, widths, names or labels that do not fit the fields; the sentence says which.
         """
-        self._check(z)
+        self._check(z, condition)
         layers.check_guidance(guidance, self.guidance_input)
-        condition = layers.ConditionEmbedding(
+        text, labels = (condition, None) if isinstance(condition, Text) else (None, condition)
+        embed = layers.ConditionEmbedding(
             self.emb_dim, self.num_classes, self.logsnr_input, self.fourier_scale, name="condition"
         )
-        emb = place(condition(logsnr, labels, guidance).astype(self.dtype), "batch", None)
+        emb, context = embed(logsnr, labels, guidance), None
+        if self.text is not None:
+            context, pooled = TextEncoder(
+                self.text, self.emb_dim, self.head_dim, self.mlp_ratio, self.dtype, train, name="text"
+            )(text)
+            context, emb = context._replace(tokens=place(context.tokens, "batch", None, None)), emb + pooled
+        emb = place(emb.astype(self.dtype), "batch", None)
         levels = (*self.stages, self.middle)
 
         x = layers.space_to_depth(z, self.patch_size) if self.patch_size > 1 else z
@@ -170,17 +186,17 @@ class UViT(nn.Module):
         skips = []
         for i, stage in enumerate(self.stages):
             down = self._stage(stage, f"down_{i}", train)
-            x, skip = down(x, emb) if stage.kind == "residual" else (down(x, emb),) * 2
+            x, skip = down(x, emb) if stage.kind == "residual" else (down(x, emb, context),) * 2
             skips.append(skip)
             x = self._resize(layers.average_pool(x), levels[i + 1].width, f"down_{i}_out")
-        x = self._stage(self.middle, "middle", train)(x, emb)
+        x = self._stage(self.middle, "middle", train)(x, emb, context)
         for i, stage in reversed(list(enumerate(self.stages))):
             x = layers.upsample(self._resize(x, stage.width, f"up_{i}_in"))
             up = self._stage(stage, f"up_{i}", train)
             if stage.kind == "residual":
                 x, _ = up(x, emb, skips[i])
             else:
-                x = up((x + skips[i]) * math.sqrt(0.5), emb)
+                x = up((x + skips[i]) * math.sqrt(0.5), emb, context)
 
         # float32 from here: rounding the output to bfloat16 would exceed the losses' differences between two steps.
         x = nn.swish(layers.layer_norm("conv_in", dtype=jnp.float32, name="norm_out")(x))
@@ -198,7 +214,10 @@ class UViT(nn.Module):
         return TransformerStage(stage, self.head_dim, self.mlp_ratio, self.scan_blocks, self.remat_policy, train,
                                 self.dtype, self.attention, name=name)
 
-    def _check(self, z: Images) -> None:
+    def _check(self, z: Images, condition: Condition | None) -> None:
+        if isinstance(condition, Text) != (self.text is not None):
+            got, expected = ("a text", "none") if self.text is None else ("no text", "one")
+            raise ValueError(f"got {got}, expected {expected} because text={self.text}")
         num_stages, patch_size, head_dim = len(self.stages), self.patch_size, self.head_dim
         if self.middle.kind != "transformer":
             raise ValueError(f"got a middle of kind {self.middle.kind!r}, expected 'transformer': a residual stage "

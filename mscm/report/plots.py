@@ -23,6 +23,7 @@ from mscm import atomic
 # Okabe and Ito's colours, which people tell apart however they see colours; black first.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LEGEND_INSIDE = 5  # lines, of which the legend leaves room for the points
 _GREY = "#8C8C8C"
 
 _STYLE = {
@@ -59,19 +60,21 @@ def scores_against_nfe(
 ) -> Figure:
     """One line for each series with error bars; `level` is the name and value of a horizontal reference."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        is_long = len(series) > _LEGEND_INSIDE
+        figure = Figure(figsize=(8.6 if is_long else 6.4, 4.2), layout="constrained")
         axes = figure.add_subplot()
         methods = list(dict.fromkeys(line.method for line in series))
         drawn: dict[str, int] = {}
         for line in series:
-            index = drawn.setdefault(line.method, 0)
+            again, colour = divmod(methods.index(line.method), len(COLOURS))
+            index = drawn.setdefault(line.method, again)
             drawn[line.method] += 1
             axes.errorbar(
                 line.nfe,
                 line.mean,
                 yerr=[spread or 0.0 for spread in line.spread] if any(line.spread) else None,
                 label=f"{line.method}, {line.sampler}",
-                color=COLOURS[methods.index(line.method) % len(COLOURS)],
+                color=COLOURS[colour],
                 marker=MARKERS[index % len(MARKERS)],
                 linestyle=("-", "--", ":", "-.")[index % 4],
                 markersize=5,
@@ -87,7 +90,11 @@ def scores_against_nfe(
         axes.set_axisbelow(True)
         handles, labels = axes.get_legend_handles_labels()
         order = sorted(range(len(labels)), key=lambda i: level is not None and labels[i] == level[0])  # the level last
-        axes.legend([handles[i] for i in order], [labels[i] for i in order])
+        handles, labels = [handles[i] for i in order], [labels[i] for i in order]
+        if is_long:
+            figure.legend(handles, labels, loc="outside right center")
+        else:
+            axes.legend(handles, labels)
         return figure
 
 

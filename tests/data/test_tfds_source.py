@@ -49,6 +49,23 @@ class MscmUnlabelled(_Base):
         return super().features() | {"label": tfds.features.Scalar(np.int64)}
 
 
+class MscmCaptioned(_Base):
+    """Captions as COCO has them, of images of any size: two of the even images, one of the others."""
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "captions": tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()}),
+        })
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _generate_examples(self, indices):
+        for i in indices:
+            texts = [f"image {i}", f"größer {i}"][: 2 - i % 2]
+            captions = [{"id": 10 * i + k, "text": text} for k, text in enumerate(texts)]
+            yield i, {"image": io.BytesIO(png.encode(PIXELS[i])), "captions": captions}
+
+
 class MscmUnprepared(_Base):
     """Never written."""
 
@@ -57,7 +74,7 @@ class MscmUnprepared(_Base):
 def prepared(tmp_path_factory):
     """The first three as array_record, in a directory that TFDS looks into."""
     data_dir = tmp_path_factory.mktemp("tfds")
-    for builder in (MscmPets, MscmUneven, MscmUnlabelled):
+    for builder in (MscmPets, MscmUneven, MscmUnlabelled, MscmCaptioned):
         builder(data_dir=os.fspath(data_dir), file_format="array_record").download_and_prepare()
     tfds.core.add_data_dir(os.fspath(data_dir))
 
@@ -105,3 +122,26 @@ def test_a_data_set_can_be_prepared(tmp_path):
 def test_what_cannot_be_read_says_what_to_do(name, split, sentence):
     with pytest.raises(ValueError, match=sentence):
         sources.open_source(name, split=split)
+
+
+def test_captions_are_prepared_with_their_images(tmp_path):
+    """Beside each image its own, whatever the order, also in a part of the data; without TensorFlow."""
+    files = tfds_source.open_tfds_files("tfds:mscm_captioned", split="train", captioned=True)
+    preparation.prepare(
+        files, tmp_path, preparation.Settings(resolution=8), split="train", num_workers=1, report=lambda *_: None
+    )
+    source = sources.open_source("x", split="train", path=tmp_path)
+    assert source.num_classes == 1 and len(source) == 8
+    for image, said in zip(source.load(np.arange(8))["image"], source.captions, strict=True):
+        number = int(said[0].split()[1])
+        assert said == (f"image {number}", f"größer {number}")[: 2 - number % 2]
+        np.testing.assert_array_equal(image, PIXELS[number])
+    assert files.part(3, 5).captions == files.captions[3:5]
+    assert "tensorflow" not in sys.modules
+
+
+def test_a_data_set_without_captions():
+    with pytest.raises(ValueError, match=r"'mscm_pets' with the images \['image'\] and the texts \[\], expected one"):
+        tfds_source.open_tfds_files("tfds:mscm_pets", split="train", captioned=True)
+    with pytest.raises(ValueError, match="'mscm_captioned' without an image and a class label"):
+        tfds_source.open_tfds_files("tfds:mscm_captioned", split="train")

@@ -14,6 +14,7 @@ X = jax.random.uniform(jax.random.key(0), (3, 4, 4, 1), minval=-1.0)
 Z = jax.random.normal(jax.random.key(1), (3, 4, 4, 1))
 T = jnp.array([0.2, 0.5, 0.8])
 LABELS = jnp.array([4, 0, 7])
+NULL = jnp.full_like(LABELS, 10)
 
 
 def network_that_knows_x(name):
@@ -70,7 +71,8 @@ def labelled_network(calls):
 def test_labels_reach_the_network():
     """Without guidance the labels are passed on as they are, one call."""
     calls = []
-    denoise = denoiser.make_denoiser(labelled_network(calls), schedule.cosine, denoiser.PREDICTIONS["x"], labels=LABELS)
+    network = labelled_network(calls)
+    denoise = denoiser.make_denoiser(network, schedule.cosine, denoiser.PREDICTIONS["x"], condition=LABELS)
     np.testing.assert_allclose(denoise(Z, T), Z * (1 + LABELS)[:, None, None, None], rtol=1e-6)
     assert len(calls) == 1
 
@@ -81,7 +83,7 @@ def test_guidance_extrapolates_in_one_forward_pass(guidance):
     calls = []
     teacher = denoiser.make_guided(
         labelled_network(calls), schedule.cosine, denoiser.PREDICTIONS["x"],
-        labels=LABELS, null_label=10, guidance=guidance,
+        condition=LABELS, null=NULL, guidance=guidance,
     )
     x_hat, x_cond = teacher(Z, T)
     conditional = Z * (1 + LABELS)[:, None, None, None]
@@ -95,7 +97,7 @@ def test_guided_times_belong_to_their_images():
     """Both halves of the doubled batch are denoised at their own times."""
     teacher = denoiser.make_guided(
         lambda z, logsnr, labels: jnp.ones_like(z) * logsnr[:, None, None, None],
-        schedule.cosine, denoiser.PREDICTIONS["x"], labels=LABELS, null_label=10, guidance=2.0,
+        schedule.cosine, denoiser.PREDICTIONS["x"], condition=LABELS, null=NULL, guidance=2.0,
     )
     x_hat, x_cond = teacher(Z, T)
     expected = jnp.ones_like(Z) * schedule.cosine(T).logsnr
@@ -108,7 +110,7 @@ def test_guidance_within_an_interval_of_times():
     network = labelled_network([])
     make = functools.partial(
         denoiser.make_guided, network, schedule.cosine, denoiser.PREDICTIONS["x"],
-        labels=LABELS, null_label=10, guidance=1.5,
+        condition=LABELS, null=NULL, guidance=1.5,
     )
     guided = make()(Z, T)
     for interval, inside in (
@@ -129,7 +131,7 @@ def test_guidance_of_nothing_is_the_conditional_output(interval):
     """g = 0, bit for bit."""
     x_hat, x_cond = denoiser.make_guided(
         labelled_network([]), schedule.cosine, denoiser.PREDICTIONS["v"],
-        labels=LABELS, null_label=10, guidance=0.0, interval=interval,
+        condition=LABELS, null=NULL, guidance=0.0, interval=interval,
     )(Z, T)
     np.testing.assert_array_equal(x_hat, x_cond)
 
@@ -144,7 +146,7 @@ def test_outside_of_the_interval_the_network_sees_each_image_once():
 
     teacher = jax.jit(denoiser.make_guided(
         network, schedule.cosine, denoiser.PREDICTIONS["x"],
-        labels=LABELS, null_label=10, guidance=1.5, interval=(0.25, 0.75),
+        condition=LABELS, null=NULL, guidance=1.5, interval=(0.25, 0.75),
     ))
     for time in (0.2, 0.5, 0.8):
         teacher(Z, jnp.full(3, time))

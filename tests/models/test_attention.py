@@ -101,7 +101,8 @@ def on_meshes(tmp_path_factory):
     directory = tmp_path_factory.mktemp("attention")
     for name, shape in SHAPES.items():
         np.savez(directory / f"{name}.npz", *(np.asarray(array) for array in tensors(shape, jnp.float32)))
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tests" / "models" / "run_attention_on_meshes.py"), str(directory), *MESHES]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

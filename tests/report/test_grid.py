@@ -91,3 +91,24 @@ def test_bad_input_is_a_sentence():
         side_by_side({"a": make_images(2), "b": make_images(3)}, columns=1)
     with pytest.raises(ValueError, match="no panels"):
         side_by_side({}, columns=1)
+
+
+def test_captions_stand_beneath_their_images():
+    """White above what is written, dark below; an empty caption leaves white; the images are as without."""
+    images = np.zeros((4, 16, 16, 1), np.uint8)
+    plain = grid.image_grid(images, columns=2, scale=6)
+    written = grid.image_grid(images, columns=2, scale=6, captions=["a seven left of a two", "", "x", "word " * 60])
+    extra = (written.shape[0] - plain.shape[0]) // 2
+    assert written.shape[1] == plain.shape[1] and extra >= grid.CAPTION_LINES * grid.CAPTION_SIZE
+    first = written[2 : 2 + 96 + extra, 2 : 2 + 96]
+    assert not first[:96].any() and (first[96:] < 128).any()
+    assert (written[2 + 96 : 2 + 96 + extra, 100 : 100 + 96] == grid.BACKGROUND).all()
+
+
+def test_captions_make_cells_wide_enough_to_read():
+    assert grid.image_grid(np.zeros((1, 16, 16, 1), np.uint8), columns=1, captions=["a"]).shape[1] == 96 + 4
+
+
+def test_one_caption_for_each_image():
+    with pytest.raises(ValueError, match="got 1 captions, expected 2, one per image"):
+        grid.image_grid(np.zeros((2, 8, 8, 1), np.uint8), columns=2, captions=["a"])

@@ -44,6 +44,18 @@ def test_the_lines_are_the_numbers():
     assert ticks == ["1", "2", "4", "8", "16", "32", "64"]
 
 
+def test_many_methods_are_told_apart_and_leave_the_points_free():
+    """By colour and marker together; the legend stands beside the axes."""
+    many = [plots.Series(f"method {i}", "ddim", [1, 2], [3.0, 1.0 + i], [None, None]) for i in range(12)]
+    figure = plots.scores_against_nfe(many, metric="fid")
+    (axes,), (legend,) = figure.axes, figure.legends
+    looks = [(to_hex(line.get_color()), line.get_marker()) for line in (c.lines[0] for c in axes.containers)]
+    assert len(set(looks)) == 12 and axes.get_legend() is None
+    figure.draw_without_rendering()
+    assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
+    assert len(legend.get_texts()) == 12
+
+
 @pytest.mark.parametrize(("values", "scale"), [([1.0, 9.0], "linear"), ([1.0, 11.0], "log"), ([-0.1, 11.0], "linear")])
 def test_scores_are_on_a_log_axis_where_they_can_and_need_to_be(values, scale):
     series = [plots.Series("cd", "ddim", [1, 2], values, [None, None])]

@@ -87,7 +87,7 @@ def _train(run_together, directory, jobs, *, num_processes=1):
     command = [sys.executable, str(ROOT / "tests" / "training" / "run_on_meshes.py"), str(directory), *jobs]
     if num_processes > 1:
         command.append("WHERE")
-    flags = f"--xla_force_host_platform_device_count={8 // num_processes}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // num_processes}"
     (_, output, _), *others = ended = run_together(*[command] * num_processes, XLA_FLAGS=flags)
     for code, _, errors in ended:
         assert code == 0, errors
@@ -131,7 +131,8 @@ def test_each_device_does_its_share(tmp_path, data, fsdp, tensor):
     command = [sys.executable, "-m", "mscm.plan", "--config=configs/digits_teacher.py", "--topology=host"]
     command += [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
     command += ["--config.model.scan_blocks=True", "--config.train.steps_per_dispatch=1", f"--json={plan}"]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = json.loads(plan.read_text())

@@ -1,0 +1,13 @@
+"""Captioned digits 16x16, distillation of the guidance alone, 256 steps.
+
+Command:   python -m mscm.main --config=configs/captioned_digits_cd256.py --workdir=DIR
+Hardware:  two CPU cores
+Cost:      5 minutes after the teacher, which is trained first unless config.teacher.workdir names one
+Expected:  caption_accuracy not measured yet with these settings
+"""
+
+from configs import captioned_digits
+
+
+def get_config():
+    return captioned_digits.student(student_steps=256)

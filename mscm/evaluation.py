@@ -493,14 +493,19 @@ def conditions_in_turn(experiment: Experiment, seed: int = 0) -> Conditions:
     """
     if experiment.data.text is None:
         return lambda indices: (indices % experiment.data.num_classes).astype(np.int32)
-    source = _reference_source(experiment)
+    source = _captioned(experiment)
     return lambda indices: source.texts(*_captions_in_turn(source, seed, indices))
 
 
 def captions_in_turn(experiment: Experiment, indices: Int[np.ndarray, "b"], seed: int = 0) -> list[str]:
     """The captions of `conditions_in_turn`, as words."""
-    source = _reference_source(experiment)
+    source = _captioned(experiment)
     return captions.in_epochs(source, *_captions_in_turn(source, seed, indices))
+
+
+@functools.lru_cache(maxsize=2)  # every row of scores asks for its tokens, its words and those of its grid
+def _captioned(experiment: Experiment) -> captions.WithTokens:
+    return _reference_source(experiment)
 
 
 def _captions_in_turn(

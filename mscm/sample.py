@@ -52,7 +52,6 @@ def main() -> None:
         num_steps = own_steps(sampler) or default.num_steps
     spec = SamplerSpec(sampler, num_steps)
     evaluation.check_sampler(experiment, spec, force=FORCE.value)
-    shown = _what_to_show(experiment)
     if OUTPUT.value is None:
         output = os.path.join(workdir, "samples.png")
     else:
@@ -61,6 +60,7 @@ def main() -> None:
         raise ConfigError(
             f"--teacher: got {experiment.name!r} and {output!r}, expected a student and a grid, whose name ends in .png"
         )
+    shown = _what_to_show(experiment)
 
     models = [(experiment, evaluation.read_ema(experiment, workdir, STEP.value), spec)]
     if TEACHER.value:

@@ -488,7 +488,7 @@ def pauses(monkeypatch):
 
 def test_records_that_are_cut_or_vanish_are_named(prepared):
     """The shard and the record; also by a process that opens it anew."""
-    shard, anew = Path(prepared._paths[1]), pickle.dumps(prepared)
+    shard, anew = Path(prepared._shards.paths[1]), pickle.dumps(prepared)
     expected = prepared.load(np.arange(40))["image"]
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
@@ -510,12 +510,12 @@ def test_a_record_is_read_again(prepared, pauses, caplog):
             raise RuntimeError("read() failed: Stale file handle; reading x")
 
     expected = prepared.load(np.arange(40))
-    prepared._readers[1] = Failing()
+    prepared._shards._readers[1] = Failing()
     with caplog.at_level(logging.WARNING):
         got = prepared.load(np.arange(40))
     jax.tree.map(np.testing.assert_array_equal, got, expected)
     assert pauses == [1.0]
-    assert f"{prepared._paths[1]}: could not be read (Stale file handle); trying it again in 1 s" in caplog.text
+    assert f"{prepared._shards.paths[1]}: could not be read (Stale file handle); trying it again in 1 s" in caplog.text
 
 
 def test_files_that_vanish_are_named(tmp_path, pictures):

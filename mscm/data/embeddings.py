@@ -7,9 +7,7 @@
 captions are counted image by image.
 """
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -19,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Float16, Integer
 
-from mscm import atomic, failures
-from mscm.data import reading
+from mscm import atomic
+from mscm.data.shards import Shards, writing_shard
 from mscm.types import Text
 
 FORMAT = "mscm text 1"
@@ -130,22 +127,13 @@ def _read_note(shard: Path, of_all: list[Any]) -> dict[str, Any] | None:
 
 
 def _write_shard(path: Path, of_all: list[Any], captions: Sequence[str], encoder: Encoder) -> dict[str, Any]:
-    temporary, digest = f"{path}.{os.getpid()}.tmp", hashlib.sha256()
-    writer = ArrayRecordWriter(temporary, "group_size:1,uncompressed")
-    try:
-        with failures.naming(path):
-            for start in range(0, len(captions), _AT_A_TIME):
-                for row in encoder.encode(captions[start : start + _AT_A_TIME]):
-                    record = np.ascontiguousarray(row, np.float16).tobytes()
-                    digest.update(record)
-                    writer.write(record)
-            writer.close()
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(RuntimeError):
-            writer.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    digest = hashlib.sha256()
+    with writing_shard(path) as writer:
+        for start in range(0, len(captions), _AT_A_TIME):
+            for row in encoder.encode(captions[start : start + _AT_A_TIME]):
+                record = np.ascontiguousarray(row, np.float16).tobytes()
+                digest.update(record)
+                writer.write(record)
     note = {"of": of_all, "shard": path.name, "size": len(captions), "sha256": digest.hexdigest()}
     atomic.write_text(_note_path(path), json.dumps(note))
     return note
@@ -173,22 +161,14 @@ class Embeddings:
         self.card = _checked(path, values)
         if self.card.captions_sha256 != captions_sha256:
             raise ValueError(f"{path}: got embeddings of other captions than the split's; embed them again")
-        self._paths = [os.fspath(Path(directory) / name) for name in self.card.shards]
         try:
-            sizes = tuple(reader.num_records() for reader in self._readers)
+            self._shards = Shards([Path(directory) / name for name in self.card.shards])
         except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(f"{directory}: got a broken shard ({error}); embed the captions again") from error
+        sizes = self._shards.sizes
         if sizes != self.card.shard_sizes:
             expected = self.card.shard_sizes
             raise ValueError(f"{path}: got shards of {sizes} captions, expected {expected}; embed the captions again")
-        self._starts = np.cumsum((0, *sizes[:-1]))
-
-    @functools.cached_property
-    def _readers(self) -> list[ArrayRecordReader]:
-        return [ArrayRecordReader(path) for path in self._paths]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_readers"}  # each process opens its own
 
     def __len__(self) -> int:
         return self.card.num_captions
@@ -202,19 +182,17 @@ class Embeddings:
         """
         tokens = np.zeros((len(numbers), length, self.card.features), np.float16)
         mask = np.zeros(tokens.shape[:2], bool)
-        shards = np.searchsorted(self._starts, numbers, side="right") - 1
-        for row, there, shard, number in zip(tokens, mask, shards.tolist(), numbers.tolist(), strict=True):
-            embedded = self._read(shard, number - int(self._starts[shard]))[:length]
+        for row, there, (shard, i) in zip(tokens, mask, self._shards.places(numbers), strict=True):
+            embedded = self._read(shard, i)[:length]
             row[: len(embedded)], there[: len(embedded)] = embedded, True
         return Text(tokens, mask)
 
     def _read(self, shard: int, i: int) -> Float16[np.ndarray, "_ e"]:
         try:
-            record = reading.patiently(lambda: self._readers[shard].read([i])[0], self._paths[shard])
-            return np.frombuffer(record, np.float16).reshape(-1, self.card.features)
+            return np.frombuffer(self._shards.read(shard, i), np.float16).reshape(-1, self.card.features)
         except (RuntimeError, IndexError, ValueError) as error:
             raise ValueError(
-                f"{self._paths[shard]}: got a broken record, number {i} ({error}); embed the captions again"
+                f"{self._shards.paths[shard]}: got a broken record, number {i} ({error}); embed the captions again"
             ) from error
 
     def verify(self) -> None:
@@ -228,7 +206,8 @@ class Embeddings:
             for i in range(size):
                 digest.update(self._read(shard, i).tobytes())
             if digest.hexdigest() != expected:
-                raise ValueError(f"{self._paths[shard]}: got other bytes than were written; embed the captions again")
+                path = self._shards.paths[shard]
+                raise ValueError(f"{path}: got other bytes than were written; embed the captions again")
 
 
 def _checked(path: Path, values: Any) -> Card:

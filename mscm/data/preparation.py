@@ -23,9 +23,10 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from mscm import atomic, failures, processes
+from mscm import atomic, processes
 from mscm.data import images, records
 from mscm.data.folders import ImageFiles
+from mscm.data.shards import writing_shard
 from mscm.data.tfds_source import TfdsFiles
 
 # (images done, images in all, seconds of this run, images done in this run)
@@ -232,19 +233,8 @@ def _share(counter, stop) -> None:
 
 def _write_shard(files: ImageFiles | TfdsFiles, settings: Settings, shard: _Shard) -> dict:
     """Writes a shard and its note. Runs in a worker process."""
-    temporary = f"{shard.path}.{os.getpid()}.tmp"
-    # Records one by one for random access. PNG does not compress further; raw pixels are for who wants speed.
-    writer = ArrayRecordWriter(temporary, "group_size:1,uncompressed")
-    try:
-        with failures.naming(shard.path):  # of ArrayRecord's RuntimeError
-            found = _write_images(writer, files, settings)
-            writer.close()
-            os.replace(temporary, shard.path)
-    finally:
-        with contextlib.suppress(RuntimeError):
-            writer.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    with writing_shard(shard.path) as writer:
+        found = _write_images(writer, files, settings)
     note = {"settings": shard.settings, "files": shard.files, **found}
     atomic.write_text(records.note_path(shard.path), json.dumps(note))
     return note

@@ -9,7 +9,6 @@
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -18,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int32, Integer, UInt8
 
 from mscm.arrays import read_npy
-from mscm.data import images, png, reading
+from mscm.data import images, png
 from mscm.data.embeddings import Embeddings
+from mscm.data.shards import Shards
 
 FORMAT = "mscm records 2"
 ENCODINGS = ("png", "raw")
@@ -192,11 +191,11 @@ class RecordSource:
             self.labels = read_npy(labels_path(directory, split))
         except ValueError as error:
             raise ValueError(f"{labels_path(directory, split)}: got no labels ({error}); prepare it again") from error
-        self._paths = [os.fspath(path) for path in paths]
         try:
-            sizes = tuple(reader.num_records() for reader in self._readers)
+            self._shards = Shards(paths)
         except (RuntimeError, ValueError) as error:  # ArrayRecord's
             raise ValueError(f"{directory}: got a broken shard ({error}); prepare it again") from error
+        sizes = self._shards.sizes
         if sizes != self.card.shard_sizes:
             i = next(i for i, size in enumerate(sizes) if size != self.card.shard_sizes[i])
             raise ValueError(
@@ -215,7 +214,6 @@ class RecordSource:
                 f"expected 0 to {num_classes - 1}; prepare it again"
             )
         self.captions = None if self.card.captions_sha256 is None else self._read_captions(directory)
-        self._starts = np.cumsum((0, *sizes[:-1]))
         if len(self):
             self.load(np.array([0]))  # refuses records of another encoding or size
 
@@ -236,13 +234,6 @@ class RecordSource:
         if hashlib.sha256(data).hexdigest() != self.card.captions_sha256:
             raise ValueError(f"{path}: got other captions than those of {self.split}.json; prepare it again")
         return tuple(tuple(json.loads(line)) for line in data.decode().splitlines())
-
-    @functools.cached_property
-    def _readers(self) -> list[ArrayRecordReader]:
-        return [ArrayRecordReader(path) for path in self._paths]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_readers"}  # each process opens its own
 
     num_classes = property(lambda self: len(self.card.class_names))
     class_names = property(lambda self: self.card.class_names)
@@ -268,9 +259,7 @@ class RecordSource:
           BrokenImage: a record is damaged; names its file.
           OSError: its file cannot be read, or not any more.
         """
-        # One by one: to ask ArrayRecord for many at once wakes threads for them and takes twice the time.
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        places = list(zip(shards.tolist(), (indices - self._starts[shards]).tolist(), strict=True))
+        places = self._shards.places(indices)
         encoded = [self._read(shard, i) for shard, i in places]
         try:
             pixels = decode(encoded, self.card)
@@ -281,15 +270,8 @@ class RecordSource:
         return {"image": pixels, "label": self.labels[indices]}
 
     def _read(self, shard: int, i: int) -> bytes:
-        def read() -> bytes:
-            try:
-                return self._readers[shard].read([i])[0]
-            except RuntimeError:  # a reader that has failed fails again
-                self._readers[shard] = ArrayRecordReader(self._paths[shard])
-                raise
-
         try:
-            return reading.patiently(read, self._paths[shard])
+            return self._shards.read(shard, i)
         except (RuntimeError, IndexError) as error:
             raise self._broken(shard, i, error) from error
 
@@ -301,7 +283,8 @@ class RecordSource:
             raise self._broken(shard, i, error) from error
 
     def _broken(self, shard: int, i: int, error: Exception) -> images.BrokenImage:
-        return images.BrokenImage(f"{self._paths[shard]}: got a broken record, number {i} ({error}); prepare it again")
+        path = self._shards.paths[shard]
+        return images.BrokenImage(f"{path}: got a broken record, number {i} ({error}); prepare it again")
 
     def verify(self) -> None:
         """Reads every image and compares with the card's checksum.

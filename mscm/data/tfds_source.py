@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from mscm.data import images
+from mscm.data.captioned_files import CLASS_NAMES
 from mscm.data.folders import Entry
 
 _BLOCK = 1024  # examples in memory while labels are read
@@ -136,7 +137,7 @@ def _captioned_files(path: str, builder, split: str) -> TfdsFiles:
     if lost:
         raise ValueError(f"got no caption of {lost[0]}, expected one of each image")
     return TfdsFiles(
-        path, split, ("captioned",), entries, image, str(builder.data_path), captions=tuple(map(tuple, said))
+        path, split, CLASS_NAMES, entries, image, str(builder.data_path), captions=tuple(map(tuple, said))
     )
 
 

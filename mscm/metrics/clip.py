@@ -26,8 +26,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from mscm import compilation
-from mscm.metrics import dinov2
+from mscm.metrics import dinov2, files
 from mscm.metrics.alignment import Alignment
+from mscm.metrics.dinov2 import dense, layer_norm
 from mscm.metrics.features import FeatureNetwork, Outputs
 
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -85,8 +86,8 @@ def load(directory: str | os.PathLike) -> Alignment:
     except Exception as error:  # the two libraries raise their own
         raise ValueError(f"{folder}: got a CLIP that cannot be read ({' '.join(str(error).split()):.200})") from error
     params = from_torch(tensors)
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes())
-    digest.update((folder / "tokenizer.json").read_bytes())
+    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes())
+    digest.update(files.fingerprint(files.flat(params)).encode())
     return make(params, config, functools.partial(_tokens_of, tokenizer, config.length), digest.hexdigest())
 
 
@@ -211,9 +212,9 @@ def encode_images(params: Params, config: Config, images: UInt8[Array, "n h w c"
         x = x.reshape(len(x), side * side, -1)
         first = jnp.broadcast_to(params["class"][None, None], (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1) + params["position"][None]
-        x = _layer_norm(params["norm_in"], x, config.vision.epsilon)
+        x = layer_norm(params["norm_in"], x, config.vision.epsilon)
         x = _transformer(params["layers"], x, config.vision, None)
-        return jnp.matmul(_layer_norm(params["norm_out"], x[:, :1], config.vision.epsilon)[:, 0], params["projection"])
+        return jnp.matmul(layer_norm(params["norm_out"], x[:, :1], config.vision.epsilon)[:, 0], params["projection"])
 
 
 def encode_texts(params: Params, tokens: Int[Array, "n t"], *, config: Config) -> Float[Array, "n d"]:
@@ -221,7 +222,7 @@ def encode_texts(params: Params, tokens: Int[Array, "n t"], *, config: Config) -
     with jax.default_matmul_precision("highest"):
         x = params["token"][tokens] + params["position"][None]
         causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-        x = _layer_norm(params["norm_out"], _transformer(params["layers"], x, config.text, causal), config.text.epsilon)
+        x = layer_norm(params["norm_out"], _transformer(params["layers"], x, config.text, causal), config.text.epsilon)
         # The first of them: a text is filled up with more.
         last = jnp.argmax(tokens if config.end is None else tokens == config.end, axis=1)
         return jnp.matmul(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0], params["projection"])
@@ -231,24 +232,14 @@ def _transformer(
     layers: Params, x: Float[Array, "n t d"], tower: Tower, mask: Bool[Array, "t t"] | None
 ) -> Float[Array, "n t d"]:
     def layer(x: Array, params: Params) -> tuple[Array, None]:
-        h = _layer_norm(params["norm1"], x, tower.epsilon)
-        q, k, v = (_dense(params[name], h).reshape(*h.shape[:2], tower.num_heads, -1) for name in "qkv")
+        h = layer_norm(params["norm1"], x, tower.epsilon)
+        q, k, v = (dense(params[name], h).reshape(*h.shape[:2], tower.num_heads, -1) for name in "qkv")
         h = jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[None, None])
-        x = x + _dense(params["out"], h.reshape(x.shape))
-        h = _ACTIVATIONS[tower.activation](_dense(params["fc1"], _layer_norm(params["norm2"], x, tower.epsilon)))
-        return x + _dense(params["fc2"], h), None
+        x = x + dense(params["out"], h.reshape(x.shape))
+        h = _ACTIVATIONS[tower.activation](dense(params["fc1"], layer_norm(params["norm2"], x, tower.epsilon)))
+        return x + dense(params["fc2"], h), None
 
     return lax.scan(layer, x, layers)[0]
-
-
-def _dense(params: Params, x: Float[Array, "n t i"]) -> Float[Array, "n t o"]:
-    return jnp.matmul(x, params["kernel"]) + params["bias"][None, None]
-
-
-def _layer_norm(params: Params, x: Float[Array, "n t d"], epsilon: float) -> Float[Array, "n t d"]:
-    x = x - x.mean(-1, keepdims=True)
-    x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
-    return x * params["scale"][None, None] + params["bias"][None, None]
 
 
 def _tokens_of(tokenizer: Any, length: int, captions: Sequence[str]) -> Int[np.ndarray, "n t"]:

@@ -130,7 +130,7 @@ def apply(params: Params, images: UInt8[Array, "n h w c"]) -> Float[Array, "n d"
     with jax.default_matmul_precision(precision):
         hidden = _tokens(params, resize(images))
         hidden, _ = lax.scan(lambda hidden, block: (_block(block, hidden), None), hidden, params["blocks"])
-    return _norm(params["norm"], hidden[:, :1])[:, 0]
+    return layer_norm(params["norm"], hidden[:, :1])[:, 0]
 
 
 def resize(images: UInt8[Array, "n h w c"]) -> Float[Array, "n 224 224 3"]:
@@ -225,33 +225,35 @@ def _tokens(params: Params, images: Float[Array, "n 224 224 3"]) -> Float[Array,
     mean, std = (np.reshape(np.float32(values), (1, 1, 1, 3)) for values in (_MEAN, _STD))
     pixels = (images / 255.0 - mean) / std
     patches = pixels.reshape(-1, GRID, PATCH, GRID, PATCH, 3).swapaxes(2, 3).reshape(-1, GRID * GRID, PATCH * PATCH * 3)
-    patches = _dense(params["patch_embed"], patches.astype(params["patch_embed"]["kernel"].dtype))
+    patches = dense(params["patch_embed"], patches.astype(params["patch_embed"]["kernel"].dtype))
     cls_token = jnp.broadcast_to(params["cls_token"], (len(images), 1, patches.shape[-1]))
     return jnp.concatenate([cls_token, patches], axis=1) + params["pos_embed"][None]
 
 
 def _block(params: Params, hidden: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
     """Attention and MLP, each between a norm and LayerScale."""
-    queries, keys, values = jnp.split(_dense(params["qkv"], _norm_like(params["norm1"], hidden)), 3, axis=-1)
+    queries, keys, values = jnp.split(dense(params["qkv"], _norm_like(params["norm1"], hidden)), 3, axis=-1)
     heads = (x.reshape(*x.shape[:2], -1, HEAD_DIM) for x in (queries, keys, values))
     attended = jax.nn.dot_product_attention(*heads).reshape(hidden.shape)
-    hidden = hidden + params["ls1"][None, None] * _dense(params["proj"], attended)
-    inner = jax.nn.gelu(_dense(params["fc1"], _norm_like(params["norm2"], hidden)), approximate=False)
-    return hidden + params["ls2"][None, None] * _dense(params["fc2"], inner)
+    hidden = hidden + params["ls1"][None, None] * dense(params["proj"], attended)
+    inner = jax.nn.gelu(dense(params["fc1"], _norm_like(params["norm2"], hidden)), approximate=False)
+    return hidden + params["ls2"][None, None] * dense(params["fc2"], inner)
 
 
-def _dense(params: Params, inputs: Float[Array, "n t i"]) -> Float[Array, "n t o"]:
+def dense(params: Params, inputs: Float[Array, "n t i"]) -> Float[Array, "n t o"]:
     return jnp.matmul(inputs, params["kernel"]) + params["bias"][None, None]
 
 
 def _norm_like(params: Params, hidden: Array) -> Array:
-    return _norm(params, hidden).astype(hidden.dtype)
+    return layer_norm(params, hidden).astype(hidden.dtype)
 
 
-def _norm(params: Params, hidden: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
+def layer_norm(
+    params: Params, hidden: Float[Array, "n t d"], epsilon: float = _NORM_EPSILON
+) -> Float[Array, "n t d"]:
     """LayerNorm, in float32."""
     hidden = hidden.astype(jnp.float32)
     hidden = hidden - hidden.mean(-1, keepdims=True)
-    hidden = hidden * lax.rsqrt(jnp.square(hidden).mean(-1, keepdims=True) + _NORM_EPSILON)
+    hidden = hidden * lax.rsqrt(jnp.square(hidden).mean(-1, keepdims=True) + epsilon)
     scale, bias = (params[key].astype(jnp.float32)[None, None] for key in ("scale", "bias"))
     return hidden * scale + bias

@@ -36,7 +36,9 @@ class Writer:
         if active:
             with failures.naming(self._logdir):
                 directory_check(self._logdir)
-                self._events = EventsWriter(os.path.join(self._logdir, "events"))
+                # Its own name ends at the second and the host, and would empty the file of a job that was done within it.
+                # Readers take files in the order of their names.
+                self._events = EventsWriter(os.path.join(self._logdir, "events"), f".{time.time_ns()}")
         if first_step is not None:
             self._write(first_step, session_log=SessionLog(status=SessionLog.START))
 

@@ -1,7 +1,10 @@
 """Event files."""
 
+import time
+
 import numpy as np
 
+from benchmarks.kill_test import scalars
 from mscm.report.writer import Writer
 
 
@@ -46,3 +49,12 @@ def test_one_of_several_processes_writes(tmp_path):
         writer.write_scalars(3, {"loss": 0.5})
         writer.flush()
     assert not list(tmp_path.iterdir())
+
+
+def test_writers_of_one_second_have_a_file_each(tmp_path, monkeypatch):
+    """A job that is done within a second leaves its events to the next, in the order of the files' names."""
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    for step in range(3):
+        with Writer(tmp_path) as writer:
+            writer.write_scalars(step, {"loss": 2.0**step})
+    assert scalars(tmp_path) == [(0, "loss", 1.0), (1, "loss", 2.0), (2, "loss", 4.0)]

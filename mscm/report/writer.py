@@ -36,8 +36,8 @@ class Writer:
         if active:
             with failures.naming(self._logdir):
                 directory_check(self._logdir)
-                # Its own name ends at the second and the host, and would empty the file of a job that was done within it.
-                # Readers take files in the order of their names.
+                # With its own end: a name of the second and the host alone is that of another job of the same second,
+                # whose file would be emptied. Readers take files in the order of their names.
                 self._events = EventsWriter(os.path.join(self._logdir, "events"), f".{time.time_ns()}")
         if first_step is not None:
             self._write(first_step, session_log=SessionLog(status=SessionLog.START))

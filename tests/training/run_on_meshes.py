@@ -1,9 +1,10 @@
 """Trains a small distillation on a mesh, or goes on with one; run by test_partition in processes of several devices.
 
-  run_on_meshes.py DIRECTORY NAME:MESH:STEPS... [HOST:PORT,PROCESSES,INDEX]
+  run_on_meshes.py FAMILY DIRECTORY NAME:MESH:STEPS... [HOST:PORT,PROCESSES,INDEX]
 
 Each job trains DIRECTORY/NAME on MESH, such as 2x2x2, to STEPS steps in all. Process 0 prints, as JSON, a line for each
 job: the losses of its steps, bytes of the parameters in all and on one device; and writes the parameters to NAME.npz.
+FAMILY is digits or captioned_digits, whose teacher is guided.
 """
 
 import json
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from configs import digits
+from configs import captioned_digits, digits
 from mscm import distributed, training_loop
 from mscm import experiment as experiments
 from mscm.checkpoint import Checkpoints
@@ -23,14 +24,22 @@ def small(config):
     """Every width divides by 8, two scanned blocks, dropout."""
     config.model.middle.update(dict(width=64, num_blocks=2, dropout=0.1))
     config.model.update(dict(emb_dim=32, head_dim=16, scan_blocks=True))
+    if "text" in config.model:
+        config.model.text.update(dict(width=64, num_blocks=1))
     config.train.update(dict(batch_size=16, steps_per_dispatch=1))
     config.optimizer.eps = 1e-4  # with 1e-12 Adam makes a full step of a gradient that is rounding noise
     return config
 
 
-def train(directory: str, name: str, mesh: str, num_steps: int) -> None:
+STUDENTS = {
+    "digits": lambda: digits.student(student_steps=2, distil=True),
+    "captioned_digits": lambda: captioned_digits.student(student_steps=2),
+}
+
+
+def train(family: str, directory: str, name: str, mesh: str, num_steps: int) -> None:
     """One job."""
-    config = small(digits.student(student_steps=2, distil=True))
+    config = small(STUDENTS[family]())
     data, fsdp, tensor = map(int, mesh.split("x"))
     config.mesh = dict(data=data, fsdp=fsdp, tensor=tensor)
     experiment = experiments.build(config)
@@ -60,7 +69,7 @@ def train(directory: str, name: str, mesh: str, num_steps: int) -> None:
         print(json.dumps({"name": name, "losses": losses, "bytes": total, "local": local}), flush=True)
 
 
-def main(directory: str, jobs: list[str]) -> None:
+def main(family: str, directory: str, jobs: list[str]) -> None:
     """All jobs, in the process that the last argument may name."""
     if "," in jobs[-1]:
         distributed.start(jobs.pop())
@@ -68,8 +77,8 @@ def main(directory: str, jobs: list[str]) -> None:
     experiments.load_config = lambda path: small(load(path))
     for job in jobs:
         name, mesh, num_steps = job.split(":")
-        train(directory, name, mesh, int(num_steps))
+        train(family, directory, name, mesh, int(num_steps))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(*sys.argv[1:3], sys.argv[3:])

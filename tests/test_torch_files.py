@@ -12,8 +12,8 @@ import zlib
 import numpy as np
 import pytest
 
-from mscm.metrics import torch_files
-from mscm.metrics.torch_files import read_torch_file
+from mscm import torch_files
+from mscm.torch_files import read_torch_file
 
 # Sequential(Linear(2, 1)) with weight [[1, 2]] and bias [3], as PyTorch 2.13.0 writes it: a whole legacy file, and
 # data.pkl of torch.save and of torch.jit.save.
@@ -285,7 +285,7 @@ def test_code_is_named_and_not_run(refused, tmp_path, write, protocol, function,
 @pytest.mark.parametrize(
     "name",
     ["os.system", "torch.storage._load_from_bytes", "torch.serialization._get_layout", "torch.load", "torch._C.Foo",
-     "torch._utils._rebuild_tensor_v3", "numpy.core.multiarray._reconstruct", "mscm.metrics.torch_files._Tensor",
+     "torch._utils._rebuild_tensor_v3", "numpy.core.multiarray._reconstruct", "mscm.torch_files._Tensor",
      "torch_files.__torch__.X", "collections.defaultdict", "model.Net", "back.\\slash", "m\u00f6del.Net"],
 )
 def test_other_names_are_refused_even_uncalled(refused, name):

@@ -28,6 +28,8 @@ def main() -> None:
     origin, colon, path = FROM.value.partition(":")
     if not colon or not path:
         raise ConfigError(f"--from: got {FROM.value!r}, expected ORIGIN:FILE, such as edm:FILE.pkl")
+    if "://" in path:
+        raise ConfigError(f"--from: got {path!r}, expected a file on this machine: nothing is downloaded")
     workdir = cli.output_of(run_flags.WORKDIR, "folder")
     experiment = build(run_flags.CONFIG.value)
     notes = teachers.import_teacher(experiment, origin, path, workdir)

@@ -247,13 +247,12 @@ def _torch_name(path: str, side: int, *, is_adm: bool) -> str:
 
 def _transposed(value: np.ndarray, path: str, *, is_adm: bool) -> np.ndarray:
     """A tensor of PyTorch (outputs first) with the axes that Flax has, outputs last."""
-    *_, layer, leaf = path.split("/")
-    if layer == "qkv":
+    if "/qkv/" in path:
         # Query, key and value of a channel are neighbours there; here those of a head are.
         width = len(value) // 3
         heads = width // unet.HEAD_DIM if is_adm else 1
         value = value.reshape(heads, width // heads, 3, -1).swapaxes(1, 2).reshape(value.shape)
-    if leaf != "kernel":
+    if not path.endswith("/kernel"):
         return value
     if value.ndim == 4 and value.shape[2:] == (1, 1):
         value = value[:, :, 0, 0]

@@ -1,4 +1,4 @@
-"""Files of EDM's networks, as `pickle.dump` writes the modules of `torch_utils.persistence`; without PyTorch."""
+"""Small networks of EDM's, configs of them, and their files as `pickle.dump` writes them; without PyTorch."""
 
 import contextlib
 import math
@@ -28,6 +28,46 @@ TINY = {
     # Two heads at the lower level, and blocks that resample without a projection.
     "adm": dict(_TINY, model_type="DhariwalUNet", model_channels=32, channel_mult=[1, 4]),
 }
+
+# A teacher of the networks of TINY on the digits, and what is made of it.
+CONFIG = """
+from configs import base, digits
+
+
+def get_config(run="teacher"):
+    config = digits._base()
+    config.model = dict(
+        name={name!r}, conditional={conditional}, channels={channels}, channel_mult={mult}, num_blocks=1,
+        attention_resolutions=(4,), dropout=0.0, dtype="float32", remat=None, logsnr_input="log_sigma",
+        guidance_input=False, attention="auto",
+    )
+    config.prediction = "edm"
+    config.schedule.update(dict(shift=0.0, logsnr_min=-8.764, logsnr_max=12.429))
+    config.optimizer.warmup_steps = 0
+    config.train.update(dict(num_steps=2, batch_size=2, steps_per_dispatch=1, log_every_steps=1, save_every_steps=2))
+    config.eval.update(dict(num_images=20, batch_size=20, network="pixels", at_end=False))
+    if run == "teacher":
+        config = base.edm(config, family="tiny", num_steps=18)
+        config.eval.update(dict(teacher_samplers=("heun:grid=karras",), teacher_steps=(2, 18)))
+        return config
+    config.eval.update(dict(teacher_samplers=("heun:grid=karras",), teacher_steps=(2, 4)))
+    if run == "cd":
+        teacher_steps = dict(start=8.0, end=64.0, anneal_steps=2)
+        config = base.student(config, family="tiny", student_steps=2, distil=True, teacher_steps=teacher_steps)
+    elif run == "pd":
+        config = base.progressive(config, family="tiny", phase_steps=(4, 2, 1))
+    else:
+        config = base.tract_of_edm(config, family="tiny", teacher_steps=8, student_steps=1, run="tract1")
+    config.teacher.config = "teacher.py"
+    return config
+"""
+
+
+def config_of(name: str, *, conditional: bool = True) -> str:
+    a = TINY[name]
+    return CONFIG.format(
+        name=name, conditional=conditional, channels=a["model_channels"], mult=tuple(a["channel_mult"])
+    )
 
 
 def random_network(seed: int = 0, **arguments: Any) -> Network:

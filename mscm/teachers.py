@@ -94,11 +94,11 @@ def import_teacher(experiment: Experiment, origin: str, path: str, workdir: str)
         reason = error.strerror or error if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
         raise ConfigError(f"--from: {path}: {reason}") from error
     imported = {"from": origin, "file": os.path.basename(path), "sha256": sha256, "licence": source.licence}
-    with Checkpoints(workdir, keep=1) as checkpoints:
-        step = experiment.train.num_steps  # who watches the directory knows that no other comes
-        checkpoints.save_ema(step, weights.params, experiment.facts() | {"imported": imported})
     atomic.write_text(os.path.join(workdir, "LICENCE"), f"{source.licence}\n\n{json.dumps(imported, indent=2)}\n")
     atomic.write_text(os.path.join(workdir, "config.json"), json.dumps(experiment.config, indent=2) + "\n")
+    with Checkpoints(workdir, keep=1) as checkpoints:  # last: who finds it finds all
+        step = experiment.train.num_steps  # who watches the directory knows that no other comes
+        checkpoints.save_ema(step, weights.params, experiment.facts() | {"imported": imported})
     return (f"SHA-256 {sha256[:12]}...", *weights.notes, source.licence)
 
 

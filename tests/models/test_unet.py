@@ -14,6 +14,7 @@ import pytest
 
 from mscm.models import unet
 from mscm.models.unet import UNet
+from mscm.training import partition
 from tests.edm_files import TINY, images
 from tests.models.edm_reference import Network, NumPy, Weights
 
@@ -166,6 +167,19 @@ def test_guidance_as_an_input_is_nothing_at_first(weights_of):
     guided = model.apply({"params": params}, z, jnp.ones(1), label, jnp.full(1, 3.0), train=False)
     plain = make("adm").apply({"params": weights_of("adm")}, z, jnp.ones(1), label, train=False)
     np.testing.assert_array_equal(guided, plain)
+
+
+@ARCHITECTURES
+def test_every_matrix_is_cut_among_devices(name):
+    """Along `fsdp`, whatever its layer; queries, keys and values along `tensor` too, which a head takes whole."""
+    boxed = jax.eval_shape(lambda: init(make(name)))["params"]
+    specs = partition.partition_specs(boxed, dict(data=1, fsdp=2, tensor=2))
+    shapes = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(boxed))
+    is_spec = lambda node: isinstance(node, jax.sharding.PartitionSpec)  # noqa: E731
+    for (path, leaf), spec in zip(shapes, jax.tree.leaves(specs, is_leaf=is_spec), strict=True):
+        if leaf.ndim > 1 and 1 not in leaf.shape[-2:]:
+            assert "fsdp" in tuple(spec), jax.tree_util.keystr(path)
+    assert tuple(specs["dec_4x4_in0"]["qkv"]["kernel"]) == ("fsdp", "tensor")
 
 
 def test_rematerialised_blocks_are_the_same_function(weights_of):

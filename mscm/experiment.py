@@ -740,8 +740,8 @@ def _teacher(
     of_teacher.mesh = config.mesh
     if "attention" in config.model and "attention" in of_teacher.model:
         of_teacher.model.attention = config.model.attention  # it runs on the same devices
-    if config.prediction in PRECONDITIONED and of_teacher.prediction in ON_ANY_SCHEDULE:
-        of_teacher.schedule = config.schedule  # where its student asks it
+    if config.prediction in PRECONDITIONED and of_teacher.get("prediction") in ON_ANY_SCHEDULE:
+        of_teacher.schedule = config.schedule  # on whose levels the student asks it
     experiment = build(of_teacher, heirs=(*heirs, file))
     if guidance and experiment.method.guidance_range is not None:
         raise ConfigError(

@@ -25,6 +25,7 @@ MAX_PICKLE_BYTES = 16 * 2**20  # a hundred thousand tensors; of a pickled module
 MAX_ENTRIES = 100_000  # of all dicts together; one that is named twice counts twice
 MAX_NAME = 512  # characters of a tensor's dotted name
 MAX_RANK = 64  # of numpy
+MAX_ARGUMENTS = 100  # of a pickled module, and numbers in one of them
 MAX_GROWTH = 16  # bytes of tensors per byte of file: tied and expanded weights are stored once and returned each
 
 _DTYPES = {
@@ -528,12 +529,16 @@ def _arguments(given: dict) -> dict[str, Any]:
     def plain(value: Any) -> bool:
         return value is None or type(value) in (bool, int, float) or (type(value) is str and len(value) <= MAX_NAME)
 
+    if len(given) > MAX_ARGUMENTS:
+        raise _Refused(
+            f"got a module made with {len(given)} arguments, expected at most {MAX_ARGUMENTS}; check the path."
+        )
     for name, value in given.items():
         rows = value if type(value) in (list, tuple) else [value]
-        if type(name) is not str or not all(plain(row) for row in rows):
+        if type(name) is not str or len(rows) > MAX_ARGUMENTS or not all(plain(row) for row in rows):
             raise _Refused(
-                f"got a module made with {name!r} of another kind than numbers and texts, expected those; it is not a "
-                "network that is known here."
+                f"got a module made with {name!r} of another kind than numbers and texts, or more than {MAX_ARGUMENTS} "
+                "of them, expected those; it is not a network that is known here."
             )
     return {name: list(value) if type(value) is tuple else value for name, value in given.items()}
 

@@ -28,6 +28,8 @@ TINY = {
     # Two heads at the lower level, and blocks that resample without a projection.
     "adm": dict(_TINY, model_type="DhariwalUNet", model_channels=32, channel_mult=[1, 4]),
 }
+# The smallest, to train.
+LEAST = dict(TINY["ddpmpp"], channel_mult=[1], attn_resolutions=[8])
 
 # A teacher of the networks of TINY on the digits, and what is made of it.
 CONFIG = """
@@ -38,7 +40,7 @@ def get_config(run="teacher"):
     config = digits._base()
     config.model = dict(
         name={name!r}, conditional={conditional}, channels={channels}, channel_mult={mult}, num_blocks=1,
-        attention_resolutions=(4,), dropout=0.0, dtype="float32", remat=None, logsnr_input="log_sigma",
+        attention_resolutions={resolutions}, dropout=0.0, dtype="float32", remat=None, logsnr_input="log_sigma",
         guidance_input=False, attention="auto",
     )
     config.prediction = "edm"
@@ -55,7 +57,7 @@ def get_config(run="teacher"):
         teacher_steps = dict(start=8.0, end=64.0, anneal_steps=2)
         config = base.student(config, family="tiny", student_steps=2, distil=True, teacher_steps=teacher_steps)
     elif run == "pd":
-        config = base.progressive(config, family="tiny", phase_steps=(4, 2, 1))
+        config = base.progressive(config, family="tiny", phase_steps=(4, 2))
     else:
         config = base.tract_of_edm(config, family="tiny", teacher_steps=8, student_steps=1, run="tract1")
     config.teacher.config = "teacher.py"
@@ -63,10 +65,12 @@ def get_config(run="teacher"):
 """
 
 
-def config_of(name: str, *, conditional: bool = True) -> str:
-    a = TINY[name]
+def config_of(name: str, **changes: Any) -> str:
+    """A config file for a network of TINY, made with other arguments where some are given."""
+    a = TINY[name] | changes
     return CONFIG.format(
-        name=name, conditional=conditional, channels=a["model_channels"], mult=tuple(a["channel_mult"])
+        name=name, conditional=a["label_dim"] > 0, channels=a["model_channels"], mult=tuple(a["channel_mult"]),
+        resolutions=tuple(a["attn_resolutions"]),
     )
 
 

@@ -15,7 +15,7 @@ from mscm.config import load_config
 from mscm.diffusion import sampler, steps
 from mscm.experiment import build
 from tests import commands, tiny_run
-from tests.edm_files import TINY, config_of, images, pickled, random_network
+from tests.edm_files import LEAST, TINY, config_of, images, pickled, random_network
 from tests.models.edm_reference import Network, denoised, heun_states, torch_operations
 
 ARCHITECTURES = pytest.mark.parametrize("name", TINY)
@@ -25,8 +25,8 @@ def experiment_of(tmp_path, monkeypatch):
     """The experiment of a config that stands in the current directory, which is an empty one."""
     monkeypatch.chdir(tmp_path)
 
-    def make(name: str, run: str = "teacher", *, conditional: bool = True):
-        (tmp_path / "teacher.py").write_text(config_of(name, conditional=conditional))
+    def make(name: str, run: str = "teacher", **changes):
+        (tmp_path / "teacher.py").write_text(config_of(name, **changes))
         return build(load_config(f"teacher.py:{run}"))
 
     return make
@@ -34,9 +34,10 @@ def experiment_of(tmp_path, monkeypatch):
 
 def write(name: str, path: str = "net.pkl", **changes) -> Network:
     """A network at random, and its file."""
-    network = random_network(**TINY[name] | changes)
+    arguments = TINY[name] | changes
+    network = random_network(**arguments)
     with open(path, "wb") as file:
-        file.write(pickled(network.weights, **TINY[name] | changes))
+        file.write(pickled(network.weights, **arguments))
     return network
 
 
@@ -107,12 +108,12 @@ def test_sampling_is_edms_at_every_step(experiment_of, library):
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """A directory with `teacher.py`, DDPM++'s file `net.pkl`, and `t`, what the command has made of it."""
+    """A directory with `teacher.py`, a small file `net.pkl`, and `t`, what the command has made of it."""
     root = tmp_path_factory.mktemp("imported")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        (root / "teacher.py").write_text(config_of("ddpmpp"))
-        write("ddpmpp")
+        (root / "teacher.py").write_text(config_of("ddpmpp", **LEAST))
+        write("ddpmpp", **LEAST)
         assert commands.run("import_teacher", "--config=teacher.py", "--from=edm:net.pkl", "--workdir=t") == 0
     return root
 
@@ -178,7 +179,7 @@ def test_a_state_dict_is_the_same(experiment_of, monkeypatch):
 
 
 def test_a_network_without_classes(experiment_of):
-    experiment = experiment_of("ddpmpp", conditional=False)
+    experiment = experiment_of("ddpmpp", label_dim=0)
     network = write("ddpmpp", label_dim=0)
     teachers.import_teacher(experiment, "edm", "net.pkl", "t")
     denoiser = jax.jit(experiment.denoiser(evaluation.read_ema(experiment, "t"), jnp.arange(2)))

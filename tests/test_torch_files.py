@@ -648,6 +648,8 @@ def bad_blob(blob) -> Raw:
         ({"ema": bad_blob(legacy(module(), {}))}, f"asks for '{PERSISTENT}'"),
         ({"ema": module(x={"a": 1})}, "made with 'x' of another kind"),
         ({"ema": module(x=[[1]])}, "made with 'x' of another kind"),
+        ({"ema": module(x=(1,) * 101)}, "made with 'x' of another kind than numbers and texts, or more than 100"),
+        ({"ema": module(**{f"x{i}": i for i in range(101)})}, "made with 101 arguments, expected at most 100"),
         ({"ema": module(), "x": named("torch.nn.Linear")}, "asks for 'torch.nn.Linear'"),
         ({"ema": module(), "x": call("os.system", "touch marker")}, "asks for 'os.system'"),
         ({"ema": module(), "x": Raw(named("numpy.dtype") + b")\x81")}, "makes a 'numpy.dtype'"),

@@ -229,9 +229,9 @@ class ConditionEmbedding(nn.Module):
 
 
 def guidance_features(guidance: Times, num_features: int) -> Embedding:
-    """Sinusoids of a weight of guidance: [0, infinity) becomes [0, 1).
+    """Sinusoids of a weight of guidance, after [0, infinity) has become [0, 1).
 
-    Through a layer that is zero at first, so that a teacher's weights are still its function.
+    For a layer that is zero at first, so that a teacher's weights are still its function.
     """
     return sinusoids(1000.0 * jnp.arctan(guidance) / (0.5 * math.pi), num_features)
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from configs import base
 
 _LOGSNR_MIN, _LOGSNR_MAX = -2 * math.log(80.0), -2 * math.log(0.002)
+_SAMPLERS = ("heun:grid=karras",)  # EDM's levels whatever the number of steps
 _VARIANTS = {"": (True, "ddpmpp"), "cond-ve": (True, "ncsnpp"), "uncond-vp": (False, "ddpmpp"),
              "uncond-ve": (False, "ncsnpp")}
 
@@ -76,14 +77,14 @@ def _model(name: str, **sizes) -> dict:
 
 def _of_edm(config: ConfigDict, *, teacher_steps: tuple[int, ...]) -> ConfigDict:
     config.prediction = "edm"
-    config.eval.update(dict(teacher_samplers=("heun:grid=karras",), teacher_steps=teacher_steps))
+    config.eval.update(dict(teacher_samplers=_SAMPLERS, teacher_steps=teacher_steps))
     return config
 
 
 def _teacher(config: ConfigDict, *, family: str, num_steps: int, dropout: float, variant: str = "") -> ConfigDict:
-    samplers, config.model.dropout = config.eval.teacher_samplers, dropout
+    config.model.dropout = dropout
     config = base.edm(config, family=family, run="teacher", num_steps=num_steps, variant=variant)
-    config.eval.teacher_samplers = samplers
+    config.eval.teacher_samplers = _SAMPLERS
     return config
 
 
@@ -123,13 +124,10 @@ def cifar10_progressive(*, variant: str) -> ConfigDict:
 
 def cifar10_tract(*, variant: str) -> ConfigDict:
     """TRACT of EDM's model, from 40 steps to 1 in one phase; arXiv:2303.04248."""
-    samplers = (config := _cifar10(variant=variant)).eval.teacher_samplers
-    config = base.tract_of_edm(
-        config, family="edm_cifar10", teacher_steps=40, student_steps=1, run="tract1", variant=variant,
-        teacher="teacher",
+    return base.tract_of_edm(
+        _cifar10(variant=variant), family="edm_cifar10", teacher_steps=40, student_steps=1, run="tract1",
+        variant=variant, teacher="teacher",
     )
-    config.eval.teacher_samplers = samplers
-    return config
 
 
 def imagenet64_teacher() -> ConfigDict:

@@ -66,12 +66,12 @@ def teacher(
     return config
 
 
-def edm(config: ConfigDict, *, family: str, num_steps: int, variant: str = "") -> ConfigDict:
+def edm(config: ConfigDict, *, family: str, num_steps: int, run: str = "edm", variant: str = "") -> ConfigDict:
     """A diffusion model as EDM's (arXiv:2206.00364): schedule, noise, preconditioning, loss and optimiser.
 
     `num_steps` of its sampler are those whose levels are at the times j / num_steps.
     """
-    config = teacher(config, family=family, run="edm", variant=variant)
+    config = teacher(config, family=family, run=run, variant=variant)
     config.objective.update(dict(loss="edm_mse", noise=dict(mean=-1.2, std=1.2)))
     config.eval.teacher_samplers = ("heun",)
     config.optimizer.update(dict(b2=0.999, eps=1e-8, clip_norm=placeholder(float)))
@@ -156,11 +156,18 @@ def tract(
 
 
 def tract_of_edm(
-    config: ConfigDict, *, family: str, teacher_steps: int, student_steps: int, run: str, variant: str = ""
+    config: ConfigDict,
+    *,
+    family: str,
+    teacher_steps: int,
+    student_steps: int,
+    run: str,
+    variant: str = "",
+    teacher: str = "edm",
 ) -> ConfigDict:
     """TRACT's variant for EDM's models: one phase, of Heun's steps; arXiv:2303.04248."""
     steps = (teacher_steps, student_steps)
-    config = tract(config, family=family, phase_steps=steps, run=run, variant=variant, teacher="edm")
+    config = tract(config, family=family, phase_steps=steps, run=run, variant=variant, teacher=teacher)
     config.objective.update(dict(solver=dict(name="heun"), distance="edm_mse"))
     _on_edm_levels(config, "edm", num_steps=teacher_steps)
     return config

@@ -21,14 +21,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from mscm import compilation
-from mscm.checkpoint import first_mismatch, parameter_shapes
+from mscm.checkpoint import ON_ANY_SCHEDULE, first_mismatch, parameter_shapes
 from mscm.config import ConfigError, Section, flat, load_config
 from mscm.data import captions, sources
 from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import schedule as schedules
 from mscm.methods import OBJECTIVES, Frozen, Method, Parts, network
 from mscm.metrics import weights
-from mscm.models import attention, mlp, text, uvit
+from mscm.models import attention, mlp, text, unet, uvit
 from mscm.sampling import SamplerSpec, own_steps
 from mscm.training import optimizer as optimizers
 from mscm.training import partition
@@ -225,7 +225,7 @@ class Experiment:
         try:
             mesh = partition.make_mesh(self.mesh_sizes, self.devices)
             partition.check_batch_size(self.train.batch_size, self.train.num_microbatches, mesh)
-            if isinstance(self.model, uvit.UViT):
+            if isinstance(self.model, uvit.UViT | unet.UNet):
                 attention.check_device(self.model.attention, mesh.devices.flat[0])
         except ValueError as error:
             raise ConfigError(f"config {self.name!r}: {error}") from error
@@ -503,6 +503,11 @@ def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experim
     if spec.alignment is not None and data.text is None:
         raise ConfigError(f"config.eval.alignment: got {spec.alignment!r}, expected None for a model of labels")
     optimizer_section = root.section("optimizer")
+    if config.model.name == "ncsnpp" and config.optimizer.get("weight_decay"):
+        raise ConfigError(
+            f"config.optimizer.weight_decay: got {config.optimizer.weight_decay}, expected 0.0 with config.model "
+            "'ncsnpp': its random frequencies are not trained, and would decay"
+        )
     bind_rate = optimizer_section.bind(functools.partial(optimizers.make_learning_rate, num_steps=train.num_steps))
     learning_rate = bind_rate()
     ema = root.section("ema")
@@ -672,7 +677,30 @@ def _mlp(section: Section, data: DataSpec) -> mlp.MLP:
     )
 
 
-MODELS: dict[str, Callable[[Section, DataSpec], nn.Module]] = {"uvit": _uvit, "mlp": _mlp}
+def _unet(architecture: str, section: Section, data: DataSpec) -> unet.UNet:
+    if data.text is not None:
+        raise ConfigError(f"config.data.text: got one, expected none: config.model {architecture!r} reads no captions")
+    return unet.UNet(
+        architecture=architecture,
+        out_channels=data.channels,
+        num_classes=data.num_classes if section.take("conditional") else None,
+        channel_mult=section.whole_numbers("channel_mult"),
+        attention_resolutions=section.whole_numbers("attention_resolutions"),
+        dropout=section.number("dropout", minimum=0.0, below=1.0),
+        dtype=section.choose("dtype", DTYPES),
+        remat_policy=section.take("remat"),
+        logsnr_input=section.take("logsnr_input"),
+        guidance_input=bool(section.take("guidance_input")),
+        attention=section.choose("attention", attention.IMPLEMENTATIONS),
+        **{key: section.number(key, minimum=1) for key in ("channels", "num_blocks")},
+    )
+
+
+MODELS: dict[str, Callable[[Section, DataSpec], nn.Module]] = {
+    "uvit": _uvit,
+    "mlp": _mlp,
+    **{name: functools.partial(_unet, name) for name in unet.ARCHITECTURES},
+}
 
 
 def _init(model: nn.Module, data: DataSpec, key: Key) -> Params:
@@ -710,8 +738,10 @@ def _teacher(
     of_teacher = load_config(file)
     of_teacher.data = config.data  # so that --config.data.path is said once
     of_teacher.mesh = config.mesh
-    if config.model.name == of_teacher.model.name == "uvit":
+    if "attention" in config.model and "attention" in of_teacher.model:
         of_teacher.model.attention = config.model.attention  # it runs on the same devices
+    if config.prediction in PRECONDITIONED and of_teacher.get("prediction") in ON_ANY_SCHEDULE:
+        of_teacher.schedule = config.schedule  # on whose levels the student asks it
     experiment = build(of_teacher, heirs=(*heirs, file))
     if guidance and experiment.method.guidance_range is not None:
         raise ConfigError(

@@ -31,7 +31,7 @@ from mscm.experiment import build
 from mscm.metrics import dinov2, features, files, gathering, reference_statistics
 from mscm.metrics.moments import Moments
 from mscm.metrics.statistics import Statistics
-from tests import commands
+from tests import commands, edm_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,6 +79,9 @@ def store(tmp_path_factory):
     root = tmp_path_factory.mktemp("store")
     (root / "teacher.py").write_text(TEACHER)
     (root / "student.py").write_text(STUDENT)
+    (root / "edm.py").write_text(edm_files.config_of("ddpmpp"))
+    arguments = edm_files.TINY["ddpmpp"]
+    (root / "net.pkl").write_bytes(edm_files.pickled(edm_files.random_network(**arguments).weights, **arguments))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         save(root / "t", "teacher.py")
@@ -735,6 +738,33 @@ DATA = [
     ),
 ]
 
+ELSEWHERE = [
+    ("import_teacher --config=edm.py --workdir=run", "Flag --from must have a value"),
+    *(
+        (f"import_teacher --config=edm.py --workdir=run --from={source}", f"--from: {sentence}", *prepare)
+        for source, sentence, *prepare in (
+            ("", "got '', expected ORIGIN:FILE"),
+            ("net.pkl", "got 'net.pkl', expected ORIGIN:FILE"),
+            ("edm:", "got 'edm:', expected ORIGIN:FILE"),
+            ("adm:net.pkl", "got origin 'adm', expected one of edm"),
+            ("edm:https://host/net.pkl", "got 'https://host/net.pkl', expected a file on this machine"),
+            ("edm:nowhere.pkl", "nowhere.pkl: No such file"),
+            ("edm:d.pkl", "d.pkl: Is a directory", folder("d.pkl")),
+            ("edm:x.pkl", "x.pkl: got a file that begins with b'hello', expected a pickle", write("x.pkl", "hello")),
+            ("edm:x.pkl", "x.pkl: got a pickle that asks for 'posix.system'", write("x.pkl", EVIL)),
+            ("edm:x.pt", "x.pt: got a pickle that asks for 'posix.system'", write("x.pt", EVIL)),
+            ("edm:x.pkl", "x.pkl: got a pickle without a network 'ema'", write("x.pkl", pickle.dumps({"net": 1}))),
+            ("edm:net.pkl", "net.pkl: got a damaged file", cut("net.pkl", 50_000)),
+            ("edm:net.pkl --config.model.num_blocks=2", "net.pkl: got another .* num_blocks: got 1, expected 2"),
+            ("edm:x.npz", "x.npz: .*pickled objects", savez("x.npz", a=np.array([Evil()], object))),
+            ("edm:x.npz", "x.npz: got no tensor 'dec.4x4_block0.affine.bias'", savez("x.npz", a=np.zeros(3))),
+        )
+    ),
+    ("import_teacher --config=teacher.py --workdir=run --from=edm:net.pkl", "expected a diffusion model of ddpmpp"),
+    ("import_teacher --config=edm.py --workdir=t --from=edm:net.pkl", "got 't', which has checkpoints"),
+    ("import_teacher --config=edm.py --workdir=f --from=edm:net.pkl", "--workdir: got 'f', expected a fol", write("f")),
+]
+
 TABLES = [
     ("compare --workdir= --output=o", "--workdir: got none"),
     ("compare --workdir=nowhere --output=o", "nowhere, which has no config.json"),
@@ -754,7 +784,7 @@ TABLES = [
     ("plan --config=teacher.py --topology=host --config.mesh.data=7", "mesh: got data=7"),
 ]
 
-ROWS = [*CONFIGS, *PLACES, *SAMPLING, *SCORING, *DATA, *TABLES]
+ROWS = [*CONFIGS, *PLACES, *SAMPLING, *SCORING, *DATA, *ELSEWHERE, *TABLES]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, where reading fails
@@ -775,6 +805,7 @@ def test_there_are_many():
         "eval",
         "compare",
         "prepare",
+        "import_teacher",
         "plan",
         "metrics.reference",
         "metrics.convert",

@@ -70,6 +70,22 @@ def test_parameters_that_mean_something_else_are_refused(workdir, fact):
     assert str(value) in str(error.value)
 
 
+def test_a_preconditioned_diffusion_model_is_the_same_on_any_schedule(tmp_path):
+    """Not a student, whose segments are times of the schedule, and not one of another prediction."""
+    for prediction, student_steps, is_free in (("edm", None, True), ("edm", 2, False), ("v", None, False)):
+        facts = _facts(_state(2)) | {"prediction": prediction, "student_steps": student_steps}
+        workdir = tmp_path / f"{prediction}{student_steps}"
+        with Checkpoints(workdir, keep=1) as checkpoints:
+            checkpoints.save(_state(2), facts)
+        other = facts | {"schedule": {"name": "karras"}}
+        with reading(workdir) as checkpoints:
+            if is_free:
+                assert checkpoints.check(other) == 2
+                continue
+            with pytest.raises(CheckpointError, match="with schedule = .*, expected"):
+                checkpoints.check(other)
+
+
 def test_only_who_names_the_data_cares(workdir):
     facts = _facts(_state(6))
     del facts["data"]

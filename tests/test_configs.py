@@ -19,15 +19,25 @@ from mscm.config import ConfigError
 from mscm.experiment import build
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = ("digits", "cifar10", "imagenet", "captioned_digits", "t2i512")
+FAMILIES = ("digits", "cifar10", "imagenet", "captioned_digits", "t2i512", "edm")
 ALONE = "toy_mixture"  # family and runs in one file
 FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in (*FAMILIES, ALONE, "base", "__init__"))
-VARIANTS = {"imagenet": (":large",), "cifar": (":small",), "t2i": (":high",)}
+VARIANTS = {
+    "imagenet": (":large",), "cifar": (":small",), "t2i": (":high",),
+    "edm_cifar10": (":cond-ve", ":uncond-vp", ":uncond-ve"),
+}
+
+
+def _family(stem: str) -> str:
+    """What `VARIANTS` calls the family of a file."""
+    return stem.rpartition("_")[0] if stem.startswith("edm_") else stem.split("_")[0].rstrip("0123456789")
+
+
 # What --config takes, relative to the root of the repository: every file, and its other variant where there is one.
 ALL_CONFIGS = [
     f"configs/{path.name}{suffix}"
     for path in FILES
-    for suffix in ("", *VARIANTS.get(path.stem.split("_")[0].rstrip("0123456789"), ()))
+    for suffix in ("", *VARIANTS.get(_family(path.stem), ()))
     if path.stem + suffix != "t2i512_teacher:high"  # guidance is of its students
 ]
 TOY = [f"configs/{ALONE}.py:{run}" for run in ("teacher", "cd1", "cd2", "cd4", "ct1", "ct2", "ct4")]
@@ -66,6 +76,8 @@ def test_the_files_that_the_readme_promises_exist():
     others |= {f"digits_{run}" for run in ("guidable", "guided", "guided_cd4")} | {"imagenet64_ict", "imagenet64_pd"}
     others |= {f"t2i512_{run}" for run in ("teacher", "cd4", "cd8", "cd16", "cd256")}
     others |= {f"captioned_digits_{run}" for run in ("teacher", "cd4", "cd8", "cd256")}
+    others |= {f"edm_cifar10_{run}" for run in ("teacher", "cd1", "cd2", "cd4", "cd8", "pd", "tract1")}
+    others |= {f"edm_imagenet64_{run}" for run in ("teacher", "cd1", "cd2", "cd4", "cd8")}
     assert {path.stem for path in FILES} == small | imagenet | others
 
 
@@ -80,13 +92,15 @@ def test_loads_and_is_deterministic(name):
 @pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_a_caller_cannot_change_the_next_one(name):
     config = load(name)
-    config.model.middle.width += 1
-    assert load(name).model.middle.width == config.model.middle.width - 1
+    sizes, key = (config.model.middle, "width") if "middle" in config.model else (config.model, "num_blocks")
+    sizes[key] += 1
+    again = load(name).model
+    assert again.get("middle", again)[key] == sizes[key] - 1
 
 
 def test_every_config_has_the_keys_of_its_kind():
-    # The parameters of a schedule and the number of stages may differ; everything else is one schema for an objective,
-    # of which consistency models from data alone read less.
+    # The parameters of a schedule and the number of stages may differ; everything else is one schema for an objective
+    # and a kind of network, of which consistency models from data alone read less.
     differs = ("model.stages", "schedule.", "data.text.", "model.text.", "eval.alignment")
     schemas = {}
     for name in ALL_CONFIGS:
@@ -95,8 +109,9 @@ def test_every_config_has_the_keys_of_its_kind():
         found = {path for path in paths(config) if not path.startswith((*differs, "objective.noise"))}
         if config.objective.name == "consistency":
             found = {path for path in found if not path.startswith(("objective.", "teacher"))}
-        assert schemas.setdefault(config.objective.name, found) == found
-    assert len(schemas) == 6
+        is_unet = "channel_mult" in config.model
+        assert schemas.setdefault((config.objective.name, is_unet), found) == found
+    assert len(schemas) == 6 + 4
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -131,6 +146,8 @@ def test_header_names_command_hardware_cost_and_expected_result(path):
     for field in ("Command:", "Hardware:", "Cost:", "Expected:"):
         assert field in header
     assert f"python -m mscm.main --config=configs/{path.name} --workdir=" in header
+    if path.stem.startswith("edm_"):
+        assert "python -m mscm.import_teacher" in header or "CC BY-NC-SA 4.0" in header
     expected = " ".join(header.partition("Expected:")[2].split())
     if path.stem.startswith("imagenet"):
         assert f"--config=configs/{path.name}:large" in header
@@ -138,6 +155,8 @@ def test_header_names_command_hardware_cost_and_expected_result(path):
         assert expected.startswith("FID") and "the paper's" in expected and "not reproduced here" in expected
     elif path.stem.startswith("t2i"):
         assert "CLIP score" in expected and "the paper's" in expected and "not reproduced here" in expected
+    elif path.stem.startswith("edm_imagenet64"):
+        assert expected.startswith("FID") and "the paper's" in expected and "not reproduced here" in expected
     elif path.stem.startswith("captioned"):
         assert "caption_accuracy" in expected
     else:
@@ -204,8 +223,26 @@ def test_student_differs_from_its_teacher_only_in_the_method(name):
     teacher = load(student.teacher.config)
     if student.objective.name == "guided":  # the weight of guidance becomes an input
         teacher.model.guidance_input = True
+    if student.name.startswith("edm_"):  # which are asked on any schedule, and are not trained here
+        assert (student.model.dropout, student.prediction) == (0.0, "edm") and teacher.model.dropout > 0
+        teacher.schedule, teacher.model.dropout = student.schedule, 0.0
     for part in ("data", "model", "schedule", "prediction"):
         assert student[part] == teacher[part]
+
+
+@pytest.mark.parametrize("name", [n for n in ALL_CONFIGS if "/edm_" in n])
+def test_students_of_edms_networks_ask_them_what_they_know(name):
+    """No noise beyond sigma / alpha = 80, nor, but for the data itself, below 0.002."""
+    schedule = build(load(name)).schedule
+    alpha, sigma = schedule(jnp.array([0.0, 0.06, 1.0]))
+    u = np.ravel(sigma / alpha)
+    assert u[2] == pytest.approx(80, rel=1e-4) and u[1] > 0.00199
+    assert u[0] == pytest.approx(0.002, rel=1e-4) or (u[0] == 0 and load(name).schedule.name == "karras")
+
+
+def test_unknown_variant_of_edm():
+    with pytest.raises(ValueError, match="got 'vp', expected one of '', 'cond-ve', 'uncond-vp', 'uncond-ve'"):
+        load("configs/edm_cifar10_cd4.py:vp")
 
 
 # Of C4 and C5 of the papers' tables: images in a step, steps, rate, average.
@@ -377,7 +414,7 @@ def test_flag_finds_the_family_from_another_directory(tmp_path):
 
 def test_reading_a_config_imports_no_heavy_library():
     """`--help` and an error in a config must not wait for jax."""
-    script = "import sys, configs.digits, configs.cifar10, configs.imagenet, configs.toy_mixture"
+    script = "import sys, configs.digits, configs.cifar10, configs.imagenet, configs.toy_mixture, configs.edm"
     heavy = "jax", "flax", "numpy", "tensorflow_datasets"
     script += f"\nprint([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -418,7 +455,8 @@ def test_builds(name):
 
 # The files of a family differ in numbers that no shape depends on, so one of each kind of run and of each network.
 STEPPED = [name for name in ALL_CONFIGS if name.startswith("configs/digits")] + [
-    "configs/cifar10_teacher.py", "configs/cifar10_cd4.py:small"
+    "configs/cifar10_teacher.py", "configs/cifar10_cd4.py:small", "configs/edm_cifar10_cd4.py:cond-ve",
+    "configs/edm_imagenet64_teacher.py",
 ] + [
     f"configs/imagenet{side}_{run}.py{suffix}"
     for side, run, suffix in (
@@ -614,6 +652,14 @@ def test_a_teacher_has_the_attention_of_its_student():
     """It runs on the same devices."""
     experiment = build(_changed("configs/digits_cd2.py", model__attention="xla"))
     assert experiment.teacher.experiment.model.attention == "xla"
+
+
+def test_a_preconditioned_teacher_has_the_schedule_of_its_student():
+    """It is the same function on any; another prediction is refused above."""
+    experiment = build(_changed("configs/digits_tract_edm1.py", schedule__rho=5.0))
+    teacher = experiment.teacher.experiment
+    assert teacher.config["schedule"] == experiment.config["schedule"] != load("configs/digits_edm.py").schedule
+    np.testing.assert_array_equal(teacher.schedule(jnp.ones(3) / 2), experiment.schedule(jnp.ones(3) / 2))
 
 
 def test_a_teacher_has_the_data_of_its_student():

@@ -17,7 +17,7 @@ LAYERS = (
     (6, "selfcheck", ("mscm.metrics.selfcheck",)),
     (0, "types", ("mscm.types",)),
     (0, "compilation", ("mscm.compilation",)),
-    (0, "files", ("mscm.arrays", "mscm.atomic", "mscm.failures", "mscm.processes", "mscm.remote")),
+    (0, "files", ("mscm.arrays", "mscm.atomic", "mscm.failures", "mscm.processes", "mscm.remote", "mscm.torch_files")),
     (1, "diffusion", ("mscm.diffusion.schedule", "mscm.diffusion.prediction", "mscm.diffusion.steps")),
     (2, "diffusion", ("mscm.diffusion.denoiser", "mscm.diffusion.sampler", "mscm.diffusion.paths")),
     (2, "objectives", ("mscm.objectives.*",)),
@@ -32,7 +32,8 @@ LAYERS = (
     (4, "cost", ("mscm.cost.*",)),
     (5, "build", ("mscm.experiment", "mscm.methods", "mscm.sampling", "mscm.evaluation", "mscm.cli", "mscm.run_flags",
                  "mscm.training_loop", "mscm.distributed", "mscm.planning", "mscm.evaluation_loop",
-                 "mscm.comparison", "mscm.stopping", "mscm.replay", "mscm.dry_run", "mscm.demonstration")),
+                 "mscm.comparison", "mscm.demonstration", "mscm.dry_run", "mscm.replay", "mscm.stopping",
+                 "mscm.teachers")),
     (6, "main", ("mscm.main",)),
     (6, "eval", ("mscm.eval",)),
     (6, "sample", ("mscm.sample",)),
@@ -40,6 +41,7 @@ LAYERS = (
     (6, "prepare", ("mscm.prepare",)),
     (6, "plan", ("mscm.plan",)),
     (6, "compare", ("mscm.compare",)),
+    (6, "import_teacher", ("mscm.import_teacher",)),
 )
 
 # What a unit may not import although its layer would allow it.

@@ -17,7 +17,7 @@ from etils import epath
 
 from mscm.metrics import dinov2, files, inception, lpips
 from mscm.metrics.features import FeatureNetwork
-from mscm.metrics.torch_files import read_torch_file
+from mscm.torch_files import read_torch_file
 
 _KIND = "mscm weights 1"
 _PROBE = "probe/"  # outputs at the time of conversion

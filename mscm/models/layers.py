@@ -105,8 +105,11 @@ def upsample(x: Images) -> Resized:
     return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
-def _kernel_init(axes: tuple[str | None, ...], zero: bool) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.zeros if zero else nn.initializers.lecun_normal(), axes)
+def _kernel_init(
+    axes: tuple[str | None, ...], zero: bool, init: nn.initializers.Initializer | None
+) -> nn.initializers.Initializer:
+    init = init or (nn.initializers.zeros if zero else nn.initializers.lecun_normal())
+    return nn.with_logical_partitioning(init, axes)
 
 
 def _vector_init(init: nn.initializers.Initializer, axis: str) -> nn.initializers.Initializer:
@@ -124,15 +127,36 @@ def _product(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) -
     return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def dense(features: int, axes: tuple[str, str], *, dtype: Any, name: str, zero: bool = False) -> nn.Dense:
-    """A Dense layer whose kernel carries the logical axes (input, output); on images it is the 1 x 1 convolution."""
-    return nn.Dense(features, dtype=dtype, kernel_init=_kernel_init(axes, zero), dot_general=_product,
-                    bias_init=_vector_init(nn.initializers.zeros, axes[1]), name=name)
+def dense(
+    features: int,
+    axes: tuple[str, str],
+    *,
+    dtype: Any,
+    name: str,
+    zero: bool = False,
+    init: nn.initializers.Initializer | None = None,
+    use_bias: bool = True,
+) -> nn.Dense:
+    """A Dense layer whose kernel carries the logical axes (input, output); on images it is the 1 x 1 convolution.
+
+    `init` of the kernel; None: zeros with `zero`, else LeCun's.
+    """
+    return nn.Dense(features, dtype=dtype, kernel_init=_kernel_init(axes, zero, init), dot_general=_product,
+                    use_bias=use_bias, bias_init=_vector_init(nn.initializers.zeros, axes[1]), name=name)
 
 
-def conv3x3(features: int, *, dtype: Any, name: str, zero: bool = False) -> nn.Conv:
-    """A 3 x 3 convolution with zero padding."""
-    return nn.Conv(features, (3, 3), dtype=dtype, kernel_init=_kernel_init((None, None, "conv_in", "conv_out"), zero),
+def conv3x3(
+    features: int,
+    *,
+    dtype: Any,
+    name: str,
+    zero: bool = False,
+    init: nn.initializers.Initializer | None = None,
+    padding: int = 1,
+) -> nn.Conv:
+    """A 3 x 3 convolution with zeros on `padding` pixels around the image; `init` as of `dense`."""
+    axes = (None, None, "conv_in", "conv_out")
+    return nn.Conv(features, (3, 3), dtype=dtype, padding=padding, kernel_init=_kernel_init(axes, zero, init),
                    bias_init=_vector_init(nn.initializers.zeros, "conv_out"), name=name)
 
 
@@ -145,6 +169,13 @@ def layer_norm(axis: str, *, dtype: Any, name: str, use_bias: bool = True) -> nn
     """The paper's `NormalizeWithBias`: a norm over the channels of each pixel with a learned scale and bias."""
     return nn.LayerNorm(dtype=dtype, use_bias=use_bias, scale_init=_vector_init(nn.initializers.ones, axis),
                         bias_init=_vector_init(nn.initializers.zeros, axis), name=name)
+
+
+def group_norm(channels: int, *, epsilon: float, dtype: Any, name: str) -> nn.GroupNorm:
+    """GroupNorm over the pixels and 32 groups of channels, fewer where a group would have less than four."""
+    return nn.GroupNorm(min(32, channels // 4), epsilon=epsilon, dtype=dtype, use_fast_variance=False,
+                        scale_init=_vector_init(nn.initializers.ones, "conv_in"),
+                        bias_init=_vector_init(nn.initializers.zeros, "conv_in"), name=name)
 
 
 class ConditionEmbedding(nn.Module):
@@ -176,9 +207,8 @@ class ConditionEmbedding(nn.Module):
             init = nn.with_logical_partitioning(nn.linear.default_embed_init, ("classes", "cond"))
             emb += nn.Embed(self.num_classes + 1, self.features, embedding_init=init, name="classes")(labels)
         if guidance is not None:
-            # [0, infinity) becomes [0, 1); zero at first, so that a teacher's weights are still its function.
-            bounded = sinusoids(1000.0 * jnp.arctan(guidance) / (0.5 * math.pi), self.features)
-            emb += dense(self.features, ("freq", "cond"), dtype=jnp.float32, name="guidance", zero=True)(bounded)
+            features = guidance_features(guidance, self.features)
+            emb += dense(self.features, ("freq", "cond"), dtype=jnp.float32, name="guidance", zero=True)(features)
         return emb
 
     def _check(self, labels: Labels | None) -> None:
@@ -196,6 +226,14 @@ class ConditionEmbedding(nn.Module):
                              f"{self.num_classes}: pass {self.num_classes}, the null class, for unconditional output")
         if labels is not None and self.num_classes is None:
             raise ValueError("got labels, expected None because num_classes=None: set num_classes or drop the labels")
+
+
+def guidance_features(guidance: Times, num_features: int) -> Embedding:
+    """Sinusoids of a weight of guidance, after [0, infinity) has become [0, 1).
+
+    For a layer that is zero at first, so that a teacher's weights are still its function.
+    """
+    return sinusoids(1000.0 * jnp.arctan(guidance) / (0.5 * math.pi), num_features)
 
 
 def check_guidance(guidance: Times | None, guidance_input: bool) -> None:

@@ -74,7 +74,7 @@ class ResidualStage(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, emb: Embedding, skips: list[Images] | None = None) -> tuple[Images, list[Images]]:
-        make_block = _remat(layers.ResidualBlock, self.remat_policy, scanned=False)
+        make_block = remat(layers.ResidualBlock, self.remat_policy, scanned=False)
         outputs = []
         for i in range(self.stage.num_blocks):
             block = make_block(self.stage.width, self.stage.dropout, self.train, self.dtype, name=f"block_{i}")
@@ -105,7 +105,7 @@ class TransformerStage(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.01), (None, None, "embed"))
         x = x + self.param("position", init, (h, w, c)).astype(x.dtype)[None]
         x = x.reshape(b, h * w, c)
-        make_block = _remat(layers.TransformerBlock, self.remat_policy, scanned=self.scan)
+        make_block = remat(layers.TransformerBlock, self.remat_policy, scanned=self.scan)
         fields = (c, self.head_dim, self.mlp_ratio, self.stage.dropout, self.train, self.dtype, self.attention)
         if self.scan:
             x, _ = nn.scan(
@@ -240,7 +240,8 @@ class UViT(nn.Module):
                              f"{', '.join(REMAT_POLICIES)}")
 
 
-def _remat(block: type[nn.Module], policy: str | None, *, scanned: bool) -> type[nn.Module]:
+def remat(block: type[nn.Module], policy: str | None, *, scanned: bool) -> type[nn.Module]:
+    """A block that keeps of its inside what one of REMAT_POLICIES says; all of it where there is none."""
     if policy is None:
         return block
     # Inside a scan nothing can be merged with the forward pass anyway, and the barrier against it would cost time.

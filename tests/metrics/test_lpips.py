@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mscm.metrics import files, lpips, weights
-from tests.metrics.test_torch_files import stored, tensor, zipped
+from tests.test_torch_files import stored, tensor, zipped
 
 NARROW = (4, 6, 8, 5, 7)
 distance = jax.jit(lpips.distance, static_argnames=("resize", "pooling"))

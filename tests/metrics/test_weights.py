@@ -12,7 +12,7 @@ import pytest
 from mscm.metrics import files, inception, weights
 from mscm.metrics.features import FeatureNetwork, Outputs
 from tests.metrics.test_inception import random_tensors
-from tests.metrics.test_torch_files import SIX, call, legacy, stored, tensor, zipped
+from tests.test_torch_files import SIX, call, legacy, stored, tensor, zipped
 
 
 def from_torch(tensors):

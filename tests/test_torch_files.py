@@ -5,15 +5,17 @@ import io
 import os
 import pickle
 import struct
+import sys
 import tracemalloc
+import types
 import zipfile
 import zlib
 
 import numpy as np
 import pytest
 
-from mscm.metrics import torch_files
-from mscm.metrics.torch_files import read_torch_file
+from mscm import torch_files
+from mscm.torch_files import read_pickled_module, read_torch_file
 
 # Sequential(Linear(2, 1)) with weight [[1, 2]] and bias [3], as PyTorch 2.13.0 writes it: a whole legacy file, and
 # data.pkl of torch.save and of torch.jit.save.
@@ -57,6 +59,10 @@ def emit(value) -> bytes:
         case int():
             number = pickle.encode_long(value)
             return b"\x8a" + bytes([len(number)]) + number
+        case float():
+            return b"G" + struct.pack(">d", value)
+        case bytes():
+            return b"B" + struct.pack("<I", len(value)) + value
         case str():
             return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
         case tuple():
@@ -285,7 +291,7 @@ def test_code_is_named_and_not_run(refused, tmp_path, write, protocol, function,
 @pytest.mark.parametrize(
     "name",
     ["os.system", "torch.storage._load_from_bytes", "torch.serialization._get_layout", "torch.load", "torch._C.Foo",
-     "torch._utils._rebuild_tensor_v3", "numpy.core.multiarray._reconstruct", "mscm.metrics.torch_files._Tensor",
+     "torch._utils._rebuild_tensor_v3", "numpy.core.multiarray._reconstruct", "mscm.torch_files._Tensor",
      "torch_files.__torch__.X", "collections.defaultdict", "model.Net", "back.\\slash", "m\u00f6del.Net"],
 )
 def test_other_names_are_refused_even_uncalled(refused, name):
@@ -561,6 +567,132 @@ def test_flipped_bytes(read, write):
     assert {None, 2} <= set(outcomes)
 
 
+PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
+
+
+def within(array=SIX, kind="Float") -> Raw:
+    """A storage as a pickle holds it: a whole file of torch.save."""
+    return call("torch.storage._load_from_bytes", legacy(stored(kind, "0", array.size), {"0": array}))
+
+
+def persistent(state, name="Net") -> Raw:
+    """A module with its source code, which would leave a file."""
+    source = "open('marker', 'w')"
+    return call(PERSISTENT, dict(type="class", version=6, module_src=source, class_name=name, state=state))
+
+
+def module(parameters=None, *, modules=None, **arguments) -> Raw:
+    """The module of a network; by default with the one tensor `w`."""
+    state = {"_parameters": {"w": tensor(within())} if parameters is None else parameters, "_buffers": {"none": None}}
+    state |= {"_modules": modules or {}, "_init_args": (), "_init_kwargs": arguments, "training": False}
+    return persistent(state)
+
+
+@pytest.fixture
+def read_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def read(content: bytes):
+        (tmp_path / "net.pkl").write_bytes(content)
+        try:
+            return read_pickled_module(tmp_path / "net.pkl", "ema")
+        finally:
+            assert not (tmp_path / "marker").exists()
+
+    return read
+
+
+def test_module_with_its_source_code(read_module):
+    """Names as of `state_dict()`; numbers of numpy and sets among the attributes are passed over."""
+    container = Raw(named("torch.nn.modules.container.ModuleDict") + b")\x81" + emit({
+        "_parameters": {}, "_buffers": {}, "_modules": {"8x8": module()}
+    }) + b"b")
+    dtype = Raw(call("numpy.dtype", "f8", False, True) + emit((3, "<", None, None, None, -1, -1, 0)) + b"b")
+    number = call("numpy.core.multiarray.scalar", dtype, bytes(8))
+    root = {
+        "loss_fn": persistent({"P_mean": -1.2}, "Loss"), "set": call("builtins.set", []), "empty": Raw(b"\x8f"),
+        "ema": module(modules={"enc": container}, mult=(1, 2), rate=0.5, name="x", nothing=None, flag=True),
+        "number": number,
+    }
+    found = read_module(dump(root))
+    assert found.class_name == "Net"
+    assert found.arguments == {"mult": [1, 2], "rate": 0.5, "name": "x", "nothing": None, "flag": True}
+    assert list(found.tensors) == ["w", "enc.8x8.w"]
+    for array in found.tensors.values():
+        np.testing.assert_array_equal(array, SIX, strict=True)
+
+
+def bad_blob(blob) -> Raw:
+    return module({"w": tensor(call("torch.storage._load_from_bytes", blob))})
+
+
+@pytest.mark.parametrize(
+    ("root", "sentence"),
+    [
+        ({"net": module()}, "without a network 'ema'"),
+        ({"ema": {"w": tensor(within())}}, "without a network 'ema'"),
+        ({"ema": persistent({"_modules": {}})}, "without a network 'ema'"),
+        ([module()], "without a network 'ema'"),
+        ({"ema": call(PERSISTENT, {"class_name": 3, "state": {}})}, "without the name of its class"),
+        ({"ema": call(PERSISTENT, {"class_name": "Net", "state": None})}, "without the name of its class"),
+        ({"ema": call(PERSISTENT, {"state": {}})}, "damaged"),
+        ({"ema": persistent({"_init_kwargs": {}, "_modules": {}, "_parameters": 3, "_buffers": {}})}, "damaged"),
+        ({"ema": module({})}, "got no tensors"),
+        ({"ema": module({"w": tensor()})}, "whose numbers are not in the pickle"),
+        ({"ema": module({"w": tensor(size=(2**40,), storage=stored(count=2**40), stride=(1,))})}, "at most 16 times"),
+        ({"ema": module({"w": tensor(within(), size=(3, 3))})}, "ends at element 9 of a storage of 6"),
+        ({"ema": bad_blob("text")}, "no string of bytes"),
+        ({"ema": bad_blob(b"bytes")}, "damaged"),
+        ({"ema": bad_blob(legacy({"w": tensor()}))}, "within a pickle that is no storage"),
+        ({"ema": bad_blob(legacy(within(), {}))}, "asks for 'torch.storage._load_from_bytes'"),
+        ({"ema": bad_blob(legacy(module(), {}))}, f"asks for '{PERSISTENT}'"),
+        ({"ema": module(x={"a": 1})}, "made with 'x' of another kind"),
+        ({"ema": module(x=[[1]])}, "made with 'x' of another kind"),
+        ({"ema": module(x=(1,) * 101)}, "made with 'x' of another kind than numbers and texts, or more than 100"),
+        ({"ema": module(**{f"x{i}": i for i in range(101)})}, "made with 101 arguments, expected at most 100"),
+        ({"ema": module(), "x": named("torch.nn.Linear")}, "asks for 'torch.nn.Linear'"),
+        ({"ema": module(), "x": call("os.system", "touch marker")}, "asks for 'os.system'"),
+        ({"ema": module(), "x": Raw(named("numpy.dtype") + b")\x81")}, "makes a 'numpy.dtype'"),
+    ],
+)
+def test_modules_that_are_refused(read_module, root, sentence):
+    with pytest.raises(ValueError, match="net.pkl: got ") as error:
+        read_module(dump(root))
+    assert sentence in str(error.value)
+
+
+def test_pickles_of_modules_are_bounded(read_module, monkeypatch):
+    """Without the numbers; a storage that is read a thousand times counts as often."""
+    monkeypatch.setattr(torch_files, "MAX_PICKLE_BYTES", 4000)
+    large = np.zeros(10_000, np.float32)
+    assert read_module(dump({"ema": module({"w": tensor(within(large))})})).tensors["w"].shape == (2, 3)
+    blob = Raw(emit(legacy(stored("Float", "0", 6), {"0": SIX})) + b"q\x07")
+    again = Raw(named("torch.storage._load_from_bytes") + b"h\x07\x85R")
+    with pytest.raises(ValueError, match="more than 4000 bytes"):
+        read_module(dump({"x": blob, "y": [again] * 20, "ema": module()}))
+    inside = persistent({"_parameters": {}, "_buffers": {}, "_modules": Raw(b"h\x09")})
+    itself = Raw(b"}q\x09(" + emit("x") + inside + b"u")
+    with pytest.raises(ValueError, match="more than 100000 entries or names of more than"):
+        read_module(dump({"ema": module(modules=itself)}))
+
+
+def test_damaged_modules(read_module):
+    content = dump({"ema": module(modules={"a": module()}, x=[1])})
+    for twentieth in range(20):
+        with pytest.raises(ValueError):
+            read_module(content[: len(content) * twentieth // 20])
+    rng, outcomes = np.random.RandomState(0), []
+    for _ in range(200):
+        damaged = bytearray(content)
+        damaged[rng.randint(len(content))] = rng.randint(256)
+        try:
+            outcomes.append(len(read_module(bytes(damaged)).tensors))
+        except ValueError as error:
+            assert "net.pkl: got " in str(error)
+            outcomes.append(None)
+    assert {None, 2} <= set(outcomes)
+
+
 @pytest.fixture
 def torch():
     return pytest.importorskip("torch")
@@ -611,3 +743,35 @@ def test_script_of_torch(tmp_path, torch, traced):
     tensors, expected = read_torch_file(path), torch.jit.load(path).state_dict()
     assert_same({name: tensors[name] for name in expected}, expected, torch)
     assert tensors.keys() == net.state_dict().keys()
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_pickled_module_of_torch(tmp_path, torch, protocol, monkeypatch):
+    """As the decorator of `torch_utils.persistence` reduces a module: its source and its attributes, no state."""
+    persistence = types.ModuleType("torch_utils.persistence")
+    persistence._reconstruct_persistent_obj = rebuild = lambda meta: pytest.fail("it was called")
+    rebuild.__module__, rebuild.__qualname__ = "torch_utils.persistence", "_reconstruct_persistent_obj"
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, "torch_utils.persistence", persistence)
+
+    class Net(torch.nn.Module):
+        def __init__(self, **arguments):
+            super().__init__()
+            self._init_args, self._init_kwargs, self.scale = (), arguments, np.sqrt(0.5)
+            self.weight = torch.nn.Parameter(torch.randn(2, 3))
+            self.bias = None
+            self.register_buffer("filter", torch.ones(2, 2).half())
+            self.register_buffer("absent", None)
+            self.enc = torch.nn.ModuleDict()
+
+        def __reduce__(self):
+            meta = dict(type="class", version=6, module_src="raise", class_name="Net", state=self.__dict__)
+            return rebuild, (meta,)
+
+    net = Net(channel_mult=[1, 2], dropout=0.13)
+    net.enc["8x8_block0"] = Net()
+    path = tmp_path / "net.pkl"
+    path.write_bytes(pickle.dumps({"ema": net.eval().requires_grad_(False), "loss_fn": None}, protocol))
+    found = read_pickled_module(path, "ema")
+    assert (found.class_name, found.arguments) == ("Net", {"channel_mult": [1, 2], "dropout": 0.13})
+    assert_same(found.tensors, net.state_dict(), torch)

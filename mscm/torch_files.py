@@ -1,6 +1,7 @@
 """Reads the tensors of PyTorch files without PyTorch, and without running anything that a file brings along.
 
     weights = read_torch_file("inception.pth")  # {"Conv2d_1a_3x3.conv.weight": float32 "32 3 3 3", ...}
+    network = read_pickled_module("edm-cifar10-32x32-cond-vp.pkl", "ema")  # network.tensors, as above
 
 A PyTorch file holds the raw numbers, and a pickle that says which of them is which tensor. A pickle is a program. Here
 only the instructions that build dicts, lists, tuples and scalars are known, and a name that it asks for is compared
@@ -15,14 +16,16 @@ import os
 import pickletools
 import struct
 import zipfile
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_PICKLE_BYTES = 16 * 2**20  # a hundred thousand tensors
+MAX_PICKLE_BYTES = 16 * 2**20  # a hundred thousand tensors; of a pickled module without the numbers
 MAX_ENTRIES = 100_000  # of all dicts together; one that is named twice counts twice
 MAX_NAME = 512  # characters of a tensor's dotted name
 MAX_RANK = 64  # of numpy
+MAX_ARGUMENTS = 100  # of a pickled module, and numbers in one of them
 MAX_GROWTH = 16  # bytes of tensors per byte of file: tied and expanded weights are stored once and returned each
 
 _DTYPES = {
@@ -45,7 +48,17 @@ _FIRST_ARGUMENT = {"torch._utils._rebuild_parameter", "torch.device", "torch.jit
 _GLOBALS = {"collections.OrderedDict"} | _REBUILD_TENSOR | _FIRST_ARGUMENT | {f"torch.{name}" for name in _DTYPES}
 _SCRIPT_CLASS = "__torch__."
 
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+# Of modules that NVIDIA's `torch_utils.persistence` pickles with their source code, which is text here.
+_PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
+_FROM_BYTES = "torch.storage._load_from_bytes"  # called with a whole file of torch.save that holds one storage
+_CONTAINERS = {"torch.nn.modules.container.ModuleDict"}
+_MEMBERS = ("_parameters", "_buffers", "_modules")
+_NUMPY_DTYPE = "numpy.dtype"
+# Called with what no tensor needs: numbers of numpy among the attributes, and empty sets.
+_IGNORED = {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "builtins.set"}
+_GLOBALS_OF_MODULES = _CONTAINERS | _IGNORED | {_PERSISTENT, _FROM_BYTES, _NUMPY_DTYPE}
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "EMPTY_SET": ()}
 _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINBYTES", "BINBYTES"} | {
     f"{size}{kind}" for size in ("SHORT_", "") for kind in ("BINSTRING", "BINUNICODE")
 }
@@ -79,6 +92,7 @@ class _Storage:
     kind: str
     key: str
     count: int
+    data: memoryview | None = None  # where the pickle itself has brought it
 
     @property
     def num_bytes(self) -> int:
@@ -98,9 +112,32 @@ class _Tensor:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class _ScriptObject:
+class _Object:
     name: str
     state: dict = dataclasses.field(default_factory=dict)
+
+    def members(self) -> dict:
+        """Of a module of PyTorch what `state_dict()` looks through; of an object of TorchScript its attributes."""
+        if "_modules" not in self.state:
+            return self.state
+        return {name: value for kind in _MEMBERS for name, value in self.state[kind].items()}
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Context:
+    """What the pickles of a file have in common."""
+
+    storages: dict[str, _Storage] = dataclasses.field(default_factory=dict)  # all that they mention
+    takes_modules: bool = False
+    num_bytes: int = 0  # that were read, without the numbers that stand within a pickle
+
+
+class PickledModule(NamedTuple):
+    """A module of PyTorch as a pickle describes it."""
+
+    class_name: str
+    arguments: dict[str, Any]  # with which it was made: texts, numbers, lists of them
+    tensors: dict[str, np.ndarray]  # parameters and buffers as `state_dict()` names them
 
 
 def read_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -115,26 +152,48 @@ def read_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
       ValueError: for anything else: what the file holds, what was expected and what to do.
       OSError: for a file that cannot be read.
     """
+    return _of_file(path, _read_tensors)
+
+
+def read_pickled_module(path: str | os.PathLike, name: str) -> PickledModule:
+    """The module `name` of a dict that `pickle.dump` has written of modules of `torch_utils.persistence`.
+
+    As the networks of StyleGAN2-ADA, EDM and their successors are published. Their source code stands in the file and
+    is neither run nor looked at. Takes memory as `read_torch_file`.
+
+    Raises:
+      ValueError: for anything else: what the file holds, what was expected and what to do.
+      OSError: for a file that cannot be read.
+    """
+
+    def read(content: bytes) -> PickledModule:
+        if not content.startswith(b"\x80"):
+            raise _Refused(
+                f"got a file that begins with {content[:8]!r}, expected a pickle; check the path, or download it again."
+            )
+        root = _unpickle(io.BytesIO(content), _Context(takes_modules=True))
+        module = root.get(name) if isinstance(root, dict) else None
+        if not isinstance(module, _Object) or not isinstance(module.state.get("_init_kwargs"), dict):
+            raise _Refused(
+                f"got a pickle without a network {name!r}, expected a dict with one, as EDM publishes its networks; "
+                "check the path."
+            )
+        tensors = _named_tensors(module)
+        _check_growth(tensors, content)
+        if any(tensor.storage.data is None for tensor in tensors.values()):
+            raise _Refused("got a tensor whose numbers are not in the pickle, expected them; download it again.")
+        arrays = {name: _array(tensor, tensor.storage.data) for name, tensor in tensors.items()}
+        return PickledModule(module.name, _arguments(module.state["_init_kwargs"]), arrays)
+
+    return _of_file(path, read)
+
+
+def _of_file(path: str | os.PathLike, read: Callable[[bytes], Any]) -> Any:
+    """What `read` makes of the bytes of a file; its refusals and what damage raises name the file."""
     with open(path, "rb") as file:
         content = file.read()
     try:
-        if content.startswith(b"PK\x03\x04"):
-            root, storages = _read_zip(content)
-        elif content.startswith(b"\x80"):
-            root, storages = _read_legacy(content)
-        else:
-            raise _Refused(
-                f"got a file that begins with {content[:8]!r}, expected one of torch.save or torch.jit.save; check the "
-                "path, or download it again."
-            )
-        tensors = _named_tensors(root)
-        growth = sum(tensor.num_bytes for tensor in tensors.values())
-        if growth > MAX_GROWTH * len(content):
-            raise _Refused(
-                f"got tensors of {growth} bytes from a file of {len(content)}, expected at most {MAX_GROWTH} times as "
-                "many; save them without expanding them."
-            )
-        return {name: _array(tensor, storages[tensor.storage.key]) for name, tensor in tensors.items()}
+        return read(content)
     except _Refused as refusal:
         raise ValueError(f"{os.fspath(path)}: {refusal}") from None
     # What Python and zipfile raise for bytes that are no pickle and no archive (RuntimeError: an encrypted member).
@@ -144,8 +203,32 @@ def read_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
     ) as error:
         raise ValueError(
             f"{os.fspath(path)}: got a damaged file ({type(error).__name__}: {error}), expected a whole one of "
-            "torch.save or torch.jit.save; download or save it again."
+            "PyTorch's; download or save it again."
         ) from error
+
+
+def _read_tensors(content: bytes) -> dict[str, np.ndarray]:
+    if content.startswith(b"PK\x03\x04"):
+        root, storages = _read_zip(content)
+    elif content.startswith(b"\x80"):
+        root, storages = _read_legacy(content, _Context())
+    else:
+        raise _Refused(
+            f"got a file that begins with {content[:8]!r}, expected one of torch.save or torch.jit.save; check the "
+            "path, or download it again."
+        )
+    tensors = _named_tensors(root)
+    _check_growth(tensors, content)
+    return {name: _array(tensor, storages[tensor.storage.key]) for name, tensor in tensors.items()}
+
+
+def _check_growth(tensors: dict[str, _Tensor], content: bytes) -> None:
+    growth = sum(tensor.num_bytes for tensor in tensors.values())
+    if growth > MAX_GROWTH * len(content):
+        raise _Refused(
+            f"got tensors of {growth} bytes from a file of {len(content)}, expected at most {MAX_GROWTH} times as "
+            "many; save them without expanding them."
+        )
 
 
 def _read_zip(content: bytes) -> tuple[Any, dict[str, bytes]]:
@@ -175,27 +258,26 @@ def _read_zip(content: bytes) -> tuple[Any, dict[str, bytes]]:
 
     if folder + "byteorder" in archive.namelist() and member("byteorder") != b"little":
         raise _Refused("got big-endian numbers, expected little-endian ones; save the file on a little-endian machine.")
-    storages: dict[str, _Storage] = {}
-    root = _unpickle(io.BytesIO(member("data.pkl")), storages)
-    total = sum(storage.num_bytes for storage in storages.values())
+    context = _Context()
+    root = _unpickle(io.BytesIO(member("data.pkl")), context)
+    total = sum(storage.num_bytes for storage in context.storages.values())
     if total > len(content):  # many members may share their bytes
         raise _Refused(
             f"got storages of {total} bytes in a file of {len(content)}, expected fewer; download or save it again."
         )
-    return root, {key: member(f"data/{key}", storage.num_bytes) for key, storage in storages.items()}
+    return root, {key: member(f"data/{key}", storage.num_bytes) for key, storage in context.storages.items()}
 
 
-def _read_legacy(content: bytes) -> tuple[Any, dict[str, memoryview]]:
+def _read_legacy(content: bytes, context: _Context) -> tuple[Any, dict[str, memoryview]]:
     """What the fourth pickle describes, and the bytes of its storages, which follow the fifth, by their keys."""
-    stream = io.BytesIO(content)
-    storages: dict[str, _Storage] = {}
-    if _unpickle(stream, storages) != _LEGACY_MAGIC or _unpickle(stream, storages) != _LEGACY_VERSION:
+    stream, storages = io.BytesIO(content), context.storages
+    if _unpickle(stream, context) != _LEGACY_MAGIC or _unpickle(stream, context) != _LEGACY_VERSION:
         raise _Refused("got a pickle of something else, expected a file of torch.save; save it with PyTorch.")
-    if not _unpickle(stream, storages)["little_endian"]:
+    if not _unpickle(stream, context)["little_endian"]:
         raise _Refused("got big-endian numbers, expected little-endian ones; save the file on a little-endian machine.")
-    root = _unpickle(stream, storages)
+    root = _unpickle(stream, context)
     data = {}
-    keys = _unpickle(stream, storages)
+    keys = _unpickle(stream, context)
     if type(keys) is not list or not all(type(key) is str for key in keys) or set(keys) != storages.keys():
         raise _Refused("got a list of other storages than the tensors' own, expected those; download or save it again.")
     for key in keys:
@@ -211,16 +293,15 @@ def _read_legacy(content: bytes) -> tuple[Any, dict[str, memoryview]]:
     return root, data
 
 
-def _unpickle(stream: io.BytesIO, storages: dict[str, _Storage]) -> Any:
-    """The object of the pickle at the stream's position, made of plain values and the classes above.
-
-    Every storage that it mentions is entered in `storages`.
-    """
+def _unpickle(stream: io.BytesIO, context: _Context) -> Any:
+    """The object of the pickle at the stream's position, made of plain values and the classes above."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
-    begin = stream.tell()
-    while code := stream.read(1):
+    while True:
+        begin = stream.tell()
+        if not (code := stream.read(1)):
+            raise EOFError("the pickle has no end")
         if code not in _INSTRUCTIONS:
             raise _Refused(
                 f"got a pickle with the instruction {code!r}, expected only those of tensors in dicts; save "
@@ -231,7 +312,9 @@ def _unpickle(stream: io.BytesIO, storages: dict[str, _Storage]) -> Any:
             argument = [stream.readline().decode().removesuffix("\n") for _ in range(2)]
         else:
             argument = read_argument(stream) if read_argument else None
-        if stream.tell() - begin > MAX_PICKLE_BYTES:
+        within = len(argument) if context.takes_modules and isinstance(argument, bytes) else 0
+        context.num_bytes += stream.tell() - begin - within
+        if context.num_bytes > MAX_PICKLE_BYTES:
             raise _Refused(f"got a pickle of more than {MAX_PICKLE_BYTES} bytes, expected fewer; save only tensors.")
         if name in _TAKES:
             count = _TAKES[name]
@@ -264,20 +347,19 @@ def _unpickle(stream: io.BytesIO, storages: dict[str, _Storage]) -> Any:
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "GLOBAL":
-                stack.append(_global(*argument))
+                stack.append(_global(*argument, context))
             case "STACK_GLOBAL":
-                stack.append(_global(*items))
+                stack.append(_global(*items, context))
             case "REDUCE":
-                stack.append(_call(*items))
+                stack.append(_call(*items, context))
             case "NEWOBJ":
                 stack.append(_new_object(*items))
             case "BUILD":
                 _set_state(stack[-1], items[0])
             case "BINPERSID":
-                stack.append(_storage(*items[0], storages=storages))
+                stack.append(_storage(*items[0], storages=context.storages))
             case _:
                 stack.append(_CONSTANTS[name] if name in _CONSTANTS else argument)
-    raise EOFError("the pickle has no end")
 
 
 def _set_items(target: Any, items: list[Any]) -> None:
@@ -290,7 +372,7 @@ def _set_items(target: Any, items: list[Any]) -> None:
     target.update(zip(keys, items[1::2], strict=True))
 
 
-def _global(module: Any, name: Any) -> _Global:
+def _global(module: Any, name: Any, context: _Context) -> _Global:
     """A name that the pickle may use, never the thing that it names in Python."""
     if type(module) is not str or type(name) is not str or len(module) + len(name) > MAX_NAME:
         raise _Refused(
@@ -298,7 +380,8 @@ def _global(module: Any, name: Any) -> _Global:
             "it is not a weights file."
         )
     full_name = f"{module}.{name}"
-    if full_name not in _GLOBALS and not full_name.startswith(_SCRIPT_CLASS):
+    known = _GLOBALS | _GLOBALS_OF_MODULES if context.takes_modules else _GLOBALS
+    if full_name not in known and not full_name.startswith(_SCRIPT_CLASS):
         raise _Refused(
             f"got a pickle that asks for {full_name!r}, expected only tensors; it is not a weights file (of a model of "
             "your own, save model.state_dict())."
@@ -306,24 +389,57 @@ def _global(module: Any, name: Any) -> _Global:
     return _Global(full_name)
 
 
-def _call(function: Any, arguments: Any) -> Any:
+def _call(function: Any, arguments: Any, context: _Context) -> Any:
     if function.name == "collections.OrderedDict" and not arguments:
         return {}
     if function.name in _REBUILD_TENSOR:
         return _tensor(*arguments[:4])
     if function.name in _FIRST_ARGUMENT:
         return arguments[0]
+    if function.name == _PERSISTENT:
+        return _persistent(*arguments)
+    if function.name == _FROM_BYTES:
+        return _storage_within(*arguments, context)
+    if function.name == _NUMPY_DTYPE:
+        return _Object(_NUMPY_DTYPE)
+    if function.name in _IGNORED:
+        return None
     raise _Refused(f"got a pickle that calls {function.name!r}, expected only tensors; it is not a weights file.")
 
 
-def _new_object(cls: Any, arguments: Any) -> _ScriptObject:
-    if not cls.name.startswith(_SCRIPT_CLASS) or arguments:
+def _persistent(meta: Any) -> _Object:
+    """The record of a module that brings its source code along."""
+    name, state = meta["class_name"], meta["state"]
+    if type(name) is not str or len(name) > MAX_NAME or type(state) is not dict:
+        raise _Refused(
+            "got a pickled module without the name of its class and its attributes, expected both; download it again."
+        )
+    return _Object(name, state)
+
+
+def _storage_within(content: Any, context: _Context) -> _Storage:
+    """The storage of a file of torch.save that stands as one string of bytes within a pickle."""
+    if type(content) is not bytes:
+        raise _Refused("got a storage that is no string of bytes, expected one; download or save it again.")
+    # Within it only tensors are known: files do not nest further.
+    inner = _Context(num_bytes=context.num_bytes)
+    root, data = _read_legacy(content, inner)
+    context.num_bytes = inner.num_bytes
+    if not isinstance(root, _Storage):
+        raise _Refused("got a file within a pickle that is no storage, expected numbers; download or save it again.")
+    return dataclasses.replace(root, data=memoryview(data[root.key]))
+
+
+def _new_object(cls: Any, arguments: Any) -> _Object:
+    if not (cls.name.startswith(_SCRIPT_CLASS) or cls.name in _CONTAINERS) or arguments:
         raise _Refused(f"got a pickle that makes a {cls.name!r}, expected only tensors; it is not a weights file.")
-    return _ScriptObject(cls.name)
+    return _Object(cls.name)
 
 
 def _set_state(target: Any, state: Any) -> None:
-    if isinstance(target, _ScriptObject):
+    if isinstance(target, _Object):
+        if target.name == _NUMPY_DTYPE:  # of a number that nobody reads
+            return
         if not isinstance(state, dict):
             raise _Refused(
                 f"got a {target.name!r} whose state only its own code can read, expected plain attributes; save the "
@@ -384,8 +500,8 @@ def _named_tensors(root: Any) -> dict[str, _Tensor]:
     pending, num_entries = [("", root)], 0
     while pending:
         name, node = pending.pop()
-        if isinstance(node, _ScriptObject):
-            node = node.state
+        if isinstance(node, _Object):
+            node = node.members()
         if isinstance(node, _Tensor):
             if not name or name in tensors:
                 raise _Refused(
@@ -405,6 +521,26 @@ def _named_tensors(root: Any) -> dict[str, _Tensor]:
     if not tensors:
         raise _Refused("got no tensors, expected a dict of them; save model.state_dict().")
     return tensors
+
+
+def _arguments(given: dict) -> dict[str, Any]:
+    """What a module was made with, as plain values."""
+
+    def plain(value: Any) -> bool:
+        return value is None or type(value) in (bool, int, float) or (type(value) is str and len(value) <= MAX_NAME)
+
+    if len(given) > MAX_ARGUMENTS:
+        raise _Refused(
+            f"got a module made with {len(given)} arguments, expected at most {MAX_ARGUMENTS}; check the path."
+        )
+    for name, value in given.items():
+        rows = value if type(value) in (list, tuple) else [value]
+        if type(name) is not str or len(rows) > MAX_ARGUMENTS or not all(plain(row) for row in rows):
+            raise _Refused(
+                f"got a module made with {name!r} of another kind than numbers and texts, or more than {MAX_ARGUMENTS} "
+                "of them, expected those; it is not a network that is known here."
+            )
+    return {name: list(value) if type(value) is tuple else value for name, value in given.items()}
 
 
 def _array(tensor: _Tensor, data: bytes | memoryview) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mscm import cli, compilation, distributed, failures, stopping
+from mscm import cli, compilation, distributed, failures, stopping, terminal
 from mscm.checkpoint import reading
 from mscm.config import ConfigError
 from mscm.data import captioned_digits, captions, embeddings, sources, transforms
@@ -417,15 +417,16 @@ def _gathered(
         stopping.end_if_asked()
         return distributed.gathered(lambda part: source.load(part)["image"], batch)
 
-    reference = reference_statistics.compute(
-        source,
-        network,
-        indices=indices,
-        batch_size=spec.batch_size,
-        gathering=under_way,
-        load=load,
-        watch=cli.Meter(f"{source.name}/{source.split}", len(indices), count),
-    )
+    with terminal.Progress(f"{source.name}/{source.split}", len(indices), done=count) as progress:
+        reference = reference_statistics.compute(
+            source,
+            network,
+            indices=indices,
+            batch_size=spec.batch_size,
+            gathering=under_way,
+            load=load,
+            watch=progress.add,
+        )
     under_way.save()
     yield reference
     under_way.remove_file()

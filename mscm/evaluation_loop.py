@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mscm import atomic, cli, distributed, evaluation, stopping
+from mscm import atomic, cli, distributed, evaluation, stopping, terminal
 from mscm.arrays import read_npz
 from mscm.checkpoint import CheckpointError, Checkpoints, UnreadableCheckpoint, reading
 from mscm.config import decides
@@ -223,7 +223,8 @@ class Evaluation:
             start=start,
         )
         network = self.scorer.network_for(key["seed"], start)
-        gathering.over(batches, network, under_way, watch=cli.Meter(what, key["num_images"], start))
+        with terminal.Progress(what, key["num_images"], done=start) as progress:
+            gathering.over(batches, network, under_way, watch=progress.add)
         row = key | self._compare(under_way)
         logging.info("%s: %s %.4g", what, self.scorer.metric, row[self.scorer.metric])
         if under_way:
@@ -234,7 +235,8 @@ class Evaluation:
     def score_images(self, batches: Iterable[np.ndarray], num_images: int, name: str) -> dict[str, Any]:
         """A row for images of any origin; it is not written."""
         whole = Gathering(num_images, num_kept=self.scorer.spec.num_kept)
-        gathering.over(batches, self.scorer.network, whole, watch=cli.Meter(name, num_images))
+        with terminal.Progress(name, num_images) as progress:
+            gathering.over(batches, self.scorer.network, whole, watch=progress.add)
         return {"model": name, "num_images": num_images, **self.scorer.describe(), **self._compare(whole)}
 
     def newest(self) -> tuple[int, list[dict[str, Any]]]:

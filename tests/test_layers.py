@@ -17,6 +17,7 @@ LAYERS = (
     (6, "selfcheck", ("mscm.metrics.selfcheck",)),
     (0, "types", ("mscm.types",)),
     (0, "compilation", ("mscm.compilation",)),
+    (0, "terminal", ("mscm.terminal",)),
     (0, "files", ("mscm.arrays", "mscm.atomic", "mscm.failures", "mscm.processes", "mscm.remote")),
     (1, "diffusion", ("mscm.diffusion.schedule", "mscm.diffusion.prediction", "mscm.diffusion.steps")),
     (2, "diffusion", ("mscm.diffusion.denoiser", "mscm.diffusion.sampler", "mscm.diffusion.paths")),

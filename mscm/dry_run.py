@@ -73,12 +73,10 @@ def _time(experiment: Experiment, num_steps: int, rate: float | None) -> str:
     """What the rest takes: at the rate that it had, or at the peak of chips that are known."""
     if rate:
         return f"{terminal.duration(num_steps / rate)} left at the {rate:.3g} steps/s of before"
-    devices = experiment.mesh.devices
-    chip = chips.chip_of_kind(devices.flat[0].device_kind)
-    if chip is None:
+    seconds = planning.least_seconds(experiment)
+    if seconds is None:
         return "which take a time that python -m mscm.plan --topology=host measures"
-    _, flops = planning.model_flops(experiment)
-    seconds = chips.least_seconds(chip, flops=flops / devices.size, hbm_bytes=0.0, sent_bytes=0.0)["compute"]
+    chip = chips.chip_of_kind(experiment.mesh.devices.flat[0].device_kind)
     return f"{terminal.duration(num_steps * seconds)} left or more: so long the {chip.name} would compute at their peak"
 
 

@@ -535,6 +535,17 @@ def metrics_of(row: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in row.items() if isinstance(value, float)}
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """Of the pictures and events of a row, beside its step: those under other settings are others."""
+    name = f"{row['model']}_{SamplerSpec.of_row(row).file_name}_{row['num_images']}_{row['labels']}"
+    return f"{name}_seed{row['seed']}" if row["seed"] else name
+
+
+def samples_path(directory: str, row: dict[str, Any]) -> str:
+    """Of the first images of a row below the directory of the scores, without the ending."""
+    return os.path.join(directory, "samples", f"{name_of(row)}_{row['step']:08d}")
+
+
 def result_table(rows: list[dict[str, Any]]) -> str:
     """The scores as a person reads them: one line for each model and sampler, mean and deviation over seeds."""
     known = ("model", "sampler", "nfe", "num_images", "num_steps")

@@ -14,13 +14,13 @@ from absl import logging
 from clu import parameter_overview
 from etils import epath
 
-from mscm import atomic, distributed, evaluation, failures, stopping, terminal
+from mscm import atomic, distributed, evaluation, failures, planning, run_report, stopping, terminal
 from mscm.checkpoint import CheckpointError, Checkpoints, reading, set_damaged_aside
 from mscm.config import ConfigError, differences
 from mscm.data import pipeline, sources
 from mscm.evaluation_loop import Evaluation
 from mscm.experiment import Experiment, Member
-from mscm.report import grid
+from mscm.report import events, grid
 from mscm.report.writer import Writer
 from mscm.training import partition
 from mscm.training.step import Averages, Batch, TrainState
@@ -46,14 +46,28 @@ def run(experiment: Experiment, workdir: str) -> None:
         distributed.barrier()
         source = check(experiment, workdir)
         params = {}
-        for member in experiment.lineage(workdir):
-            teacher_params = params
-            if not member.is_given:
-                logging.info("Training %s in %s", member.experiment.name, member.workdir)
-                train(member.experiment, member.workdir, source, teacher_params, check_ours=check_ours)
-            params = evaluation.read_ema(member.experiment, member.workdir)
-        finish(experiment, workdir, teacher_params)
+        with reporting(workdir):
+            for member in experiment.lineage(workdir):
+                teacher_params = params
+                if not member.is_given:
+                    logging.info("Training %s in %s", member.experiment.name, member.workdir)
+                    train(member.experiment, member.workdir, source, teacher_params, check_ours=check_ours)
+                params = evaluation.read_ema(member.experiment, member.workdir)
+            finish(experiment, workdir, teacher_params)
     logging.info("Done in %s", terminal.duration(time.monotonic() - started))
+
+
+@contextlib.contextmanager
+def reporting(workdir: str) -> Iterator[None]:
+    """Writes the report where the block ends: well, by a signal, or by a loss that is not finite."""
+    try:
+        yield
+    except (stopping.Stopped, FloatingPointError):
+        if distributed.is_main():
+            run_report.update(workdir)
+        raise
+    if distributed.is_main():
+        run_report.update(workdir)
 
 
 def make_directory(workdir: str) -> None:
@@ -148,6 +162,7 @@ def train(
         if (checkpoints.latest() or 0) >= spec.num_steps:
             logging.info("%s: all %d steps are done", experiment.name, spec.num_steps)
             return
+        writer.write_texts(checkpoints.latest() or 0, {events.HARDWARE: distributed.hardware()})
         state = initial_state(experiment, checkpoints, teacher_params)
         step = int(state.step)
         run_steps = experiment.train_steps()
@@ -303,6 +318,7 @@ class Progress(terminal.Line):
         self._started, self._said = self._time, ""
         self.bad_in_a_row = bad_in_a_row  # steps that were skipped, up to the last report
         self.rate: float | None = None  # steps per second of the last report
+        self._least_seconds = planning.least_seconds(experiment) if distributed.is_main() else None
 
     def waiting_for(self, items: Iterator[Batch]) -> Iterator[Batch]:
         """The same items, counting the time in which the device has nothing to do: it has finished when they come."""
@@ -368,6 +384,8 @@ class Progress(terminal.Line):
             "images_per_second": rate * spec.batch_size,
             "data_wait_fraction": self._waited / (now - self._time),
         }
+        if self._least_seconds is not None:
+            scalars["model_flops_utilisation"] = rate * self._least_seconds
         self._writer.write_scalars(step, scalars)
         loss = scalars.get("loss", np.nan)  # all were skipped
         if not self.is_drawn:

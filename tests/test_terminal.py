@@ -163,7 +163,7 @@ def test_nothing_is_left_behind(capsys):
 
 
 def test_a_training_in_a_terminal(tmp_path):
-    """One line for each model, which stays."""
+    """One line for each model, which stays; the report and the exit are those of a training that nobody watches."""
     config = tmp_path / "config.py"
     config.write_text(tiny_run.CONFIG)
     words = [sys.executable, "-m", "mscm.main", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
@@ -174,3 +174,4 @@ def test_a_training_in_a_terminal(tmp_path):
         r"digits_teacher: step 8/8, \w+, loss \d\.\d{4}, \d+ images/s, \d+% waiting for data", lines[0]
     )
     assert any(line.startswith("digits_teacher: step 0/8, ") for line in seen.drawn)  # while it compiles
+    assert (tmp_path / "run" / "report" / "index.html").exists()

@@ -18,7 +18,6 @@ import itertools
 import json
 import random
 import re
-import struct
 import subprocess
 import sys
 import time
@@ -28,18 +27,18 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags, logging
-from tensorboardX.proto import event_pb2
 
 from mscm.checkpoint import reading
 from mscm.config import load_config
 from mscm.experiment import Experiment, build
+from mscm.report import events
 from mscm.report.table import format_table
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a kill meets, and how long after it came there the run is killed at the latest, in seconds.
 MOMENTS = {"start-up": 6.0, "training": 0.5, "saving": 0.1, "phase change": 2.0, "evaluation": 6.0}
 # How fast it was: not the same in any two runs.
-_TIMES = ("steps_per_second", "images_per_second", "data_wait_fraction")
+_TIMES = ("steps_per_second", "images_per_second", "data_wait_fraction", "model_flops_utilisation")
 
 CONFIG = "configs/digits_tract2.py"
 # Of the teacher and of the student.
@@ -189,21 +188,9 @@ def ending(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     return found
 
 
-def scalars(folder: Path) -> list[tuple[int, str, float]]:
-    """What the event files of a folder say, as TensorBoard reads them: step, name and value, but for speeds."""
-    found = []
-    for file in sorted(folder.glob("events.*")):
-        data = file.read_bytes()
-        while len(data) > 12:
-            size = struct.unpack_from("<Q", data)[0]  # then 4 bytes of checksum, the event, and 4 bytes of checksum
-            if len(data) < size + 16:
-                break  # a kill has cut it
-            event, data = event_pb2.Event.FromString(data[12 : 12 + size]), data[16 + size :]
-            if event.session_log.status == event_pb2.SessionLog.START:
-                found = [entry for entry in found if entry[0] < event.step]
-            values = ((value.tag, value.simple_value) for value in event.summary.value)
-            found += [(event.step, name, value) for name, value in values if name not in _TIMES]
-    return found
+def scalars(folder: Path) -> list[events.Scalar]:
+    """What the event files of a folder say, but for speeds."""
+    return [scalar for scalar in events.read(folder).scalars if scalar.name not in _TIMES]
 
 
 def main(_: list[str]) -> None:

@@ -6,7 +6,6 @@ import logging as python_logging
 import os
 import platform
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
@@ -19,7 +18,6 @@ from mscm.config import ConfigError, find_config, load_config
 
 # Their progress notes are not this program's, their warnings are; what they print as an error they also raise.
 _QUIET = ("orbax", "jax", "grain", "matplotlib")
-_METER_SECONDS = 10.0
 # Of the files that a user names, and not of a machine that has trouble.
 _WRONG_PLACE = (FileExistsError, IsADirectoryError, NotADirectoryError)
 
@@ -48,6 +46,8 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
         handler.addFilter(_is_ours)
         for name in _QUIET:
             python_logging.getLogger(name).setLevel(python_logging.WARNING)
+        # Its warnings are of fonts, and of a cache that costs a second where it cannot be kept.
+        python_logging.getLogger("matplotlib").setLevel(python_logging.ERROR)
         # They print a traceback for every write of a save that has failed, which is also raised.
         python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
         sys.unraisablehook = _without_closed_loops
@@ -225,34 +225,3 @@ def read_json_lines(path: str | os.PathLike) -> list[Any]:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     except ValueError as error:
         raise ConfigError(f"{path}: got a line that is no JSON ({error}), expected one object a line") from error
-
-
-class Meter:
-    """Says every `_METER_SECONDS` how far long work is, how fast, and how long it will take."""
-
-    def __init__(self, what: str, total: int, done: int = 0):
-        self._what, self._total, self._done = what, total, done
-        self._start, self._since = done, time.monotonic()
-        self._said = self._since
-
-    def __call__(self, num_images: int) -> None:
-        """So many images more are done."""
-        self._done += num_images
-        now = time.monotonic()
-        if now - self._said < _METER_SECONDS:
-            return
-        self._said = now
-        rate = (self._done - self._start) / (now - self._since)
-        logging.info(
-            "%s: %d/%d images, %.1f images/s, %s left",
-            self._what, self._done, self._total, rate, duration((self._total - self._done) / rate),
-        )
-
-
-def duration(seconds: float) -> str:
-    """`3h 05m`, `4m 10s` or `12s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h {minutes:02d}m"
-    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"

@@ -4,8 +4,9 @@
 
 Each directory is that of a training with scores (mscm.main writes some at its end, mscm.eval all), and counts with its
 newest scored checkpoint and its teacher's. Runs that differ in config.seed only are one model with a spread. Writes
-below --output: compare.png, compare.svg, compare.csv, compare.md; samples.png, where image i of every row is from the
-same noise; and for configs/toy_mixture.py trajectories.png and .svg. Times are measured here, on one device.
+below --output: compare.html, which has all of it; compare.png, compare.svg, compare.csv, compare.md; samples.png, where
+image i of every row is from the same noise; and for configs/toy_mixture.py trajectories.png and .svg. Times are
+measured here, on one device.
 """
 
 from absl import flags

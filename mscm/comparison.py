@@ -26,17 +26,23 @@ from ml_collections import ConfigDict
 
 from mscm import atomic, evaluation
 from mscm.checkpoint import CheckpointError
-from mscm.config import ConfigError, decides, flat
+from mscm.config import ConfigError, decides, flat, read_config
 from mscm.data import sources, transforms
 from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import paths
 from mscm.evaluation import SamplerSpec
 from mscm.experiment import Experiment, build
 from mscm.metrics import statistics as metric_names
-from mscm.report import grid, plots, table
+from mscm.report import charts, grid, page, plots, table
 from mscm.types import Params
 
 SAMPLE_COLUMNS = 12
+# By the names of their files, on the page where they are not too large.
+_PICTURES = {
+    "samples.png": "Samples: image i of all rows is from the same noise and class",
+    "trajectories.png": "Paths of the models over those of the exact denoiser",
+}
+_MAX_PICTURE_BYTES = 700_000
 _TIMED_BATCHES, _TIMED_SECONDS = 5, 20.0  # the median of so many batches, of fewer where they take longer in all
 _EXACT_STEPS, _MANY_STEPS = 1024, 256
 _PATHS, _DRAWN_EVERY = 240, 20
@@ -157,7 +163,7 @@ def read_run(workdir: str) -> Run:
     Raises:
       ConfigError: there is no config or there are no scores; the sentence says which command makes them.
     """
-    config = _read_config(workdir)
+    config = read_config(workdir)
     if config is None:
         raise ConfigError(
             f"--workdir: got {workdir}, which has no config.json, expected the work directory of a training, as "
@@ -172,21 +178,10 @@ def read_run(workdir: str) -> Run:
             f"python -m mscm.eval --config=ITS_CONFIG --workdir={workdir}"
         )
     *ancestors, model = (
-        Model(of, where, _read_config(where) or of.config)
+        Model(of, where, read_config(where) or of.config)
         for of, where in ((member.experiment.on(jax.devices()[:1]), member.workdir) for member in lineage)
     )
     return Run(workdir, model, ancestors, rows)
-
-
-def _read_config(workdir: str) -> dict[str, Any] | None:
-    path = epath.Path(workdir) / "config.json"
-    try:
-        config = json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise ConfigError(f"{path}: got a file that is no JSON ({error}), expected a config") from error
-    if not isinstance(config, dict | None):
-        raise ConfigError(f"{path}: got {type(config).__name__}, expected the sections of a config")
-    return config
 
 
 def _on_one_device(config: dict[str, Any]) -> Experiment:
@@ -358,7 +353,7 @@ def device_name() -> str:
 
 
 def write(comparison: Comparison, drawn: Sequence[Drawn | None], output: str, *, metric: str) -> list[str]:
-    """Writes tables, the figures of `metric`, and samples below `output`, and returns their paths."""
+    """Writes tables, the figures of `metric`, samples and a page of all below `output`, and returns their paths."""
     points = comparison.points
     written = [os.path.join(output, f"compare.{kind}") for kind in ("csv", "md")]
     atomic.write_text(written[0], _csv(comparison, drawn))
@@ -383,7 +378,44 @@ def write(comparison: Comparison, drawn: Sequence[Drawn | None], output: str, *,
     panels = _panels([point for point, _ in shown])
     if panels:
         written += plots.save(os.path.join(output, "trajectories"), _trajectories(panels))
+    pictures = [path for path in written if os.path.basename(path) in _PICTURES]
+    written.append(os.path.join(output, "compare.html"))
+    atomic.write_text(written[-1], _page(comparison, drawn, metric, level, pictures))
     return written
+
+
+def _page(
+    comparison: Comparison,
+    drawn: Sequence[Drawn | None],
+    metric: str,
+    level: tuple[str, float] | None,
+    pictures: Sequence[str],
+) -> str:
+    """All of it as one file; `pictures` are paths of PNGs."""
+    header, rows, notes = _table(comparison, drawn)
+    chart = charts.chart(
+        f"{metric} by number of function evaluations",
+        [
+            charts.Line(f"{line.method}, {line.sampler}", line.nfe, line.mean, line.spread)
+            for line in _series(comparison.points, metric)
+        ],
+        x_label="function evaluations (NFE)",
+        log2_x=True,
+        marks=True,
+        level=level,
+    )
+    parts = []
+    for path in pictures:
+        data, name = epath.Path(path).read_bytes(), os.path.basename(path)
+        if len(data) <= _MAX_PICTURE_BYTES:
+            parts.append(page.png(data, title=_PICTURES[name], alt=_PICTURES[name]))
+        else:
+            parts.append(page.text(f"{_PICTURES[name]}: see {path}"))
+    return page.document(
+        f"{metric} of {len({point.method for point in comparison.points})} methods",
+        page.section("Scores", chart, page.table(header, rows, title="Scores"), page.text(notes)),
+        page.section("Samples", *parts),
+    )
 
 
 def _series(points: Sequence[Point], metric: str) -> list[plots.Series]:
@@ -424,6 +456,12 @@ def _csv(comparison: Comparison, drawn: Sequence[Drawn | None]) -> str:
 
 def markdown(comparison: Comparison, drawn: Sequence[Drawn | None]) -> str:
     """The table as a person reads it, and what its numbers are."""
+    header, rows, notes = _table(comparison, drawn)
+    return f"{table.format_table(header, rows)}\n\n{notes}\n"
+
+
+def _table(comparison: Comparison, drawn: Sequence[Drawn | None]) -> tuple[list[str], list[list[Any]], str]:
+    """Titles, rows, and what the numbers are."""
     metrics = comparison.metrics
     timed = any(images is not None and images.seconds_per_image is not None for images in drawn)
     rows = []
@@ -443,7 +481,7 @@ def markdown(comparison: Comparison, drawn: Sequence[Drawn | None]) -> str:
     notes += ["After ±: the standard deviation over runs, of a single run over the seeds of its noise."]
     if timed:
         notes.append(f"Times are medians over batches after compilation, on one device: {device_name()}.")
-    return f"{table.format_table(header, rows)}\n\n{' '.join(notes)}\n"
+    return header, rows, " ".join(notes)
 
 
 def _with_spread(mean: float, spread: float | None) -> str:

@@ -7,11 +7,14 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 # Where and how fast a training runs, what it writes, and what scores it: keys that may change while it goes on.
@@ -191,6 +194,22 @@ def load_config(path: str) -> ConfigDict:
 
 def _in_file(file: str, error: Exception) -> str:
     return f"{file}: got {type(error).__name__} ({error}), expected a Python file that runs; --verbose says where"
+
+
+def read_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
+    """The config that a work directory was trained with, as JSON; None where it has none.
+
+    Raises:
+      ConfigError: its file holds something else.
+    """
+    path = epath.Path(workdir) / "config.json"
+    try:
+        config = json.loads(path.read_text()) if path.exists() else None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: got a file that is no JSON ({error}), expected a config") from error
+    if not isinstance(config, dict | None):
+        raise ConfigError(f"{path}: got {type(config).__name__}, expected the sections of a config")
+    return config
 
 
 def decides(section: Any) -> Any:

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import os
+import platform
 import sys
 import threading
 import time
@@ -64,6 +65,16 @@ def start(where: str) -> None:
 def is_main() -> bool:
     """Whether this process is the one that writes and prints."""
     return jax.process_index() == 0
+
+
+def hardware() -> str:
+    """The devices of all processes, and where this one runs."""
+    devices = jax.devices()
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return (
+        f"{len(devices)} x {devices[0].device_kind}{processes}, {os.cpu_count()} CPU cores, {platform.node()}, "
+        f"jax {jax.__version__}"
+    )
 
 
 def barrier() -> None:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from mscm import cli, planning, training_loop
+from mscm import planning, terminal, training_loop
 from mscm.checkpoint import reading
 from mscm.config import ConfigError
 from mscm.cost import chips
@@ -72,14 +72,12 @@ def _plan(member: Member) -> tuple[str, int]:
 def _time(experiment: Experiment, num_steps: int, rate: float | None) -> str:
     """What the rest takes: at the rate that it had, or at the peak of chips that are known."""
     if rate:
-        return f"{cli.duration(num_steps / rate)} left at the {rate:.3g} steps/s of before"
-    devices = experiment.mesh.devices
-    chip = chips.chip_of_kind(devices.flat[0].device_kind)
-    if chip is None:
+        return f"{terminal.duration(num_steps / rate)} left at the {rate:.3g} steps/s of before"
+    seconds = planning.least_seconds(experiment)
+    if seconds is None:
         return "which take a time that python -m mscm.plan --topology=host measures"
-    _, flops = planning.model_flops(experiment)
-    seconds = chips.least_seconds(chip, flops=flops / devices.size, hbm_bytes=0.0, sent_bytes=0.0)["compute"]
-    return f"{cli.duration(num_steps * seconds)} left or more: so long the {chip.name} would compute at their peak"
+    chip = chips.chip_of_kind(experiment.mesh.devices.flat[0].device_kind)
+    return f"{terminal.duration(num_steps * seconds)} left or more: so long the {chip.name} would compute at their peak"
 
 
 def _existing(workdir: str) -> str | None:

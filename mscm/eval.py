@@ -4,11 +4,12 @@
   python -m mscm.eval --config=configs/digits_cd4.py --workdir=DIR --images=samples.npz
 
 Writes below DIR/eval: scores.jsonl (one line for each checkpoint, sampler and seed), samples/, events (TensorBoard)
-and best/STEP, a copy of the best checkpoint. Killed, it continues inside the evaluation that it was in. At the end it
-prints the newest checkpoint beside the reference points of the same axis: the teacher, and one half of the real images
-against the other (with --checkpoint only those that are there). config.eval says what is measured: in the features of a
-small classifier (fd_classifier, not FID), or with --config.eval.network=inception FID, sFID, KID, the Inception score,
-precision and recall. Where config.mesh does not fit the devices, each of them has a copy of the parameters.
+and best/STEP, a copy of the best checkpoint; and DIR/report/index.html, the report of the run. Killed, it continues
+inside the evaluation that it was in. At the end it prints the newest checkpoint beside the reference points of the same
+axis: the teacher, and one half of the real images against the other (with --checkpoint only those that are there).
+config.eval says what is measured: in the features of a small classifier (fd_classifier, not FID), or with
+--config.eval.network=inception FID, sFID, KID, the Inception score, precision and recall. Where config.mesh does not
+fit the devices, each of them has a copy of the parameters.
 """
 
 import os

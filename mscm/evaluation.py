@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mscm import cli, compilation, distributed, failures, stopping
+from mscm import cli, compilation, distributed, failures, stopping, terminal
 from mscm.checkpoint import reading
 from mscm.config import ConfigError
 from mscm.data import captioned_digits, captions, embeddings, sources, transforms
@@ -417,15 +417,16 @@ def _gathered(
         stopping.end_if_asked()
         return distributed.gathered(lambda part: source.load(part)["image"], batch)
 
-    reference = reference_statistics.compute(
-        source,
-        network,
-        indices=indices,
-        batch_size=spec.batch_size,
-        gathering=under_way,
-        load=load,
-        watch=cli.Meter(f"{source.name}/{source.split}", len(indices), count),
-    )
+    with terminal.Progress(f"{source.name}/{source.split}", len(indices), done=count) as progress:
+        reference = reference_statistics.compute(
+            source,
+            network,
+            indices=indices,
+            batch_size=spec.batch_size,
+            gathering=under_way,
+            load=load,
+            watch=progress.add,
+        )
     under_way.save()
     yield reference
     under_way.remove_file()
@@ -532,6 +533,17 @@ def read_scores(path: str) -> list[dict[str, Any]]:
 def metrics_of(row: dict[str, Any]) -> dict[str, float]:
     """The metrics of a row of scores by name: what else it says, of how it was made, is no fraction."""
     return {name: value for name, value in row.items() if isinstance(value, float)}
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """Of the pictures and events of a row, beside its step: those under other settings are others."""
+    name = f"{row['model']}_{SamplerSpec.of_row(row).file_name}_{row['num_images']}_{row['labels']}"
+    return f"{name}_seed{row['seed']}" if row["seed"] else name
+
+
+def samples_path(directory: str, row: dict[str, Any]) -> str:
+    """Of the first images of a row below the directory of the scores, without the ending."""
+    return os.path.join(directory, "samples", f"{name_of(row)}_{row['step']:08d}")
 
 
 def result_table(rows: list[dict[str, Any]]) -> str:

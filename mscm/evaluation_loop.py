@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mscm import atomic, cli, distributed, evaluation, stopping
+from mscm import atomic, cli, distributed, evaluation, run_report, stopping, terminal
 from mscm.arrays import read_npz
 from mscm.checkpoint import CheckpointError, Checkpoints, UnreadableCheckpoint, reading
 from mscm.config import decides
@@ -28,7 +28,7 @@ from mscm.evaluation import SamplerSpec, Scorer
 from mscm.experiment import Experiment
 from mscm.metrics import gathering
 from mscm.metrics.gathering import Gathering, Partial
-from mscm.report import grid
+from mscm.report import events, grid
 from mscm.report.writer import Writer
 from mscm.types import Params
 
@@ -70,6 +70,7 @@ class Evaluation:
             evaluation.read_scores(self.scores_file)  # refuses what is none, before what takes long
             self.scorer = Scorer(experiment, self.directory, allow_mismatch=allow_mismatch)
             self._writer = stack.enter_context(Writer(self.directory, active=distributed.is_main()))
+            self._writer.write_texts(0, {events.HARDWARE: distributed.hardware()})
             self._open = stack.pop_all()
 
     def __enter__(self) -> "Evaluation":
@@ -175,6 +176,8 @@ class Evaluation:
                 return []
             for key in missing:
                 done[_key_of(key)] = self._make(model, params, key)
+            if missing and distributed.is_main():
+                run_report.update(self._workdir)
             if keeps and distributed.agree(self._lacks_best(run, step)):
                 self._keep_best(params, step, facts)
         return [done[_key_of(key)] for key in wanted]
@@ -223,7 +226,8 @@ class Evaluation:
             start=start,
         )
         network = self.scorer.network_for(key["seed"], start)
-        gathering.over(batches, network, under_way, watch=cli.Meter(what, key["num_images"], start))
+        with terminal.Progress(what, key["num_images"], done=start) as progress:
+            gathering.over(batches, network, under_way, watch=progress.add)
         row = key | self._compare(under_way)
         logging.info("%s: %s %.4g", what, self.scorer.metric, row[self.scorer.metric])
         if under_way:
@@ -234,7 +238,8 @@ class Evaluation:
     def score_images(self, batches: Iterable[np.ndarray], num_images: int, name: str) -> dict[str, Any]:
         """A row for images of any origin; it is not written."""
         whole = Gathering(num_images, num_kept=self.scorer.spec.num_kept)
-        gathering.over(batches, self.scorer.network, whole, watch=cli.Meter(name, num_images))
+        with terminal.Progress(name, num_images) as progress:
+            gathering.over(batches, self.scorer.network, whole, watch=progress.add)
         return {"model": name, "num_images": num_images, **self.scorer.describe(), **self._compare(whole)}
 
     def newest(self) -> tuple[int, list[dict[str, Any]]]:
@@ -289,6 +294,7 @@ class Evaluation:
         if distributed.is_main():
             self._check_ours()
             cli.append_json_line(self.scores_file, row)
+            run_report.update(self._workdir)
         return [row]
 
     def _compare(self, gathered: Gathering | None) -> dict[str, float]:
@@ -298,12 +304,12 @@ class Evaluation:
     def _write(self, row: dict[str, Any], gathered: Gathering) -> None:
         """All that belongs to a row, and then the row: who finds it there finds the rest."""
         self._check_ours()
-        samples_path, samples = self._samples_path(row), gathered.samples
+        samples_path, samples = evaluation.samples_path(self.directory, row), gathered.samples
         panel = {os.path.basename(samples_path): samples}
         grid.save_png(f"{samples_path}.png", evaluation.grid_of(self.experiment, panel, row["seed"]))
         with atomic.writing(f"{samples_path}.npz") as file:
             np.savez(file, images=samples)
-        name, metrics = _name_of(row), evaluation.metrics_of(row)
+        name, metrics = evaluation.name_of(row), evaluation.metrics_of(row)
         self._writer.write_scalars(row["step"], {f"{metric}/{name}": value for metric, value in metrics.items()})
         self._writer.flush()
         cli.append_json_line(self.scores_file, row)
@@ -345,11 +351,9 @@ class Evaluation:
         """The first images of some rows side by side: image i is of the same noise and class in all of them."""
         panels = {}
         for row in rows:
-            panels[f"{row['model']}, {SamplerSpec.of_row(row)}"] = read_npz(f"{self._samples_path(row)}.npz")["images"]
+            images = read_npz(f"{evaluation.samples_path(self.directory, row)}.npz")["images"]
+            panels[f"{row['model']}, {SamplerSpec.of_row(row)}"] = images
         return evaluation.grid_of(self.experiment, panels, rows[0]["seed"])
-
-    def _samples_path(self, row: dict[str, Any]) -> str:
-        return os.path.join(self.directory, "samples", f"{_name_of(row)}_{row['step']:08d}")
 
     def best(self, run: str) -> tuple[int | None, float]:
         """Step and distance of a run's best checkpoint under the sampler of `mscm.sample`, a mean over seeds.
@@ -384,9 +388,3 @@ def _run_of(config: dict[str, Any]) -> str:
 
 def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return *(row[name] for name in evaluation.ROW_KEY), row.get("num_steps")
-
-
-def _name_of(row: dict[str, Any]) -> str:
-    """Of the pictures and events of a row, beside its step: those under other settings are others."""
-    name = f"{row['model']}_{SamplerSpec.of_row(row).file_name}_{row['num_images']}_{row['labels']}"
-    return f"{name}_seed{row['seed']}" if row["seed"] else name

@@ -4,8 +4,8 @@
 
 Run again with the same flags, it continues from the last checkpoint; SIGTERM (exit code 75) or Ctrl-C makes one. Any
 key of the config can be overridden: --config.train.num_steps=100. Writes below DIR: checkpoints/, events (TensorBoard),
-report/samples.png, report/scores.json, and teacher/ (the teacher's own work directory, unless config.teacher.workdir
-names one).
+report/ (index.html, which shows all, samples.png, scores.json), and teacher/ (the teacher's own work directory, unless
+config.teacher.workdir names one).
 
 --dry_run checks all that can be checked, prints what would happen, and writes nothing.
 Where it ends because a loss or a gradient is not finite, --replay=STEP finds the step; it writes nothing.

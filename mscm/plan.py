@@ -11,10 +11,10 @@ config can be overridden: --config.train.batch_size=1024.
 import dataclasses
 import json
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from mscm import atomic, cli
+from mscm import atomic, cli, terminal
 from mscm.cost.plan import describe, does_not_fit
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/imagenet64_cd8.py.")
@@ -34,10 +34,10 @@ def main() -> None:
     if LARGEST_BATCH.value and topology == planning.HOST:
         raise ConfigError("--largest_batch: got --topology=host, expected a topology, whose compiler knows what fits")
     output = None if JSON.value is None else cli.output_of(JSON)
-    logging.info("Compiling %s for %s", config.name, topology)
-    plan = planning.plan_here(config) if topology == planning.HOST else planning.plan_for(config, topology)
-    if LARGEST_BATCH.value:
-        plan = planning.with_largest_batch(plan, config)
+    with terminal.Elapsed(f"Compiling {config.name} for {topology}"):
+        plan = planning.plan_here(config) if topology == planning.HOST else planning.plan_for(config, topology)
+        if LARGEST_BATCH.value:
+            plan = planning.with_largest_batch(plan, config)
     if output is not None:
         atomic.write_text(output, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
     if not plan.fits:

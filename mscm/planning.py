@@ -153,6 +153,16 @@ def model_flops(experiment: Experiment) -> tuple[int, int]:
     return once, loss + 2 * once + comparison // 2
 
 
+def least_seconds(experiment: Experiment) -> float | None:
+    """What the mathematics of a step takes where its chips compute at their peak; None: the peak is not known."""
+    devices = experiment.mesh.devices
+    chip = chips.chip_of_kind(devices.flat[0].device_kind)
+    if chip is None:
+        return None
+    _, flops = model_flops(experiment)
+    return chips.least_seconds(chip, flops=flops / devices.size, hbm_bytes=0.0, sent_bytes=0.0)["compute"]
+
+
 def abstract_inputs(experiment: Experiment) -> tuple[Any, Any, Any, Any]:
     """Shapes, types and places of what the jitted step takes."""
     spec, data, mesh = experiment.train, experiment.data, experiment.mesh

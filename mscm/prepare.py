@@ -16,7 +16,7 @@ import os
 
 from absl import flags, logging
 
-from mscm import cli
+from mscm import cli, terminal
 
 SOURCE = flags.DEFINE_string("source", None, "Folder, zip or tar of images, or tfds:NAME.")
 OUTPUT = flags.DEFINE_string("output", None, "Directory to write to.")
@@ -86,9 +86,16 @@ def _prepare() -> None:
     else:
         what = f"{len(files.class_names)} classes"
     logging.info("%d images and %s in %s", len(files.entries), what, files.path)
-    card = preparation.prepare(
-        files, OUTPUT.value, settings, split=_split_name(), num_workers=WORKERS.value, report=_report
-    )
+    with terminal.Progress(f"{OUTPUT.value}/{_split_name()}", len(files.entries)) as progress:
+
+        def report(done: int, total: int, seconds: float, done_now: int) -> None:
+            del total, seconds
+            progress.reach(done, before=done - done_now)
+
+        card = preparation.prepare(
+            files, OUTPUT.value, settings, split=_split_name(), num_workers=WORKERS.value, report=report,
+            report_every_seconds=1.0,
+        )
     counts = card.class_counts
     of_classes = "" if CAPTIONS.value else f" of {len(counts)} classes ({min(counts)} to {max(counts)} in each)"
     print(
@@ -107,24 +114,24 @@ def _text_encoder():
 
 def _embed(encoder) -> None:
     """Of all captions of a finished split."""
-    import time
-
     from mscm.data import embeddings, records
 
     source = records.RecordSource("records", OUTPUT.value, split=_split_name())
     if source.captions is None:
         raise ValueError(f"{OUTPUT.value}: got split {_split_name()!r} without captions; prepare it again with them")
-    captions, started = [text for said in source.captions for text in said], time.monotonic()
-    first = None  # shards that an earlier run has made are reported too
+    captions = [text for said in source.captions for text in said]
+    with terminal.Progress(f"{OUTPUT.value}/{_split_name()}", len(captions), "captions") as progress:
+        before = None  # shards that an earlier run has made are reported too
 
-    def report(done: int, total: int) -> None:
-        nonlocal first
-        first = done if first is None else first
-        _report(done, total, time.monotonic() - started, done - first, "captions")
+        def report(done: int, total: int) -> None:
+            del total
+            nonlocal before
+            before = done if before is None else before
+            progress.reach(done, before=before)
 
-    card = embeddings.write(
-        OUTPUT.value, _split_name(), captions, source.card.captions_sha256, encoder, report=report
-    )
+        card = embeddings.write(
+            OUTPUT.value, _split_name(), captions, source.card.captions_sha256, encoder, report=report
+        )
     print(f"{card.num_captions} captions as {card.encoder} reads them, {card.features} features: {OUTPUT.value}")
 
 
@@ -142,12 +149,6 @@ def _verify() -> None:
 
 def _split_name() -> str:
     return NAME.value or SPLIT.value or "train"
-
-
-def _report(done: int, total: int, seconds: float, done_now: int, what: str = "images") -> None:
-    rate = done_now / max(seconds, 1e-9)
-    left = cli.duration((total - done) / rate) if rate else "unknown time"
-    logging.info("%d/%d %s, %.0f %s/s, %s left", done, total, what, rate, what, left)
 
 
 if __name__ == "__main__":

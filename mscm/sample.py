@@ -13,7 +13,7 @@ import os
 
 from absl import flags
 
-from mscm import cli, run_flags
+from mscm import cli, run_flags, terminal
 
 flags.adopt_module_key_flags(run_flags)  # so that --help lists them
 
@@ -69,16 +69,20 @@ def main() -> None:
         models.append((teacher, evaluation.read_ema(teacher, directory), of_teacher))
     panels = {}
     for model, params, of_model in models:
-        batches = evaluation.generate(
-            model,
-            params,
-            of_model,
-            num_images=NUM_IMAGES.value,
-            batch_size=min(NUM_IMAGES.value, experiment.eval.batch_size),
-            seed=SEED.value,
-            conditions=shown.conditions,
-        )
-        panels[f"{model.name}, {of_model}"] = np.concatenate(list(batches))
+        title, batches = f"{model.name}, {of_model}", []
+        with terminal.Progress(title, NUM_IMAGES.value) as progress:
+            for batch in evaluation.generate(
+                model,
+                params,
+                of_model,
+                num_images=NUM_IMAGES.value,
+                batch_size=min(NUM_IMAGES.value, experiment.eval.batch_size),
+                seed=SEED.value,
+                conditions=shown.conditions,
+            ):
+                batches.append(batch)
+                progress.add(len(batch))
+        panels[title] = np.concatenate(batches)
     images = next(iter(panels.values()))
     if output.endswith(".png"):
         columns = min(len(images), shown.columns)

@@ -14,13 +14,13 @@ from absl import logging
 from clu import parameter_overview
 from etils import epath
 
-from mscm import atomic, cli, distributed, evaluation, failures, stopping
+from mscm import atomic, distributed, evaluation, failures, planning, run_report, stopping, terminal
 from mscm.checkpoint import CheckpointError, Checkpoints, reading, set_damaged_aside
 from mscm.config import ConfigError, differences
 from mscm.data import pipeline, sources
 from mscm.evaluation_loop import Evaluation
 from mscm.experiment import Experiment, Member
-from mscm.report import grid
+from mscm.report import events, grid
 from mscm.report.writer import Writer
 from mscm.training import partition
 from mscm.training.step import Averages, Batch, TrainState
@@ -46,14 +46,28 @@ def run(experiment: Experiment, workdir: str) -> None:
         distributed.barrier()
         source = check(experiment, workdir)
         params = {}
-        for member in experiment.lineage(workdir):
-            teacher_params = params
-            if not member.is_given:
-                logging.info("Training %s in %s", member.experiment.name, member.workdir)
-                train(member.experiment, member.workdir, source, teacher_params, check_ours=check_ours)
-            params = evaluation.read_ema(member.experiment, member.workdir)
-        finish(experiment, workdir, teacher_params)
-    logging.info("Done in %s", cli.duration(time.monotonic() - started))
+        with reporting(workdir):
+            for member in experiment.lineage(workdir):
+                teacher_params = params
+                if not member.is_given:
+                    logging.info("Training %s in %s", member.experiment.name, member.workdir)
+                    train(member.experiment, member.workdir, source, teacher_params, check_ours=check_ours)
+                params = evaluation.read_ema(member.experiment, member.workdir)
+            finish(experiment, workdir, teacher_params)
+    logging.info("Done in %s", terminal.duration(time.monotonic() - started))
+
+
+@contextlib.contextmanager
+def reporting(workdir: str) -> Iterator[None]:
+    """Writes the report where the block ends: well, by a signal, or by a loss that is not finite."""
+    try:
+        yield
+    except (stopping.Stopped, FloatingPointError):
+        if distributed.is_main():
+            run_report.update(workdir)
+        raise
+    if distributed.is_main():
+        run_report.update(workdir)
 
 
 def make_directory(workdir: str) -> None:
@@ -143,16 +157,18 @@ def train(
         Writer(workdir, active=is_main, first_step=(checkpoints.latest() or 0) + 1) as writer,
         noting_divergence(experiment, workdir, checkpoints),
         device_memory(experiment),
+        contextlib.ExitStack() as stack,
     ):
         if (checkpoints.latest() or 0) >= spec.num_steps:
             logging.info("%s: all %d steps are done", experiment.name, spec.num_steps)
             return
+        writer.write_texts(checkpoints.latest() or 0, {events.HARDWARE: distributed.hardware()})
         state = initial_state(experiment, checkpoints, teacher_params)
         step = int(state.step)
         run_steps = experiment.train_steps()
         root = jax.random.key(experiment.seed + 1)  # not the key of the initialisation
         frozen = experiment.frozen(teacher_params)
-        progress = Progress(experiment, step, writer, bad_in_a_row=bad_steps_before(checkpoints))
+        progress = stack.enter_context(Progress(experiment, step, writer, bad_in_a_row=bad_steps_before(checkpoints)))
         for batch in progress.waiting_for(on_device(experiment, batches(experiment, source, step))):
             state, averages = run_steps(state, frozen, batch, root)
             step += spec.steps_per_dispatch
@@ -292,14 +308,17 @@ def on_device(experiment: Experiment, items: Iterator[Batch], *, ahead: int = 2)
             yield queue.popleft()
 
 
-class Progress:
-    """Metrics since the last report, one console line and one event each time."""
+class Progress(terminal.Line):
+    """Metrics since the last report: one event and one log line each time, or the line of a terminal all the time."""
 
     def __init__(self, experiment: Experiment, step: int, writer: Writer, *, bad_in_a_row: int = 0):
+        super().__init__(self._say)
         self._experiment, self._writer, self._pending = experiment, writer, []
         self._step, self._time, self._waited = step, time.monotonic(), 0.0
+        self._started, self._said = self._time, ""
         self.bad_in_a_row = bad_in_a_row  # steps that were skipped, up to the last report
         self.rate: float | None = None  # steps per second of the last report
+        self._least_seconds = planning.least_seconds(experiment) if distributed.is_main() else None
 
     def waiting_for(self, items: Iterator[Batch]) -> Iterator[Batch]:
         """The same items, counting the time in which the device has nothing to do: it has finished when they come."""
@@ -312,6 +331,19 @@ class Progress:
             if item is None:
                 return
             yield item
+
+    def _say(self) -> str:
+        """What the devices have done by now, at the speed of the last report."""
+        spec = self._experiment.train
+        # Steps are given to a device long before it comes to them.
+        ready = sum(jax.tree.leaves(averages)[0].is_ready() for averages in [*self._pending])
+        step = min(self._step + ready * spec.steps_per_dispatch, spec.num_steps)
+        said = f"{self._experiment.name}: step {step}/{spec.num_steps}"
+        if self.rate is None or step >= spec.num_steps:
+            said += f", {terminal.duration(time.monotonic() - self._started)}"
+        else:
+            said += f", {terminal.duration((spec.num_steps - step) / self.rate)} left"
+        return f"{said}, {self._said}" if self._said else said
 
     def add(self, averages: Averages) -> None:
         """Keeps sums on the device: fetching them would wait for the step."""
@@ -352,16 +384,24 @@ class Progress:
             "images_per_second": rate * spec.batch_size,
             "data_wait_fraction": self._waited / (now - self._time),
         }
+        if self._least_seconds is not None:
+            scalars["model_flops_utilisation"] = rate * self._least_seconds
         self._writer.write_scalars(step, scalars)
-        logging.info(
-            "%s: step %d/%d, loss %.4f, %.1f steps/s, %.0f images/s, %s left",
-            self._experiment.name,
-            step,
-            spec.num_steps,
-            scalars.get("loss", np.nan),  # all were skipped
-            rate,
-            scalars["images_per_second"],
-            cli.duration((spec.num_steps - step) / rate),
+        loss = scalars.get("loss", np.nan)  # all were skipped
+        if not self.is_drawn:
+            logging.info(
+                "%s: step %d/%d, loss %.4f, %.1f steps/s, %.0f images/s, %s left",
+                self._experiment.name,
+                step,
+                spec.num_steps,
+                loss,
+                rate,
+                scalars["images_per_second"],
+                terminal.duration((spec.num_steps - step) / rate),
+            )
+        self._said = (
+            f"loss {loss:.4f}, {scalars['images_per_second']:.0f} images/s, "
+            f"{scalars['data_wait_fraction']:.0%} waiting for data"
         )
         self._pending, self._step, self._time, self._waited = [], step, now, 0.0
 

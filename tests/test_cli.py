@@ -1,4 +1,4 @@
-"""Files of a work directory, and times as a person reads them."""
+"""Files of a work directory, and where compiled programs are."""
 
 import contextlib
 import os
@@ -74,31 +74,11 @@ def test_an_interrupted_append_changes_nothing(tmp_path, monkeypatch):
     assert path.read_text() == '{"step": 1}\n' and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.0, "0s"), (59.4, "59s"), (59.6, "1m 00s"), (3599.6, "1h 00m"), (3600.0 * 30 + 305, "30h 05m")],
-)
-def test_duration(seconds, text):
-    assert cli.duration(seconds) == text
-
-
-def test_meter(monkeypatch):
-    """A line every ten seconds; the rate is that of this process, which begins with 100 of 300 images done."""
-    now, lines = 1000.0, []
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
-    monkeypatch.setattr(cli.logging, "info", lambda text, *values: lines.append(text % values))
-    meter = cli.Meter("photos/train", 300, 100)
-    for seconds, num_images, line in [
-        (9.9, 50, None),
-        (10.0, 50, "200/300 images, 10.0 images/s, 10s left"),
-        (15.0, 10, None),
-        (19.9, 10, None),
-        (25.0, 30, "250/300 images, 6.0 images/s, 8s left"),  # 150 in 25 s
-        (200.0, 0, "250/300 images, 0.8 images/s, 1m 07s left"),
-        (209.0, 10, None),
-        (250.0, 40, "300/300 images, 0.8 images/s, 0s left"),
-    ]:
-        now = 1000.0 + seconds
-        meter(num_images)
-        assert lines == ([] if line is None else [f"photos/train: {line}"]), seconds
-        lines.clear()
+def test_a_cache_of_others_that_cannot_be_written_is_not_said():
+    """Matplotlib's, in a container whose user has no home: nothing that a user would have to mend."""
+    home = {name: "/proc/nowhere" for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
+    environment = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"}
+    program = 'from mscm import cli\ncli.run(lambda: __import__("mscm.report.plots"), doc="", required=())'
+    environment |= home | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == "", result.stderr

@@ -17,6 +17,7 @@ from PIL import Image
 from mscm import comparison, training_loop
 from mscm.config import ConfigError, load_config
 from mscm.experiment import build
+from tests import browser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,6 +86,14 @@ def test_points_are_means_and_deviations_over_runs_or_seeds(four_runs):
     ]
 
 
+def test_a_phone_shows_the_page_of_a_comparison(four_runs, tmp_path):
+    found = comparison.compare(four_runs)
+    comparison.write(found, comparison.draw(found, timed=False), str(tmp_path / "out"), metric="fd_pixels")
+    seen = browser.look(tmp_path / "out" / "compare.html")
+    assert seen.found["width"] == seen.found["needed"] == 390 and not seen.found["beyond"]
+    assert not seen.console and not seen.requests and "fd_pixels of 2 methods" in seen.found["text"]
+
+
 @pytest.mark.parametrize(
     ("scores", "expected"),
     [
@@ -144,7 +153,8 @@ def test_files_of_a_comparison(four_runs, tmp_path, caplog):
     drawn = comparison.draw(found, timed=True)
     assert drawn == [None] * 6
     written = comparison.write(found, drawn, str(tmp_path / "out"), metric="fd_pixels")
-    assert sorted(os.path.basename(path) for path in written) == [f"compare.{x}" for x in ("csv", "md", "png", "svg")]
+    files = [f"compare.{kind}" for kind in ("csv", "html", "md", "png", "svg")]
+    assert sorted(os.path.basename(path) for path in written) == files
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(map(os.path.basename, written))
     with open(tmp_path / "out" / "compare.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -156,6 +166,9 @@ def test_files_of_a_comparison(four_runs, tmp_path, caplog):
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "| cd                      | ddim    |   2 |    2 |     2 |     64 | 2.75 ± 1.8 |" in text
     assert "real, half against half" in text and "Network pixels identity; reference mixture/train" in text
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "teacher, ddim 40 at 1 to 2 at 16; teacher, heun 1 at 15; cd, ddim 2.75 at 2" in page
+    assert ">2.75 ± 1.8</td>" in page and "Network pixels identity; reference mixture/train" in page
     root = ElementTree.parse(tmp_path / "out" / "compare.svg").getroot()
     assert root.tag.endswith("svg")
     again = comparison.write(found, drawn, str(tmp_path / "again"), metric="fd_pixels")
@@ -271,8 +284,10 @@ def test_the_toy_from_training_to_its_trajectories(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    files = ["compare.csv", "compare.md", "compare.png", "compare.svg", "samples.png", "trajectories.png"]
-    assert sorted(path.name for path in output.iterdir()) == [*files, "trajectories.svg"]
+    files = [f"compare.{kind}" for kind in ("csv", "html", "md", "png", "svg")]
+    files += ["samples.png", "trajectories.png", "trajectories.svg"]
+    assert sorted(path.name for path in output.iterdir()) == files
+    assert (output / "compare.html").read_text().count('src="data:image/png') == 2
     with open(output / "compare.csv", newline="") as file:
         rows = {(row["method"], row["nfe"]): row for row in csv.DictReader(file)}
     scores = [json.loads(line) for line in (workdir / "eval" / "scores.jsonl").read_text().splitlines()]

@@ -128,6 +128,8 @@ def test_each_seed_gives_a_row(states, workdir):
     rows = rows_of(workdir)
     assert [row["seed"] for row in rows] == [0, 3] and rows[0]["fd_classifier"] != rows[1]["fd_classifier"]
     distances = [row["fd_classifier"] for row in rows]
+    report = (workdir / "report" / "index.html").read_text()
+    assert "fd_classifier by training step" in report and report.count("data:image/png") == 1
     table = evaluation.result_table(rows).splitlines()
     assert len(table) == 3 and f"{np.mean(distances):.4g} ± {np.std(distances, ddof=1):.2g}" in table[2]
 

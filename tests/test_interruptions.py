@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from benchmarks import kill_test
-from mscm import cli, lease, planning, stopping, training_loop
+from mscm import lease, planning, stopping, terminal, training_loop
 from mscm.checkpoint import CheckpointError, reading
 from mscm.config import ConfigError, differences, load_config
 from mscm.cost import chips
@@ -630,7 +630,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(whole, workdir, tmp
     text = dry_run(longer, str(workdir))
     with reading(workdir) as checkpoints:
         rate = checkpoints.facts()["steps_per_second"]
-    left = cli.duration(12 / rate)
+    left = terminal.duration(12 / rate)
     assert f": 8 of 20 steps are done, {left} left at the {rate:.3g} steps/s of before, 6 checkpoints of " in text
     assert " to come, 1 kept\n" in text
     assert f"need {2 * size / 1e9:.3g} GB of" in text  # the old one goes after the new one has come
@@ -648,7 +648,7 @@ def test_a_dry_run_says_how_long_chips_that_are_known_need_at_least(whole, tmp_p
     monkeypatch.setattr(chips, "CHIPS", (known,))
     experiment = changed(whole)
     seconds = 8 * planning.model_flops(experiment)[1] / 1e6
-    assert f"0 of 8 steps are done, {cli.duration(seconds)} left or more: so long the v5e would" in dry_run(
+    assert f"0 of 8 steps are done, {terminal.duration(seconds)} left or more: so long the v5e would" in dry_run(
         experiment, str(tmp_path / "x")
     )
 

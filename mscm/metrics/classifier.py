@@ -23,7 +23,7 @@ from absl import logging
 from flax import linen as nn
 from jaxtyping import Array, Float, Integer, UInt8
 
-from mscm import compilation
+from mscm import compilation, terminal
 from mscm.metrics import files
 from mscm.metrics.features import FeatureNetwork, Outputs
 
@@ -113,7 +113,6 @@ def train_classifier(
     num_epochs = max(1, min(num_epochs, MAX_EXAMPLES // len(images)))
     batch_size = min(batch_size, len(images))
     steps_per_epoch = len(images) // batch_size
-    logging.info("Training the feature network: %d images, %d epochs", len(images), num_epochs)
     model = SmallConvNet(source.num_classes)
     optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, num_epochs * steps_per_epoch), weight_decay=1e-2)
 
@@ -130,13 +129,16 @@ def train_classifier(
         return optax.apply_updates(params, updates), opt_state
 
     started = time.monotonic()
-    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *images.shape[1:]), jnp.uint8))["params"]
-    opt_state = optimizer.init(params)
-    for _ in range(num_epochs):
-        shuffled = rng.permutation(len(images))
-        for step in range(steps_per_epoch):
-            chosen = shuffled[step * batch_size : (step + 1) * batch_size]
-            params, opt_state = update(params, opt_state, images[chosen], labels[chosen])
+    with terminal.Elapsed(f"Training the feature network: {len(images)} images, {num_epochs} epochs"):
+        key, no_images = jax.random.key(seed), jnp.zeros((1, *images.shape[1:]), jnp.uint8)
+        params = jax.jit(model.init)(key, no_images)["params"]
+        opt_state = optimizer.init(params)
+        for _ in range(num_epochs):
+            shuffled = rng.permutation(len(images))
+            for step in range(steps_per_epoch):
+                chosen = shuffled[step * batch_size : (step + 1) * batch_size]
+                params, opt_state = update(params, opt_state, images[chosen], labels[chosen])
+        jax.block_until_ready(params)
     classifier = Classifier(
         jax.tree.map(np.asarray, params),
         _card(source, seed=seed) | {

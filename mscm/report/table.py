@@ -16,7 +16,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
                 f"format_table: row {index} has {len(row)} cells, expected {len(header)}, one for each title."
             )
     texts = [[_cell(value) for value in row] for row in rows]
-    right = [_all_numbers([row[c] for row in texts]) for c in range(len(header))]
+    right = [is_numeric([row[c] for row in texts]) for c in range(len(header))]
     titles = [_cell(title) for title in header]
     widths = [max(3, *(len(row[c]) for row in [titles, *texts])) for c in range(len(header))]
     rule = ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True)]
@@ -35,7 +35,8 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", r"\|").replace("\n", " ")  # a bare pipe would end the cell
 
 
-def _all_numbers(texts: Sequence[str]) -> bool:
+def is_numeric(texts: Sequence[str]) -> bool:
+    """Whether the cells of a column, where they are not empty, are read as numbers by a person."""
     filled = [text for text in texts if text]
     return bool(filled) and all(_is_number(text) for text in filled)
 

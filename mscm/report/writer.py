@@ -67,6 +67,11 @@ class Writer:
         for name, value in scalars.items():
             self._write(step, summary=summary.scalar(name, float(value)))
 
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Texts by name at `step`."""
+        for name, text in texts.items():
+            self._write(step, summary=summary.text(name, text))
+
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Images `h w c`, uint8, by name at `step`."""
         for name, image in images.items():

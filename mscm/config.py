@@ -5,8 +5,10 @@ Imports no jax, so that an error in a config is an answer within a second.
 
 import difflib
 import functools
+import hashlib
 import importlib.util
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -198,6 +200,11 @@ def decides(section: Any) -> Any:
     if not isinstance(section, dict):
         return section
     return {name: decides(value) for name, value in section.items() if name not in _DECIDES_NOTHING}
+
+
+def run_hash(config: dict[str, Any]) -> str:
+    """Hash of what decides the parameters: another training in the same directory is another run."""
+    return hashlib.sha256(json.dumps(decides(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -102,6 +102,21 @@ def short_teacher_samplers(experiment: Experiment) -> list[SamplerSpec]:
     return [SamplerSpec(text, num_steps) for num_steps in sorted({experiment.student_steps, largest})]
 
 
+def chosen_sampler(experiment: Experiment, text: str | None, num_steps: int | None, *, force: bool) -> SamplerSpec:
+    """The sampler that the flags of a command ask for; None: the default of the model.
+
+    Raises:
+      ConfigError: as `SamplerSpec` and `check_sampler`.
+    """
+    default = default_samplers(experiment)[-1]
+    text = default.sampler if text is None else text
+    if num_steps is None:
+        num_steps = own_steps(text) or default.num_steps
+    spec = SamplerSpec(text, num_steps)
+    check_sampler(experiment, spec, force=force)
+    return spec
+
+
 def check_sampler(experiment: Experiment, spec: SamplerSpec, *, force: bool = False) -> None:
     """Refuses what a model was not trained for, unless `force`, and what it cannot do.
 
@@ -138,25 +153,39 @@ def num_evaluations(experiment: Experiment, spec: SamplerSpec) -> int:
     return spec.num_evaluations(experiment.schedule, guided=bool(experiment.guidance))
 
 
-@functools.lru_cache(maxsize=64)
-def make_sample_fn(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
-    """Jitted sampler; kept, so that a model is compiled once however many checkpoints are scored."""
+def sampling_function(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
+    """A sampler as a pure function, to be traced: on the mesh around the trace, or without one for any device."""
     data, schedule = experiment.data, experiment.schedule
     model, plan = experiment.for_sampler(spec), spec.plan(schedule)
     shape = (data.resolution, data.resolution, data.channels)
-    rows, whole = partition.batch_sharding(experiment.mesh), partition.replicated(experiment.mesh)
 
     def sample(params: Params, key: Key, indices: jax.Array, condition: Condition) -> Images:
-        # Every process has all indices, and every device computes the images of its part.
-        indices, condition = jax.lax.with_sharding_constraint((indices, condition), rows)
         z_1 = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
         of_steps = jax.random.fold_in(key, _STEPS)
         keys = jax.vmap(lambda i: jax.random.fold_in(of_steps, i))(indices)
         return plan.sample(spec.clip(model.denoiser(params, condition)), schedule, z_1, keys)
 
-    sample = partition.on_mesh(sample, experiment.mesh)
+    return sample
+
+
+@functools.lru_cache(maxsize=64)
+def make_sample_fn(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
+    """Jitted sampler; kept, so that a model is compiled once however many checkpoints are scored."""
+    sample = sampling_function(experiment, spec)
+    rows, whole = partition.batch_sharding(experiment.mesh), partition.replicated(experiment.mesh)
+
+    def sample_parts(params: Params, key: Key, indices: jax.Array, condition: Condition) -> Images:
+        # Every process has all indices, and every device computes the images of its part.
+        indices, condition = jax.lax.with_sharding_constraint((indices, condition), rows)
+        return sample(params, key, indices, condition)
+
     options = compilation.options(experiment.platform)
-    return jax.jit(sample, in_shardings=(None, whole, whole, whole), out_shardings=whole, compiler_options=options)
+    return jax.jit(
+        partition.on_mesh(sample_parts, experiment.mesh),
+        in_shardings=(None, whole, whole, whole),
+        out_shardings=whole,
+        compiler_options=options,
+    )
 
 
 def generate(

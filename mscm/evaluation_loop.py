@@ -9,8 +9,6 @@
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -23,7 +21,7 @@ from etils import epath
 from mscm import atomic, cli, distributed, evaluation, stopping
 from mscm.arrays import read_npz
 from mscm.checkpoint import CheckpointError, Checkpoints, UnreadableCheckpoint, reading
-from mscm.config import decides
+from mscm.config import run_hash
 from mscm.evaluation import SamplerSpec, Scorer
 from mscm.experiment import Experiment
 from mscm.metrics import gathering
@@ -157,7 +155,7 @@ class Evaluation:
         facts = distributed.agree(self._unless_deleted(workdir, step, lambda: _facts_of(workdir, step)))
         if facts is None:
             return []
-        run = _run_of(facts["config"])
+        run = run_hash(facts["config"])
         mismatch = self.scorer.differences(evaluation.reference_facts(self.experiment, facts))
         wanted = [
             self._key(model, run, step, spec, seed, mismatch) for spec in specs for seed in self.scorer.spec.seeds
@@ -318,7 +316,7 @@ class Evaluation:
     def _has_copy(self, run: str, step: int) -> bool:
         try:
             with reading(self.best_workdir(step)) as checkpoints:
-                return step in checkpoints.steps() and _run_of(checkpoints.facts(step)["config"]) == run
+                return step in checkpoints.steps() and run_hash(checkpoints.facts(step)["config"]) == run
         except CheckpointError:
             return False
 
@@ -375,11 +373,6 @@ def _facts_of(workdir: str, step: int) -> dict[str, Any]:
     """What a checkpoint says of its model and its data."""
     with reading(workdir) as checkpoints:
         return checkpoints.facts(step)
-
-
-def _run_of(config: dict[str, Any]) -> str:
-    """Hash of what decides the parameters: another training in the same directory is another run."""
-    return hashlib.sha256(json.dumps(decides(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:

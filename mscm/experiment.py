@@ -94,8 +94,8 @@ class DataSpec:
         except ValueError as error:
             raise ConfigError(f"config.data.text: {error}") from error
 
-    def null_condition(self, rows: int) -> Condition:
-        """What stands for no condition."""
+    def null_condition(self, rows: Any) -> Condition:
+        """What stands for no condition; `rows`: a number, or the symbol of one that is left open."""
         if self.text is None:
             return jnp.full((rows,), self.num_classes, jnp.int32)
         shape, dtype = self.text.of_tokens
@@ -197,6 +197,12 @@ class Experiment:
     def on(self, devices: Sequence[jax.Device]) -> "Experiment":
         """The same on other devices, which need not exist: a topology to compile for."""
         return dataclasses.replace(self, devices=tuple(devices))
+
+    def for_any_device(self) -> "Experiment":
+        """The same with a network that, traced without a mesh, is one program for devices of every kind."""
+        if not isinstance(self.model, uvit.UViT):
+            return self
+        return dataclasses.replace(self, model=self.model.clone(attention="xla"))
 
     def for_evaluation(self) -> "Experiment":
         """The same for sampling alone, on all devices that are there: the training's mesh and batch need not fit them.

@@ -43,15 +43,9 @@ def main() -> None:
     from mscm.config import ConfigError
     from mscm.experiment import build
     from mscm.report import grid
-    from mscm.sampling import SamplerSpec, own_steps
 
     experiment, workdir = build(run_flags.CONFIG.value).for_evaluation(), cli.path_of(run_flags.WORKDIR)
-    default = evaluation.default_samplers(experiment)[-1]
-    sampler, num_steps = default.sampler if SAMPLER.value is None else SAMPLER.value, NUM_STEPS.value
-    if num_steps is None:
-        num_steps = own_steps(sampler) or default.num_steps
-    spec = SamplerSpec(sampler, num_steps)
-    evaluation.check_sampler(experiment, spec, force=FORCE.value)
+    spec = evaluation.chosen_sampler(experiment, SAMPLER.value, NUM_STEPS.value, force=FORCE.value)
     if OUTPUT.value is None:
         output = os.path.join(workdir, "samples.png")
     else:

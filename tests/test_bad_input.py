@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import pytest
 
-from mscm import evaluation, lease, planning, training_loop
+from mscm import evaluation, exporting, lease, planning, training_loop
 from mscm.checkpoint import Checkpoints
 from mscm.config import load_config
 from mscm.data import folders, images, png, preparation, sources
@@ -103,6 +103,7 @@ def here(store, tmp_path, monkeypatch):
     for module, name in (
         (training_loop, "train"),
         (evaluation, "generate"),
+        (exporting, "serialised"),
         (gathering, "over"),
         (planning, "_plan"),
         (evaluation.classifiers, "load_or_train"),
@@ -270,6 +271,7 @@ def moments(dim: int = 64, dim_of_cov: int | None = None, value: float = 0.0) ->
 
 MAIN, NEW, TRAINED = "main --config=teacher.py", "--workdir=run", "--workdir=t"
 SAMPLE = f"sample --config=teacher.py {TRAINED} --output=x.png"
+EXPORT = f"export --config=teacher.py {TRAINED} --output=x"
 EVAL = f"eval --config=teacher.py {TRAINED}"
 PREPARE = "prepare --output=out --resolution=8 --workers=1 --source="
 IMPORT = "metrics.reference --config=teacher.py --output=o.npz --import=i.npz"
@@ -754,7 +756,22 @@ TABLES = [
     ("plan --config=teacher.py --topology=host --config.mesh.data=7", "mesh: got data=7"),
 ]
 
-ROWS = [*CONFIGS, *PLACES, *SAMPLING, *SCORING, *DATA, *TABLES]
+EXPORTS = [
+    (f"export --config=teacher.py {TRAINED}", "Flag --output must have a value"),
+    (f"export --config=teacher.py {TRAINED} --output=", "--output: got an empty path"),
+    (f"{EXPORT} --output=d", "--output: got 'd', expected a file to write to: it is a folder", folder("d")),
+    (f"{EXPORT} --output=f/x", "--output: got 'f/x', expected a file to write to: File exists", write("f")),
+    (f"{EXPORT} --step=3", "got step 3, expected one of 8"),
+    (f"{EXPORT} --num_steps=0", "num_steps: got 0, expected at least 1"),
+    (f"{EXPORT} --sampler=heum", "did you mean 'heun'"),
+    (f"{EXPORT} --sampler=ddim:guidance=1", "guidance: got 1.0, expected 0.0 because 'digits_teacher' was trained"),
+    ("export --config=teacher.py --workdir=nowhere --output=x", "nowhere: got no directory checkpoints/ below it"),
+    ("export --config=teacher.py --workdir=s --output=x", "'digits_cd2' with student_steps = 2, expected None"),
+    ("export --config=student.py --workdir=s --output=x --num_steps=3", "got ddim 3 steps .*, expected ddim with 2"),
+    (f"{EXPORT} --config.model.middle.width=12000", "got .* bytes of parameters, expected at most 2130706432"),
+]
+
+ROWS = [*CONFIGS, *PLACES, *SAMPLING, *SCORING, *DATA, *TABLES, *EXPORTS]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, where reading fails
@@ -772,6 +789,7 @@ def test_there_are_many():
     assert len(ROWS) >= 60 and {row[0].partition(" ")[0] for row in ROWS} == {
         "main",
         "sample",
+        "export",
         "eval",
         "compare",
         "prepare",

@@ -339,7 +339,7 @@ def test_a_wrong_flag_is_one_sentence(flags, sentence, tmp_path, capfd, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["main", "eval", "sample"])
+@pytest.mark.parametrize("name", ["main", "eval", "sample", "export"])
 def test_help_says_what_the_command_does(name):
     """`--help` prints the command line and the flags."""
     result = command(name, "--help")

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 _DECIDES_NOTHING = (
     "eval", "mesh", "path", "num_threads", "num_workers", "workdir", "attention", "remat", "num_microbatches",
     "steps_per_dispatch", "log_every_steps", "save_every_steps", "keep_checkpoints",
-    "max_bad_steps",
+    "max_bad_steps", "snapshot_every_steps",
 )
 
 
@@ -122,9 +122,13 @@ class Section:
         """The section below `key`, or None where the config says None."""
         return None if self.take(key) is None else self.section(key)
 
+    def keys(self) -> list[str]:
+        """The names of all keys, sorted."""
+        return sorted(self._values)
+
     def sections(self) -> list["Section"]:
         """All keys as sections, in the order of their names."""
-        return [self.section(key) for key in sorted(self._values)]
+        return [self.section(key) for key in self.keys()]
 
     def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` with its keyword-only arguments from the keys of this section; absent ones keep their default."""

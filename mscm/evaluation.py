@@ -565,16 +565,18 @@ def metrics_of(row: dict[str, Any]) -> dict[str, float]:
 
 def result_table(rows: list[dict[str, Any]]) -> str:
     """The scores as a person reads them: one line for each model and sampler, mean and deviation over seeds."""
-    known = ("model", "sampler", "nfe", "num_images", "num_steps")
+    known = ("model", "sampler", "nfe", "num_images", "num_steps", "ema", "ema_error")
+    several = any("ema" in row for row in rows)
     metrics = [name for name in metrics_of(rows[0]) if not name.endswith("_std")]
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(key) for key in known), []).append(row)
-    body = [
-        [model, sampler or "", nfe or "", count, *(_over_seeds([row.get(name) for row in group]) for name in metrics)]
-        for (model, sampler, nfe, count, _), group in groups.items()
-    ]
-    return table.format_table(["model", "sampler", "NFE", "images", *metrics], body)
+    body = []
+    for (model, sampler, nfe, count, _, ema, error), group in groups.items():
+        average = [f"{ema or 'main'}{f' ({error} off)' if error else ''}" if sampler else ""] if several else []
+        scores = (_over_seeds([row.get(name) for row in group]) for name in metrics)
+        body.append([model, sampler or "", nfe or "", count, *average, *scores])
+    return table.format_table(["model", "sampler", "NFE", "images", *["EMA"] * several, *metrics], body)
 
 
 def _over_seeds(values: list[float | None]) -> str:

@@ -20,6 +20,9 @@ SAMPLER = flags.DEFINE_string(
     "sampler", None, "Such as ddim:eta=0.5, see README. Default: ddim for a student, a teacher's last in config.eval."
 )
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read. Default: the newest.")
+EMA = flags.DEFINE_string(
+    "ema", "main", "Average of the parameters: main, a name in config.ema.further, or a sigma_rel."
+)
 FORCE = flags.DEFINE_bool("force", False, "Export a student with a sampler that it was not trained for.")
 
 
@@ -27,19 +30,20 @@ def main() -> None:
     """Checks, traces, writes."""
     import json  # here and not above: --help must not wait for jax
 
-    from mscm import atomic, evaluation, exporting
+    from mscm import atomic, averages, evaluation, exporting
     from mscm.checkpoint import reading
     from mscm.experiment import build
 
     experiment, workdir = build(run_flags.CONFIG.value).for_evaluation(), cli.path_of(run_flags.WORKDIR)
     spec = evaluation.chosen_sampler(experiment, SAMPLER.value, NUM_STEPS.value, force=FORCE.value)
+    (average,) = averages.chosen(experiment, [EMA.value])
     exporting.check(experiment)
     with reading(workdir) as checkpoints:
         step = checkpoints.check(experiment.facts(), STEP.value)
         config = checkpoints.facts(step)["config"]
     output = cli.output_of(OUTPUT)
-    content = exporting.serialised(experiment, evaluation.read_ema(experiment, workdir, step), spec)
-    card = exporting.describe(experiment, spec, step=step, config=config, content=content)
+    content = exporting.serialised(experiment, averages.read(experiment, workdir, average, step), spec)
+    card = exporting.describe(experiment, spec, step=step, average=average or EMA.value, config=config, content=content)
     with atomic.writing(output) as file:
         file.write(content)
     atomic.write_text(f"{output}.json", json.dumps(card, indent=2) + "\n")

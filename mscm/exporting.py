@@ -74,9 +74,9 @@ def serialised(experiment: Experiment, params: Params, spec: SamplerSpec) -> byt
 
 
 def describe(
-    experiment: Experiment, spec: SamplerSpec, *, step: int, config: dict[str, Any], content: bytes
+    experiment: Experiment, spec: SamplerSpec, *, step: int, average: str, config: dict[str, Any], content: bytes
 ) -> dict[str, Any]:
-    """What a user should know of the file, as JSON; `step` and `config` are those of the checkpoint.
+    """What a user should know of the file, as JSON; `step`, `average` and `config` are those of the parameters.
 
     `run` is the hash of the config that scores.jsonl has too.
     """
@@ -84,6 +84,7 @@ def describe(
     return {
         "name": experiment.name,
         "step": step,
+        "ema": average,
         "sampler": spec.sampler,
         "num_steps": spec.num_steps,
         "nfe": evaluation.num_evaluations(experiment, spec),

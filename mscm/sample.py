@@ -24,6 +24,9 @@ SAMPLER = flags.DEFINE_string(
     "sampler", None, "Such as ddim:eta=0.5, see README. Default: ddim for a student, a teacher's last in config.eval."
 )
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read. Default: the newest.")
+EMA = flags.DEFINE_string(
+    "ema", "main", "Average of the parameters: main, a name in config.ema.further, or a sigma_rel."
+)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**31 - 1)
 LABELS = flags.DEFINE_list("labels", None, "Class indices, repeated as needed. Default: all classes in turn.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; several times for several, which are repeated as needed.")
@@ -39,13 +42,14 @@ def main() -> None:
     """Checks, samples, writes."""
     import numpy as np  # here and not above: --help must not wait for jax
 
-    from mscm import atomic, evaluation
+    from mscm import atomic, averages, evaluation
     from mscm.config import ConfigError
     from mscm.experiment import build
     from mscm.report import grid
 
     experiment, workdir = build(run_flags.CONFIG.value).for_evaluation(), cli.path_of(run_flags.WORKDIR)
     spec = evaluation.chosen_sampler(experiment, SAMPLER.value, NUM_STEPS.value, force=FORCE.value)
+    (average,) = averages.chosen(experiment, [EMA.value])
     if OUTPUT.value is None:
         output = os.path.join(workdir, "samples.png")
     else:
@@ -56,7 +60,7 @@ def main() -> None:
         )
     shown = _what_to_show(experiment)
 
-    models = [(experiment, evaluation.read_ema(experiment, workdir, STEP.value), spec)]
+    models = [(experiment, averages.read(experiment, workdir, average, STEP.value), spec)]
     if TEACHER.value:
         teacher, directory, _ = experiment.lineage(workdir)[0]
         of_teacher = evaluation.diffusion_samplers(experiment)[-1]
@@ -72,8 +76,9 @@ def main() -> None:
             seed=SEED.value,
             conditions=shown.conditions,
         )
-        panels[f"{model.name}, {of_model}"] = np.concatenate(list(batches))
-    images = next(iter(panels.values()))
+        title = f"{model.name}, {of_model}" + (f", ema {average}" if average and model is experiment else "")
+        panels[title] = np.concatenate(list(batches))
+    title, images = next(iter(panels.items()))
     if output.endswith(".png"):
         columns = min(len(images), shown.columns)
         grid.save_png(output, grid.side_by_side(panels, columns=columns, captions=shown.texts))
@@ -85,7 +90,7 @@ def main() -> None:
         for i, image in enumerate(images):
             grid.save_png(os.path.join(output, f"{i:06d}.png"), image)
     nfe = evaluation.num_evaluations(experiment, spec)
-    print(f"{len(images)} images of {experiment.name}, {spec}, NFE {nfe}: {output}", flush=True)
+    print(f"{len(images)} images of {title}, NFE {nfe}: {output}", flush=True)
 
 
 def _lines(path: str | None) -> list[str]:

@@ -32,7 +32,7 @@ LAYERS = (
     (4, "cost", ("mscm.cost.*",)),
     (5, "build", ("mscm.experiment", "mscm.methods", "mscm.sampling", "mscm.evaluation", "mscm.cli", "mscm.run_flags",
                  "mscm.training_loop", "mscm.distributed", "mscm.planning", "mscm.evaluation_loop",
-                 "mscm.comparison", "mscm.exporting", "mscm.stopping", "mscm.replay", "mscm.dry_run")),
+                 "mscm.comparison", "mscm.exporting", "mscm.averages", "mscm.stopping", "mscm.replay", "mscm.dry_run")),
     (6, "main", ("mscm.main",)),
     (6, "eval", ("mscm.eval",)),
     (6, "sample", ("mscm.sample",)),

@@ -66,6 +66,13 @@ def teacher(
     return config
 
 
+def with_power_averages(config: ConfigDict, *, snapshot_every_steps: int) -> ConfigDict:
+    """The same with the two power-function averages of EDM2, arXiv:2312.02696, and snapshots, for all other lengths."""
+    config.ema.further = dict(short=dict(sigma_rel=0.05), long=dict(sigma_rel=0.1))
+    config.ema.snapshot_every_steps = snapshot_every_steps
+    return config
+
+
 def edm(config: ConfigDict, *, family: str, num_steps: int, run: str = "edm", variant: str = "") -> ConfigDict:
     """A diffusion model as EDM's (arXiv:2206.00364): schedule, noise, preconditioning, loss and optimiser.
 

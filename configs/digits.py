@@ -42,6 +42,12 @@ def teacher() -> ConfigDict:
     return base.teacher(_base(), family="digits")
 
 
+def averaged() -> ConfigDict:
+    """The same with averages of all lengths."""
+    config = base.teacher(_base(), family="digits", run="averaged")
+    return base.with_power_averages(config, snapshot_every_steps=200)
+
+
 def guidable() -> ConfigDict:
     """The same with dropped labels, for guidance."""
     config = base.teacher(_base(), family="digits", run="guidable")

@@ -1,10 +1,11 @@
 """Checkpoints of a work directory: the only file that knows Orbax and where checkpoints lie.
 
-    WORKDIR/checkpoints/STEP/{params,ema,opt,facts}
+    WORKDIR/checkpoints/STEP/{params,ema,opt,facts}    and ema_NAME of each further average
     WORKDIR/checkpoints/STEP/files.json                the files that it had when it was finished: sizes and checksums
     WORKDIR/damaged/STEP                               moved there by training: files are missing, cut or altered
+    WORKDIR/ema_snapshots/STEP/{ema_NAME,facts}        power-function averages on the way, none of which is deleted
 
-The four items of a step are separate, so that a sampler reads `ema` and `facts` alone. `facts` is JSON: what a sampler
+The items of a step are separate, so that a sampler reads `ema` and `facts` alone. `facts` is JSON: what a sampler
 must know of the model (schedule, prediction, student steps, shapes, the whole config).
 
 A save that was cut has no name yet, and nobody sees it. What is damaged later (a copy that was cut, a disk that was
@@ -41,7 +42,8 @@ _MEANING = ("student_steps", "schedule", "prediction", "logsnr_input")
 ON_ANY_SCHEDULE = ("edm",)
 
 _FILES = "files.json"
-_ITEMS = ("params", "ema", "opt", "facts")
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "ema_snapshots"
+_ALL = 2**31  # to keep
 _CHUNK = 2**22
 _FILE_THREADS = 32  # a bucket answers each question in its time
 
@@ -57,31 +59,26 @@ class UnreadableCheckpoint(CheckpointError):
 class Checkpoints:
     """The checkpoints of one work directory; a context manager, because saving goes on in the background."""
 
-    def __init__(self, workdir: str | os.PathLike, *, keep: int | None = None):
-        """`keep` is the number of newest checkpoints to keep when saving; None for reading only."""
-        self._directory = remote.absolute(workdir) / "checkpoints"
+    def __init__(self, workdir: str | os.PathLike, *, keep: int | None = None, folder: str = CHECKPOINTS):
+        """`keep` is the number of newest checkpoints to keep when saving; None for reading only.
+
+        `folder`: SNAPSHOTS for those of averages, which have the same form.
+        """
+        self._directory = remote.absolute(workdir) / folder
         self._saved: int | None = None  # the save that is under way
         self._listing: concurrent.futures.Future | None = None  # of the files of the one before
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         # Readers do not wait for each other: what one process sees of a directory, another may not see yet.
         alone = MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+        together = MultiprocessingOptions(barrier_sync_key_prefix=None if folder == CHECKPOINTS else folder)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=LatestN(keep),
-            multiprocessing_options=MultiprocessingOptions() if keep is not None else alone,
+            multiprocessing_options=together if keep is not None else alone,
             cleanup_tmp_directories=keep is not None,  # a reader must not touch what a trainer is writing
             create=keep is not None,
         )
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=options,
-            item_names=_ITEMS,
-            item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "ema": ocp.StandardCheckpointHandler(),
-                "opt": ocp.StandardCheckpointHandler(),
-                "facts": ocp.JsonCheckpointHandler(),
-            },
-        )
+        # The arguments of each save and restore say how an item is written.
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -126,6 +123,7 @@ class Checkpoints:
             ema=ocp.args.StandardSave(state.ema),
             opt=ocp.args.StandardSave(_rest(state)),
             facts=ocp.args.JsonSave(facts),
+            **{_item(name): ocp.args.StandardSave(average) for name, average in state.further.items()},
         )
         if not saved:  # Orbax says nothing else when a newer step is already there
             raise CheckpointError(
@@ -164,6 +162,20 @@ class Checkpoints:
         """Saves averaged parameters alone: enough to sample from."""
         self._start(step, ema=ocp.args.StandardSave(ema), facts=ocp.args.JsonSave(facts))
 
+    def save_snapshot(self, step: int, averages: Mapping[str, Params], facts: dict[str, Any]) -> None:
+        """Starts to save averages alone; where there is a snapshot of the step, nothing: it is the same.
+
+        Raises:
+          OSError: as `save`.
+        """
+        if step in self._manager.all_steps():
+            return
+        self.wait()
+        items = {_item(name): ocp.args.StandardSave(average) for name, average in averages.items()}
+        # Forced, because a later one may be there, and this one have been removed.
+        self._start(step, force=True, facts=ocp.args.JsonSave(facts), **items)
+        self._saved = step
+
     def facts(self, step: int | None = None) -> dict[str, Any]:
         """What the checkpoint of `step` (None: the newest) says of its model."""
         step = self._existing(step)
@@ -182,15 +194,19 @@ class Checkpoints:
             params=ocp.args.StandardRestore(abstract.params),
             ema=ocp.args.StandardRestore(abstract.ema),
             opt=ocp.args.StandardRestore(_rest(abstract)),
+            **{_item(name): ocp.args.StandardRestore(average) for name, average in abstract.further.items()},
         )
-        opt = restored["opt"]
-        return TrainState(opt["step"], restored["params"], restored["ema"], opt["opt_state"], opt.get("target", {}))
+        opt, further = restored["opt"], {name: restored[_item(name)] for name in abstract.further}
+        return TrainState(
+            opt["step"], restored["params"], restored["ema"], opt["opt_state"], opt.get("target", {}), further
+        )
 
-    def restore_ema(self, abstract: Params, step: int | None = None) -> Params:
-        """The averaged parameters alone."""
+    def restore_ema(self, abstract: Params, step: int | None = None, *, name: str | None = None) -> Params:
+        """The averaged parameters alone; `name`: of a further average."""
         step = self._existing(step)
         self._check_shapes(self.facts(step)["parameters"], parameter_shapes(abstract), step)
-        return self._restore(step, ema=ocp.args.StandardRestore(abstract))["ema"]
+        item = _item(name)
+        return self._restore(step, **{item: ocp.args.StandardRestore(abstract)})[item]
 
     def check(self, facts: dict[str, Any], step: int | None = None) -> int:
         """Step of a checkpoint (None: the newest) that is of the model of `facts`; reads no array.
@@ -220,9 +236,9 @@ class Checkpoints:
         with self._naming_damage(step):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
 
-    def _start(self, step: int, **items: ocp.args.CheckpointArgs) -> bool:
+    def _start(self, step: int, *, force: bool = False, **items: ocp.args.CheckpointArgs) -> bool:
         with failures.naming(self._directory):
-            return self._manager.save(step, args=ocp.args.Composite(**items))
+            return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
 
     @contextlib.contextmanager
     def _naming_damage(self, step: int) -> Iterator[None]:
@@ -285,7 +301,7 @@ def set_damaged_aside(workdir: str | os.PathLike) -> None:
     with reading(workdir) as checkpoints:
         damaged = dict(checkpoints.damaged)
         for step in reversed(checkpoints.steps()):  # to the newest that can be read
-            reason = _alteration(checkpoints._directory / str(step), _ITEMS)
+            reason = _alteration(checkpoints._directory / str(step))
             if reason is None:
                 break
             damaged[step] = reason
@@ -355,10 +371,12 @@ def _damage(folder: epath.Path) -> str | None:
     return None
 
 
-def _alteration(folder: epath.Path, items: Sequence[str]) -> str | None:
-    """Which file of some items of a checkpoint has other bytes than it had when that was finished; reads them all."""
+def _alteration(folder: epath.Path, items: Sequence[str] | None = None) -> str | None:
+    """Which file of some items (None: all) has other bytes than when the checkpoint was finished; reads them all."""
     expected = {
-        name: entry[1] for name, entry in _listed(folder).items() if len(entry) > 1 and name.split("/")[0] in items
+        name: entry[1]
+        for name, entry in _listed(folder).items()
+        if len(entry) > 1 and (items is None or name.split("/")[0] in items)
     }
     for name, got in _each(lambda name: _checksum(folder / name), expected).items():
         if got != expected[name]:
@@ -382,6 +400,11 @@ def _each(function: Callable[[Any], Any], keys: Iterable[Any]) -> dict[Any, Any]
         return dict(zip(keys, pool.map(function, keys), strict=True))
 
 
+def _item(name: str | None) -> str:
+    """Where an average is, None being the one from which images are sampled."""
+    return "ema" if name is None else f"ema_{name}"
+
+
 def _rest(state: TrainState) -> dict[str, Any]:
     """What only training needs; without a target network as before there was one."""
     target = {"target": state.target} if state.target else {}
@@ -403,17 +426,22 @@ def first_mismatch(got: dict[str, list[int]], expected: dict[str, list[int]]) ->
 
 
 @contextlib.contextmanager
-def reading(workdir: str | os.PathLike) -> Iterator[Checkpoints]:
-    """The checkpoints of an existing work directory, for reading.
+def reading(workdir: str | os.PathLike, folder: str = CHECKPOINTS) -> Iterator[Checkpoints]:
+    """The checkpoints of an existing work directory, for reading; `folder` as `Checkpoints` has it.
 
     Raises:
       CheckpointError: the directory holds no checkpoints.
     """
-    directory = epath.Path(workdir) / "checkpoints"
+    directory = epath.Path(workdir) / folder
     if not directory.is_dir():
         raise CheckpointError(
-            f"{workdir}: got no directory checkpoints/ below it, expected the work directory of a training; "
+            f"{workdir}: got no directory {folder}/ below it, expected the work directory of a training; "
             "check the path or train first"
         )
-    with Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir, folder=folder) as checkpoints:
         yield checkpoints
+
+
+def snapshots(workdir: str | os.PathLike) -> Checkpoints:
+    """The snapshots of averages of a work directory, for writing."""
+    return Checkpoints(workdir, keep=_ALL, folder=SNAPSHOTS)

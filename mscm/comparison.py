@@ -170,6 +170,7 @@ def read_run(workdir: str) -> Run:
             "mscm.main makes it"
         )
     rows = evaluation.read_scores(os.path.join(workdir, "eval", "scores.jsonl"))
+    rows = [row for row in rows if "ema" not in row]  # of the average that all runs have
     experiment = _on_one_device(config)
     lineage = experiment.lineage(workdir)
     if not any(row["model"] == experiment.name for row in rows):

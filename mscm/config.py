@@ -5,6 +5,7 @@ Imports no jax, so that an error in a config is an answer within a second.
 
 import difflib
 import functools
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 _DECIDES_NOTHING = (
     "eval", "mesh", "path", "num_threads", "num_workers", "workdir", "attention", "remat", "num_microbatches",
     "steps_per_dispatch", "log_every_steps", "save_every_steps", "keep_checkpoints",
-    "max_bad_steps",
+    "max_bad_steps", "snapshot_every_steps",
 )
 
 
@@ -123,9 +124,13 @@ class Section:
         """The section below `key`, or None where the config says None."""
         return None if self.take(key) is None else self.section(key)
 
+    def keys(self) -> list[str]:
+        """The names of all keys, sorted."""
+        return sorted(self._values)
+
     def sections(self) -> list["Section"]:
         """All keys as sections, in the order of their names."""
-        return [self.section(key) for key in sorted(self._values)]
+        return [self.section(key) for key in self.keys()]
 
     def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` with its keyword-only arguments from the keys of this section; absent ones keep their default."""
@@ -217,6 +222,11 @@ def decides(section: Any) -> Any:
     if not isinstance(section, dict):
         return section
     return {name: decides(value) for name, value in section.items() if name not in _DECIDES_NOTHING}
+
+
+def run_hash(config: dict[str, Any]) -> str:
+    """Hash of what decides the parameters: another training in the same directory is another run."""
+    return hashlib.sha256(json.dumps(decides(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -61,12 +62,20 @@ def _plan(member: Member) -> tuple[str, int]:
         return f"{what}all {spec.num_steps} steps are done", 0
     last = spec.num_steps
     count = last // spec.save_every_steps - done // spec.save_every_steps + bool(last % spec.save_every_steps)
-    leaves = jax.tree.leaves(experiment.abstract_state())
-    size = sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in leaves)
+    size = _bytes(experiment.abstract_state())
     text = f"{done} of {last} steps are done, {_time(experiment, last - done, rate)}, {count} checkpoints of "
     text += f"{_gigabytes(size)} to come, {spec.keep_checkpoints} kept"
     # An old one goes after the new one has come.
-    return f"{what}{text}", size * min(count, spec.keep_checkpoints + 1)
+    needed = size * min(count, spec.keep_checkpoints + 1)
+    if every := experiment.snapshot_every_steps:
+        count, size = last // every - done // every, _bytes(experiment.power_averages(experiment.abstract_state()))
+        text += f", {count} snapshots of averages of {_gigabytes(size)}, all kept"
+        needed += count * size
+    return f"{what}{text}", needed
+
+
+def _bytes(arrays: Any) -> int:
+    return sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(arrays))
 
 
 def _time(experiment: Experiment, num_steps: int, rate: float | None) -> str:

@@ -2,6 +2,7 @@
 
   python -m mscm.eval --config=configs/digits_cd4.py --workdir=DIR
   python -m mscm.eval --config=configs/digits_cd4.py --workdir=DIR --images=samples.npz
+  python -m mscm.eval --config=configs/digits_averaged.py --workdir=DIR --once --ema=main,0.05,0.1,0.15
 
 Writes below DIR/eval: scores.jsonl (one line for each checkpoint, sampler and seed), samples/, events (TensorBoard)
 and best/STEP, a copy of the best checkpoint; and DIR/report/index.html, the report of the run. Killed, it continues
@@ -23,6 +24,9 @@ flags.adopt_module_key_flags(run_flags)  # so that --help lists them
 ONCE = flags.DEFINE_bool("once", False, "Score the checkpoints that are there, and end.")
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Score the checkpoint of this step, and nothing else.")
 IMAGES = flags.DEFINE_string("images", None, "Score these: a folder, zip or tar of images, or an .npz.")
+EMA = flags.DEFINE_list(
+    "ema", ["main"], "Averages of the parameters to score: main, names in config.ema.further, or a sigma_rel each."
+)
 ALLOW_MISMATCH = flags.DEFINE_bool(
     "allow_mismatch", False, "Score against a reference of other images than the config's; the scores are marked."
 )
@@ -34,7 +38,7 @@ SAVE_EVERY = flags.DEFINE_float(
 def main() -> None:
     """Scores what is new, prints all."""
     _refuse_flags_without_effect()
-    from mscm import distributed, evaluation  # here and not above: --help must not wait for jax
+    from mscm import averages, distributed, evaluation  # here and not above: --help must not wait for jax
     from mscm.checkpoint import reading
     from mscm.config import ConfigError
     from mscm.evaluation_loop import Evaluation
@@ -44,13 +48,14 @@ def main() -> None:
         distributed.start(run_flags.DISTRIBUTED.value)
     experiment, workdir = build(run_flags.CONFIG.value).for_evaluation(), cli.path_of(run_flags.WORKDIR)
     experiment.mesh  # noqa: B018 refuses an attention that does not fit before hours of reference statistics
+    chosen = averages.chosen(experiment, EMA.value)
     if IMAGES.value is not None:
         _score_images(experiment, workdir)
         return
     if ONCE.value or CHECKPOINT.value is not None:
         with reading(workdir) as checkpoints:
             checkpoints.check(experiment.facts(), CHECKPOINT.value)
-    options = dict(allow_mismatch=ALLOW_MISMATCH.value, save_every_seconds=SAVE_EVERY.value)
+    options = dict(allow_mismatch=ALLOW_MISMATCH.value, save_every_seconds=SAVE_EVERY.value, averages=chosen)
     with Evaluation(experiment, workdir, **options) as job:
         if CHECKPOINT.value is not None:
             step = CHECKPOINT.value
@@ -72,6 +77,8 @@ def _refuse_flags_without_effect() -> None:
 
     given = [f"--{flag.name}" for flag in (IMAGES, CHECKPOINT) if flag.value is not None]
     given += ["--once"] if ONCE.value else []
+    if IMAGES.value is not None and EMA.present:
+        raise ConfigError("--ema: got it with --images, expected none: no checkpoint is read")
     if len(given) > 1:
         raise ConfigError(f"got {' and '.join(given)}, expected one of them: each says what to score")
     if IMAGES.value == "":

@@ -102,6 +102,21 @@ def short_teacher_samplers(experiment: Experiment) -> list[SamplerSpec]:
     return [SamplerSpec(text, num_steps) for num_steps in sorted({experiment.student_steps, largest})]
 
 
+def chosen_sampler(experiment: Experiment, text: str | None, num_steps: int | None, *, force: bool) -> SamplerSpec:
+    """The sampler that the flags of a command ask for; None: the default of the model.
+
+    Raises:
+      ConfigError: as `SamplerSpec` and `check_sampler`.
+    """
+    default = default_samplers(experiment)[-1]
+    text = default.sampler if text is None else text
+    if num_steps is None:
+        num_steps = own_steps(text) or default.num_steps
+    spec = SamplerSpec(text, num_steps)
+    check_sampler(experiment, spec, force=force)
+    return spec
+
+
 def check_sampler(experiment: Experiment, spec: SamplerSpec, *, force: bool = False) -> None:
     """Refuses what a model was not trained for, unless `force`, and what it cannot do.
 
@@ -138,25 +153,39 @@ def num_evaluations(experiment: Experiment, spec: SamplerSpec) -> int:
     return spec.num_evaluations(experiment.schedule, guided=bool(experiment.guidance))
 
 
-@functools.lru_cache(maxsize=64)
-def make_sample_fn(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
-    """Jitted sampler; kept, so that a model is compiled once however many checkpoints are scored."""
+def sampling_function(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
+    """A sampler as a pure function, to be traced: on the mesh around the trace, or without one for any device."""
     data, schedule = experiment.data, experiment.schedule
     model, plan = experiment.for_sampler(spec), spec.plan(schedule)
     shape = (data.resolution, data.resolution, data.channels)
-    rows, whole = partition.batch_sharding(experiment.mesh), partition.replicated(experiment.mesh)
 
     def sample(params: Params, key: Key, indices: jax.Array, condition: Condition) -> Images:
-        # Every process has all indices, and every device computes the images of its part.
-        indices, condition = jax.lax.with_sharding_constraint((indices, condition), rows)
         z_1 = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
         of_steps = jax.random.fold_in(key, _STEPS)
         keys = jax.vmap(lambda i: jax.random.fold_in(of_steps, i))(indices)
         return plan.sample(spec.clip(model.denoiser(params, condition)), schedule, z_1, keys)
 
-    sample = partition.on_mesh(sample, experiment.mesh)
+    return sample
+
+
+@functools.lru_cache(maxsize=64)
+def make_sample_fn(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
+    """Jitted sampler; kept, so that a model is compiled once however many checkpoints are scored."""
+    sample = sampling_function(experiment, spec)
+    rows, whole = partition.batch_sharding(experiment.mesh), partition.replicated(experiment.mesh)
+
+    def sample_parts(params: Params, key: Key, indices: jax.Array, condition: Condition) -> Images:
+        # Every process has all indices, and every device computes the images of its part.
+        indices, condition = jax.lax.with_sharding_constraint((indices, condition), rows)
+        return sample(params, key, indices, condition)
+
     options = compilation.options(experiment.platform)
-    return jax.jit(sample, in_shardings=(None, whole, whole, whole), out_shardings=whole, compiler_options=options)
+    return jax.jit(
+        partition.on_mesh(sample_parts, experiment.mesh),
+        in_shardings=(None, whole, whole, whole),
+        out_shardings=whole,
+        compiler_options=options,
+    )
 
 
 def generate(
@@ -538,6 +567,7 @@ def metrics_of(row: dict[str, Any]) -> dict[str, float]:
 def name_of(row: dict[str, Any]) -> str:
     """Of the pictures and events of a row, beside its step: those under other settings are others."""
     name = f"{row['model']}_{SamplerSpec.of_row(row).file_name}_{row['num_images']}_{row['labels']}"
+    name += f"_ema_{row['ema']}" if "ema" in row else ""
     return f"{name}_seed{row['seed']}" if row["seed"] else name
 
 
@@ -548,16 +578,18 @@ def samples_path(directory: str, row: dict[str, Any]) -> str:
 
 def result_table(rows: list[dict[str, Any]]) -> str:
     """The scores as a person reads them: one line for each model and sampler, mean and deviation over seeds."""
-    known = ("model", "sampler", "nfe", "num_images", "num_steps")
+    known = ("model", "sampler", "nfe", "num_images", "num_steps", "ema", "ema_error")
+    several = any("ema" in row for row in rows)
     metrics = [name for name in metrics_of(rows[0]) if not name.endswith("_std")]
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(key) for key in known), []).append(row)
-    body = [
-        [model, sampler or "", nfe or "", count, *(_over_seeds([row.get(name) for row in group]) for name in metrics)]
-        for (model, sampler, nfe, count, _), group in groups.items()
-    ]
-    return table.format_table(["model", "sampler", "NFE", "images", *metrics], body)
+    body = []
+    for (model, sampler, nfe, count, _, ema, error), group in groups.items():
+        average = [f"{ema or 'main'}{f' ({error} off)' if error else ''}" if sampler else ""] if several else []
+        scores = (_over_seeds([row.get(name) for row in group]) for name in metrics)
+        body.append([model, sampler or "", nfe or "", count, *average, *scores])
+    return table.format_table(["model", "sampler", "NFE", "images", *["EMA"] * several, *metrics], body)
 
 
 def _over_seeds(values: list[float | None]) -> str:

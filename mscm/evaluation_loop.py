@@ -9,21 +9,19 @@
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from absl import logging
 from etils import epath
 
-from mscm import atomic, cli, distributed, evaluation, run_report, stopping, terminal
+from mscm import atomic, averages, cli, distributed, evaluation, run_report, stopping, terminal
 from mscm.arrays import read_npz
 from mscm.checkpoint import CheckpointError, Checkpoints, UnreadableCheckpoint, reading
-from mscm.config import decides
+from mscm.config import run_hash
 from mscm.evaluation import SamplerSpec, Scorer
 from mscm.experiment import Experiment
 from mscm.metrics import gathering
@@ -48,11 +46,13 @@ class Evaluation:
         *,
         allow_mismatch: bool = False,
         save_every_seconds: float = 60.0,
+        averages: Sequence[str | None] = (None,),
         wait: bool = False,
     ):
         """Takes the directory, makes network and reference, and reads the scores that are there.
 
         Args:
+          averages: those of the parameters that are scored, as `averages.chosen` gives them; of a teacher the main one.
           wait: for the end of another job on the directory, instead of refusing.
 
         Raises:
@@ -63,7 +63,7 @@ class Evaluation:
         self.directory = os.path.join(workdir, "eval")
         self.scores_file = os.path.join(self.directory, "scores.jsonl")
         self._partial = os.path.join(self.directory, "partial.npz")
-        self._save_every_seconds = save_every_seconds
+        self._save_every_seconds, self._averages = save_every_seconds, averages
         with contextlib.ExitStack() as stack:
             owner = os.path.join(self.directory, "owner.json")
             self._check_ours = stack.enter_context(distributed.holding(owner, "evaluation", wait=wait))
@@ -154,33 +154,50 @@ class Evaluation:
 
         Raises:
           ConfigError: it was trained on images that were resized otherwise than those of the reference.
+          CheckpointError: it does not have the averages.
         """
         facts = distributed.agree(self._unless_deleted(workdir, step, lambda: _facts_of(workdir, step)))
         if facts is None:
             return []
-        run = _run_of(facts["config"])
+        run = run_hash(facts["config"])
         mismatch = self.scorer.differences(evaluation.reference_facts(self.experiment, facts))
-        wanted = [
-            self._key(model, run, step, spec, seed, mismatch) for spec in specs for seed in self.scorer.spec.seeds
-        ]
+        said = {}
+        for average in self._averages if model is self.experiment else (None,):
+            described = self._unless_deleted(
+                workdir, step, lambda a=average: averages.describe(self.experiment, workdir, a, step)
+            )
+            said[average] = distributed.agree(described)
+        if None in said.values():
+            return []
+        wanted = {
+            average: [
+                self._key(model, run, step, spec, seed, mismatch) | described
+                for spec in specs
+                for seed in self.scorer.spec.seeds
+            ]
+            for average, described in said.items()
+        }
+        keys = [key for of_one in wanted.values() for key in of_one]
         done = distributed.agree([[_key_of(row), row] for row in self.rows()])
         done = {tuple(key): row for key, row in done}
-        missing = [key for key in wanted if _key_of(key) not in done]
         if not make:
-            return [done[_key_of(key)] for key in wanted if key not in missing]
-        # Not kept where a kill came between the last row and the copy.
-        keeps = model is self.experiment and (missing or distributed.agree(self._lacks_best(run, step)))
-        if missing or keeps:
-            params = self._unless_deleted(workdir, step, lambda: evaluation.read_ema(model, workdir, step))
-            if not distributed.everyone(params is not None):
-                return []
-            for key in missing:
-                done[_key_of(key)] = self._make(model, params, key)
-            if missing and distributed.is_main():
-                run_report.update(self._workdir)
-            if keeps and distributed.agree(self._lacks_best(run, step)):
-                self._keep_best(params, step, facts)
-        return [done[_key_of(key)] for key in wanted]
+            return [done[_key_of(key)] for key in keys if _key_of(key) in done]
+        for average, of_one in wanted.items():
+            missing = [key for key in of_one if _key_of(key) not in done]
+            # Not kept where a kill came between the last row and the copy.
+            keeps = average is None and model is self.experiment
+            keeps = keeps and (missing or distributed.agree(self._lacks_best(run, step)))
+            if missing or keeps:
+                params = self._unless_deleted(workdir, step, lambda a=average: averages.read(model, workdir, a, step))
+                if not distributed.everyone(params is not None):
+                    return []
+                for key in missing:
+                    done[_key_of(key)] = self._make(model, params, key)
+                if missing and distributed.is_main():
+                    run_report.update(self._workdir)
+                if keeps and distributed.agree(self._lacks_best(run, step)):
+                    self._keep_best(params, step, facts)
+        return [done[_key_of(key)] for key in keys]
 
     def _key(
         self, model: Experiment, run: str, step: int, spec: SamplerSpec, seed: int, mismatch: list[str]
@@ -213,6 +230,7 @@ class Evaluation:
             )
         start = distributed.agree(under_way.count if under_way else None)
         what = f"{model.name}, step {key['step']}, {spec}" + (f", seed {key['seed']}" if key["seed"] else "")
+        what += f", ema {key['ema']}" if "ema" in key else ""
         if start:
             logging.info("%s: continuing after %d images", what, start)
         batches = evaluation.generate(
@@ -324,7 +342,7 @@ class Evaluation:
     def _has_copy(self, run: str, step: int) -> bool:
         try:
             with reading(self.best_workdir(step)) as checkpoints:
-                return step in checkpoints.steps() and _run_of(checkpoints.facts(step)["config"]) == run
+                return step in checkpoints.steps() and run_hash(checkpoints.facts(step)["config"]) == run
         except CheckpointError:
             return False
 
@@ -356,14 +374,14 @@ class Evaluation:
         return evaluation.grid_of(self.experiment, panels, rows[0]["seed"])
 
     def best(self, run: str) -> tuple[int | None, float]:
-        """Step and distance of a run's best checkpoint under the sampler of `mscm.sample`, a mean over seeds.
+        """Step and distance of a run's best checkpoint as `mscm.sample` reads it by default, a mean over seeds.
 
         Of those that are still there or have a copy: one that training deleted before it was copied is lost.
         """
         spec, metric = evaluation.default_samplers(self.experiment)[-1], self.scorer.metric
         values: dict[int, list[float]] = {}
         for row in self.rows():
-            if row["run"] == run and SamplerSpec.of_row(row) == spec:
+            if row["run"] == run and "ema" not in row and SamplerSpec.of_row(row) == spec:
                 values.setdefault(row["step"], []).append(row[metric])
         there = self._steps()
         means = {
@@ -381,10 +399,5 @@ def _facts_of(workdir: str, step: int) -> dict[str, Any]:
         return checkpoints.facts(step)
 
 
-def _run_of(config: dict[str, Any]) -> str:
-    """Hash of what decides the parameters: another training in the same directory is another run."""
-    return hashlib.sha256(json.dumps(decides(config), sort_keys=True).encode()).hexdigest()[:8]
-
-
 def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return *(row[name] for name in evaluation.ROW_KEY), row.get("num_steps")
+    return *(row[name] for name in evaluation.ROW_KEY), row.get("num_steps"), row.get("ema")

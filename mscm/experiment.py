@@ -10,7 +10,8 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -30,6 +31,7 @@ from mscm.methods import OBJECTIVES, Frozen, Method, Parts, network
 from mscm.metrics import weights
 from mscm.models import attention, mlp, text, unet, uvit
 from mscm.sampling import SamplerSpec, own_steps
+from mscm.training import ema as ema_lib
 from mscm.training import optimizer as optimizers
 from mscm.training import partition
 from mscm.training.step import Averages, Batch, LossFn, TrainState, init_state, make_train_steps
@@ -49,6 +51,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LABELS = ("balanced", "uniform", "captions")  # in turn, or drawn independently, or not labels but the data's captions
 ALIGNMENTS = ("digits", "clip")
 FEATURE_NETWORKS = ("classifier", "pixels", *weights.SCORING)
+MAIN_AVERAGE = "main"  # what the others may not be called
 _EVAL_NUMBERS = {"num_images": 4, "batch_size": 1, "num_kept": 4}  # and the least that each may be
 
 
@@ -94,8 +97,8 @@ class DataSpec:
         except ValueError as error:
             raise ConfigError(f"config.data.text: {error}") from error
 
-    def null_condition(self, rows: int) -> Condition:
-        """What stands for no condition."""
+    def null_condition(self, rows: Any) -> Condition:
+        """What stands for no condition; `rows`: a number, or the symbol of one that is left open."""
         if self.text is None:
             return jnp.full((rows,), self.num_classes, jnp.int32)
         shape, dtype = self.text.of_tokens
@@ -114,6 +117,14 @@ class TrainSpec:
     save_every_steps: int
     keep_checkpoints: int
     max_bad_steps: int  # in a row, which are skipped because their loss or gradient is not finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Average:
+    """An average of the parameters that is kept beside the one from which images are sampled."""
+
+    update: ema_lib.Update
+    sigma_rel: float | None  # of a power-function average; None: it is exponential
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +182,8 @@ class Experiment:
     learning_rate: optax.Schedule
     ema_decay: float
     ema_warmup: bool
+    further: Mapping[str, Average]  # averages beside that one, by name
+    snapshot_every_steps: int | None  # of the power averages, for all others of their kind; None: there are none
     train: TrainSpec
     eval: EvalSpec
     teacher: TeacherSpec | None
@@ -197,6 +210,12 @@ class Experiment:
     def on(self, devices: Sequence[jax.Device]) -> "Experiment":
         """The same on other devices, which need not exist: a topology to compile for."""
         return dataclasses.replace(self, devices=tuple(devices))
+
+    def for_any_device(self) -> "Experiment":
+        """The same with a network that, traced without a mesh, is one program for devices of every kind."""
+        if not isinstance(self.model, uvit.UViT):
+            return self
+        return dataclasses.replace(self, model=self.model.clone(attention="xla"))
 
     def for_evaluation(self) -> "Experiment":
         """The same for sampling alone, on all devices that are there: the training's mesh and batch need not fit them.
@@ -261,7 +280,12 @@ class Experiment:
 
     def init_state(self, params: Params) -> TrainState:
         """Training state before the first step."""
-        return init_state(params, self.optimizer, has_target=self.method.target_decay is not None)
+        has_target = self.method.target_decay is not None
+        return init_state(params, self.optimizer, has_target=has_target, further=self.further)
+
+    def power_averages(self, state: TrainState) -> dict[str, Params]:
+        """Those of the further averages from whose snapshots others can be made."""
+        return {name: state.further[name] for name, of in self.further.items() if of.sigma_rel is not None}
 
     def boxed_state(self) -> TrainState:
         """Shapes and types of the training state, boxed with the logical names of the axes."""
@@ -334,6 +358,7 @@ class Experiment:
             ema_warmup=self.ema_warmup,
             num_segments=self.student_steps if self.method.has_segments else None,
             target_decay=self.method.target_decay,
+            further={name: average.update for name, average in self.further.items()},
             num_microbatches=self.train.num_microbatches,
             skips_bad_steps=self.train.max_bad_steps > 0,
             in_shardings=(state, self.frozen_shardings(), partition.batch_sharding(self.mesh, leading=1), whole),
@@ -554,6 +579,7 @@ def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experim
         learning_rate=learning_rate,
         ema_decay=ema.number("decay", minimum=0.0, below=1.0),
         ema_warmup=bool(ema.take("warmup")),
+        **_further(ema, train),
         train=train,
         eval=spec,
         teacher=teacher,
@@ -634,6 +660,45 @@ def _train(section: Section) -> TrainSpec:
                 f"config.train.steps_per_dispatch = {train.steps_per_dispatch}"
             )
     return train
+
+
+def _further(section: Section, train: TrainSpec) -> dict[str, Any]:
+    """The fields of an experiment that say which averages there are beside the first."""
+    further, every = {}, None
+    if section.has("further"):
+        of_all = section.section("further")
+        for name in of_all.keys():
+            if name == MAIN_AVERAGE or not re.fullmatch(r"[a-z]\w*", name):
+                raise ConfigError(
+                    f"config.ema.further: got the name {name!r}, expected letters, digits and _ after a small letter, "
+                    f"and not {MAIN_AVERAGE!r}, which is the average of config.ema.decay"
+                )
+            further[name] = _average(of_all.section(name))
+    if section.has("snapshot_every_steps"):
+        every = section.number("snapshot_every_steps", minimum=1)
+        if all(average.sigma_rel is None for average in further.values()):
+            raise ConfigError(
+                f"config.ema.snapshot_every_steps: got {every} without any sigma_rel in config.ema.further, "
+                "expected one or two, such as dict(short=dict(sigma_rel=0.05), long=dict(sigma_rel=0.1)): from "
+                "snapshots of them come all others"
+            )
+        if every % train.steps_per_dispatch:
+            raise ConfigError(
+                f"config.ema.snapshot_every_steps: got {every}, expected a multiple of config.train.steps_per_dispatch "
+                f"= {train.steps_per_dispatch}"
+            )
+    return {"further": further, "snapshot_every_steps": every}
+
+
+def _average(section: Section) -> Average:
+    if not section.has("sigma_rel"):
+        decay = section.number("decay", minimum=0.0, below=1.0)
+        return Average(ema_lib.exponential(decay=decay, warmup=bool(section.take("warmup"))), None)
+    sigma_rel = section.number("sigma_rel", minimum=0.0)
+    try:
+        return Average(ema_lib.power(sigma_rel=sigma_rel), sigma_rel)
+    except ValueError as error:
+        raise ConfigError(f"config.ema.further: {error}") from error
 
 
 def _uvit(section: Section, data: DataSpec) -> uvit.UViT:

@@ -184,7 +184,7 @@ class _Scores:
     def line_of(row: dict[str, Any]) -> str:
         """Model, sampler and steps of a row in words."""
         steps = row.get("num_steps", row["nfe"])
-        return f"{row['model']}, {row['sampler']} {steps} step" + ("s" if steps != 1 else "")
+        return f"{row['model']}, {row['sampler']} {steps} step" + ("s" if steps != 1 else "") + _average_of(row)
 
     def mean(self, rows: Sequence[dict[str, Any]]) -> float | None:
         """Of the metric over the seeds."""
@@ -200,7 +200,7 @@ class _Scores:
             level = str(self.real["model"]), self.real[self.metric]
         by_step = _lines(self.own, self.line_of, "step", self.metric)
         shown = [*self.newest, *self.others]
-        by_nfe = _lines(shown, lambda row: f"{row['model']}, {row['sampler'].partition(':')[0]}", "nfe", self.metric)
+        by_nfe = _lines(shown, _method_of, "nfe", self.metric)
         yield page.columns(
             charts.chart(f"{self.metric} by training step", by_step, x_label="step", marks=True, level=level),
             charts.chart(
@@ -212,7 +212,8 @@ class _Scores:
         yield page.table(
             ["model", "step", "sampler", "NFE", "images", "seed", *self.metrics],
             [
-                [*(row[key] or None for key in ("model", "step", "sampler", "nfe", "num_images")), row["seed"],
+                [*(row[key] or None for key in ("model", "step")), (row["sampler"] or "") + _average_of(row),
+                 *(row[key] or None for key in ("nfe", "num_images")), row["seed"],
                  *(row.get(name) for name in self.metrics)]
                 for row in [*shown, *([self.real] if self.real else [])]
             ],
@@ -222,6 +223,16 @@ class _Scores:
             f"Network {last.get('network')}; reference {last.get('reference')}; {last['labels']} labels. Lower is "
             f"better for {self.metric}; bars are standard deviations over seeds."
         )
+
+
+def _average_of(row: Mapping[str, Any]) -> str:
+    """Which average of the parameters a row is of, where it is not the usual one."""
+    return f", ema {row['ema']}" if "ema" in row else ""
+
+
+def _method_of(row: Mapping[str, Any]) -> str:
+    """What is one line over the number of function evaluations."""
+    return f"{row['model']}, {row['sampler'].partition(':')[0]}{_average_of(row)}"
 
 
 def _is_sound(row: Mapping[str, Any]) -> bool:

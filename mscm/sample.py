@@ -24,6 +24,9 @@ SAMPLER = flags.DEFINE_string(
     "sampler", None, "Such as ddim:eta=0.5, see README. Default: ddim for a student, a teacher's last in config.eval."
 )
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read. Default: the newest.")
+EMA = flags.DEFINE_string(
+    "ema", "main", "Average of the parameters: main, a name in config.ema.further, or a sigma_rel."
+)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**31 - 1)
 LABELS = flags.DEFINE_list("labels", None, "Class indices, repeated as needed. Default: all classes in turn.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; several times for several, which are repeated as needed.")
@@ -39,19 +42,14 @@ def main() -> None:
     """Checks, samples, writes."""
     import numpy as np  # here and not above: --help must not wait for jax
 
-    from mscm import atomic, evaluation
+    from mscm import atomic, averages, evaluation
     from mscm.config import ConfigError
     from mscm.experiment import build
     from mscm.report import grid
-    from mscm.sampling import SamplerSpec, own_steps
 
     experiment, workdir = build(run_flags.CONFIG.value).for_evaluation(), cli.path_of(run_flags.WORKDIR)
-    default = evaluation.default_samplers(experiment)[-1]
-    sampler, num_steps = default.sampler if SAMPLER.value is None else SAMPLER.value, NUM_STEPS.value
-    if num_steps is None:
-        num_steps = own_steps(sampler) or default.num_steps
-    spec = SamplerSpec(sampler, num_steps)
-    evaluation.check_sampler(experiment, spec, force=FORCE.value)
+    spec = evaluation.chosen_sampler(experiment, SAMPLER.value, NUM_STEPS.value, force=FORCE.value)
+    (average,) = averages.chosen(experiment, [EMA.value])
     if OUTPUT.value is None:
         output = os.path.join(workdir, "samples.png")
     else:
@@ -62,14 +60,15 @@ def main() -> None:
         )
     shown = _what_to_show(experiment)
 
-    models = [(experiment, evaluation.read_ema(experiment, workdir, STEP.value), spec)]
+    models = [(experiment, averages.read(experiment, workdir, average, STEP.value), spec)]
     if TEACHER.value:
         teacher, directory, _ = experiment.lineage(workdir)[0]
         of_teacher = evaluation.diffusion_samplers(experiment)[-1]
         models.append((teacher, evaluation.read_ema(teacher, directory), of_teacher))
     panels = {}
     for model, params, of_model in models:
-        title, batches = f"{model.name}, {of_model}", []
+        title = f"{model.name}, {of_model}" + (f", ema {average}" if average and model is experiment else "")
+        batches = []
         with terminal.Progress(title, NUM_IMAGES.value) as progress:
             for batch in evaluation.generate(
                 model,
@@ -83,7 +82,7 @@ def main() -> None:
                 batches.append(batch)
                 progress.add(len(batch))
         panels[title] = np.concatenate(batches)
-    images = next(iter(panels.values()))
+    title, images = next(iter(panels.items()))
     if output.endswith(".png"):
         columns = min(len(images), shown.columns)
         grid.save_png(output, grid.side_by_side(panels, columns=columns, captions=shown.texts))
@@ -95,7 +94,7 @@ def main() -> None:
         for i, image in enumerate(images):
             grid.save_png(os.path.join(output, f"{i:06d}.png"), image)
     nfe = evaluation.num_evaluations(experiment, spec)
-    print(f"{len(images)} images of {experiment.name}, {spec}, NFE {nfe}: {output}", flush=True)
+    print(f"{len(images)} images of {title}, NFE {nfe}: {output}", flush=True)
 
 
 def _lines(path: str | None) -> list[str]:

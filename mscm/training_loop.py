@@ -15,7 +15,7 @@ from clu import parameter_overview
 from etils import epath
 
 from mscm import atomic, distributed, evaluation, failures, planning, run_report, stopping, terminal
-from mscm.checkpoint import CheckpointError, Checkpoints, reading, set_damaged_aside
+from mscm.checkpoint import SNAPSHOTS, CheckpointError, Checkpoints, reading, set_damaged_aside, snapshots
 from mscm.config import ConfigError, differences
 from mscm.data import pipeline, sources
 from mscm.evaluation_loop import Evaluation
@@ -103,6 +103,11 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
                 if checkpoints.steps() or checkpoints.damaged:
                     check_config(member, checkpoints)
                     checkpoints.check(checkpoint_facts(member.experiment, source))
+        if (epath.Path(member.workdir) / SNAPSHOTS).is_dir():  # of this training, or they would be mixed with its own
+            with reading(member.workdir, SNAPSHOTS) as taken:
+                if taken.steps():
+                    check_config(member, taken)
+                    taken.check(checkpoint_facts(member.experiment, source))
     if experiment.eval.at_end:
         evaluation.check(experiment, source)
     distributed.barrier()  # nobody has written yet: all have seen the same
@@ -154,6 +159,7 @@ def train(
     with (
         stopping.deferred(),
         Checkpoints(workdir, keep=spec.keep_checkpoints) as checkpoints,
+        snapshots(workdir) if experiment.snapshot_every_steps else contextlib.nullcontext() as taken,
         Writer(workdir, active=is_main, first_step=(checkpoints.latest() or 0) + 1) as writer,
         noting_divergence(experiment, workdir, checkpoints),
         device_memory(experiment),
@@ -176,12 +182,19 @@ def train(
             done = step >= spec.num_steps  # more, where another number of steps per dispatch made the checkpoint
             stops = stopping.reached()
             saves = step % spec.save_every_steps == 0 or done or stops
-            if step % spec.log_every_steps == 0 or saves:
+            takes = taken is not None and step % experiment.snapshot_every_steps == 0
+            if step % spec.log_every_steps == 0 or saves or takes:
                 # Before the checkpoint: what has diverged is not kept, and no metric is left for after it.
                 progress.report(step)
-                checkpoints.check_save()  # not at the next save, which may be hours away
+                for saving in filter(None, (taken, checkpoints)):
+                    saving.check_save()  # not at the next save, which may be hours away
+            if takes:
+                check_ours()
+                taken.save_snapshot(step, experiment.power_averages(state), checkpoint_facts(experiment, source))
             if saves:
                 check_ours()
+                if taken is not None:
+                    taken.wait()  # who goes on from this checkpoint takes none of those before it again
                 writer.flush()  # who goes on from this checkpoint does not report again what was before
                 of_run = {_BAD: progress.bad_in_a_row, RATE: progress.rate}
                 checkpoints.save(state, checkpoint_facts(experiment, source) | of_run)

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import pytest
 
-from mscm import evaluation, lease, planning, training_loop
+from mscm import evaluation, exporting, lease, planning, training_loop
 from mscm.checkpoint import Checkpoints
 from mscm.config import load_config
 from mscm.data import folders, images, png, preparation, sources
@@ -106,6 +106,7 @@ def here(store, tmp_path, monkeypatch):
     for module, name in (
         (training_loop, "train"),
         (evaluation, "generate"),
+        (exporting, "serialised"),
         (gathering, "over"),
         (planning, "_plan"),
         (evaluation.classifiers, "load_or_train"),
@@ -273,6 +274,7 @@ def moments(dim: int = 64, dim_of_cov: int | None = None, value: float = 0.0) ->
 
 MAIN, NEW, TRAINED = "main --config=teacher.py", "--workdir=run", "--workdir=t"
 SAMPLE = f"sample --config=teacher.py {TRAINED} --output=x.png"
+EXPORT = f"export --config=teacher.py {TRAINED} --output=x"
 EVAL = f"eval --config=teacher.py {TRAINED}"
 PREPARE = "prepare --output=out --resolution=8 --workers=1 --source="
 IMPORT = "metrics.reference --config=teacher.py --output=o.npz --import=i.npz"
@@ -788,7 +790,67 @@ TABLES = [
     ("plan --config=teacher.py --topology=host --config.mesh.data=7", "mesh: got data=7"),
 ]
 
-ROWS = [*CONFIGS, *PLACES, *SAMPLING, *SCORING, *DATA, *ELSEWHERE, *TABLES]
+AVERAGED = TEACHER.replace("    return config", """    config.ema.further = dict(short=dict(sigma_rel=0.05))
+    {more}
+    return config""")
+AVERAGES = [
+    *(
+        (f"main --config=c.py {NEW}", sentence, write("c.py", AVERAGED.replace("{more}", f"config.ema.{line}")))
+        for line, sentence in (
+            ("further = dict(main=dict(sigma_rel=0.1))", "got the name 'main', expected letters"),
+            ("further = {'0x': dict(sigma_rel=0.1)}", "got the name '0x', expected letters"),
+            ("further.short = dict()", "config.ema.further.short: got no key 'decay'"),
+            ("further.short = dict(decay=1.0, warmup=True)", "short.decay: got 1.0, expected a number of at least 0"),
+            ("further.short.sigma_rel = 0.3", "got sigma_rel = 0.3, expected a number above 0 and at most 0.288"),
+            ("further.short.sigma_rel = 0.0", "further: got sigma_rel = 0.0, expected a number above 0"),
+            ("further.short.decay = 0.9", "config.ema.further.short.decay: nothing reads this key"),
+            ("snapshot_every_steps = 0", "snapshot_every_steps: got 0, expected a whole number"),
+            ("snapshot_every_steps = 3", "snapshot_every_steps: got 3, expected a multiple of config.train.steps_per"),
+            (
+                "update(dict(further=dict(), snapshot_every_steps=2)); del config.ema.further.short",
+                "got 2 without any sigma_rel in config.ema.further",
+            ),
+        )
+    ),
+    *(
+        (f"{command} --ema={text}", sentence)
+        for command in (SAMPLE, EXPORT, EVAL)
+        for text, sentence in (
+            ("mian", "--ema: got 'mian' .did you mean 'main'.., expected one of main, or a number"),
+            ("0.5", "--ema: got 0.5, expected a sigma_rel from 0.01 to 0.2886"),
+            ("0.1", "--ema: got 0.1 for 'digits_teacher', expected one of main: its config.ema.further keeps no"),
+        )
+    ),
+    (f"{EVAL} --ema=", "--ema: got '', expected one or more averages"),
+    (f"{EVAL} --ema=main,main", "--ema: got 'main,main', expected one or more averages, each of them once"),
+    (f"{EVAL} --ema=main --images=x.npz", "--ema: got it with --images, expected none"),
+    *(
+        (
+            f"{command} --config=c.py {TRAINED} --ema={average}",
+            "got a checkpoint of step 8 with config.ema.further = None, expected .*short.*; use the config that",
+            write("c.py", AVERAGED.replace("{more}", "")),
+        )
+        for command in ("sample --output=x.png", "export --output=x")
+        for average in ("short", "0.1")
+    ),
+]
+
+EXPORTS = [
+    (f"export --config=teacher.py {TRAINED}", "Flag --output must have a value"),
+    (f"export --config=teacher.py {TRAINED} --output=", "--output: got an empty path"),
+    (f"{EXPORT} --output=d", "--output: got 'd', expected a file to write to: it is a folder", folder("d")),
+    (f"{EXPORT} --output=f/x", "--output: got 'f/x', expected a file to write to: File exists", write("f")),
+    (f"{EXPORT} --step=3", "got step 3, expected one of 8"),
+    (f"{EXPORT} --num_steps=0", "num_steps: got 0, expected at least 1"),
+    (f"{EXPORT} --sampler=heum", "did you mean 'heun'"),
+    (f"{EXPORT} --sampler=ddim:guidance=1", "guidance: got 1.0, expected 0.0 because 'digits_teacher' was trained"),
+    ("export --config=teacher.py --workdir=nowhere --output=x", "nowhere: got no directory checkpoints/ below it"),
+    ("export --config=teacher.py --workdir=s --output=x", "'digits_cd2' with student_steps = 2, expected None"),
+    ("export --config=student.py --workdir=s --output=x --num_steps=3", "got ddim 3 steps .*, expected ddim with 2"),
+    (f"{EXPORT} --config.model.middle.width=12000", "got .* bytes of parameters, expected at most 2130706432"),
+]
+
+ROWS = [*CONFIGS, *PLACES, *SAMPLING, *EXPORTS, *AVERAGES, *SCORING, *DATA, *ELSEWHERE, *TABLES]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, where reading fails
@@ -806,6 +868,7 @@ def test_there_are_many():
     assert len(ROWS) >= 60 and {row[0].partition(" ")[0] for row in ROWS} == {
         "main",
         "sample",
+        "export",
         "eval",
         "compare",
         "report",

@@ -1,12 +1,14 @@
 """Checkpoints: what is saved comes back, and what does not fit is named."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from mscm.checkpoint import CheckpointError, Checkpoints, parameter_shapes, reading
+from mscm.checkpoint import SNAPSHOTS, CheckpointError, Checkpoints, parameter_shapes, reading, snapshots
 from mscm.training.step import init_state
 
 FACTS_MORE = {
@@ -104,6 +106,40 @@ def test_another_architecture_is_refused_by_the_name_of_the_parameter(workdir):
             checkpoints.restore_ema(wider.ema)
         with pytest.raises(CheckpointError, match=r"parameter dense/kernel has shape \[2, 3\], expected absent"):
             checkpoints.check(FACTS_MORE | {"parameters": {"dense/bias": [3]}})
+
+
+def test_further_averages_are_items_of_their_own(tmp_path):
+    """Read alone; a state without any has the four items that it had before there were some."""
+    few, params = _state(2), _state(2).params
+    more = few._replace(step=jnp.int32(4), further={"a": jax.tree.map(jnp.cos, params), "b": params})
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for state in (few, more):
+            checkpoints.save(state, _facts(state))
+    items = [{p.name for p in (tmp_path / "checkpoints" / step).iterdir() if p.is_dir()} for step in "24"]
+    assert items[0] == {"params", "ema", "opt", "facts"} and items[1] - items[0] == {"ema_a", "ema_b"}
+    with reading(tmp_path) as checkpoints:
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(jax.eval_shape(lambda: more)), more)
+        got = checkpoints.restore_ema(jax.eval_shape(lambda: params), name="a")
+        jax.tree.map(np.testing.assert_array_equal, got, more.further["a"])
+
+
+def test_a_snapshot_is_taken_once_and_never_deleted(tmp_path):
+    """Again, it is left as it is; one that was removed is taken again although later ones are there."""
+    state = _state(2)
+    with snapshots(tmp_path) as taken:
+        for step in (2, 4, 6):
+            taken.save_snapshot(step, {"a": state.params}, _facts(state))
+        taken.wait()
+        shutil.rmtree(tmp_path / SNAPSHOTS / "4")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / SNAPSHOTS).rglob("*") if path.is_file()}
+    with snapshots(tmp_path) as taken:
+        for step in (2, 4, 6):
+            taken.save_snapshot(step, {"a": state.params}, _facts(state))
+    with reading(tmp_path, SNAPSHOTS) as taken:
+        assert taken.steps() == [2, 4, 6] and not taken.damaged
+        got = taken.restore_ema(jax.eval_shape(lambda: state.params), 4, name="a")
+        jax.tree.map(np.testing.assert_array_equal, got, state.params)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
 def test_what_is_not_there_is_said_in_a_sentence(workdir, tmp_path):

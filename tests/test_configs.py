@@ -73,7 +73,8 @@ def test_the_files_that_the_readme_promises_exist():
     }
     baselines = ("pd", *(f"tract{s}" for s in (1, 2, 4, 8)), "cm_cd", "cm_ct", "ict", "edm", "tract_edm1")
     others = {f"{family}_{run}" for family in ("digits", "cifar10") for run in baselines}
-    others |= {f"digits_{run}" for run in ("guidable", "guided", "guided_cd4")} | {"imagenet64_ict", "imagenet64_pd"}
+    others |= {f"digits_{run}" for run in ("averaged", "guidable", "guided", "guided_cd4")}
+    others |= {"imagenet64_ict", "imagenet64_pd"}
     others |= {f"t2i512_{run}" for run in ("teacher", "cd4", "cd8", "cd16", "cd256")}
     others |= {f"captioned_digits_{run}" for run in ("teacher", "cd4", "cd8", "cd256")}
     others |= {f"edm_cifar10_{run}" for run in ("teacher", "cd1", "cd2", "cd4", "cd8", "pd", "tract1")}
@@ -101,7 +102,7 @@ def test_a_caller_cannot_change_the_next_one(name):
 def test_every_config_has_the_keys_of_its_kind():
     # The parameters of a schedule and the number of stages may differ; everything else is one schema for an objective
     # and a kind of network, of which consistency models from data alone read less.
-    differs = ("model.stages", "schedule.", "data.text.", "model.text.", "eval.alignment")
+    differs = ("model.stages", "schedule.", "data.text.", "model.text.", "eval.alignment", "ema.further.", "ema.snap")
     schemas = {}
     for name in ALL_CONFIGS:
         config = load(name)

@@ -309,9 +309,10 @@ def test_a_teacher_of_another_architecture_is_refused(tiny, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_commands_start_without_jax():
+@pytest.mark.parametrize("name", ["main", "eval", "sample", "export"])
+def test_commands_start_without_jax(name):
     """`--help` and an error of a flag do not wait for jax."""
-    script = "import sys, mscm.main, mscm.eval, mscm.sample\n"
+    script = f"import sys, mscm.{name}\n"
     script += "print([name for name in ('jax', 'flax', 'orbax', 'sklearn') if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
@@ -339,7 +340,7 @@ def test_a_wrong_flag_is_one_sentence(flags, sentence, tmp_path, capfd, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["main", "eval", "sample"])
+@pytest.mark.parametrize("name", ["main", "eval", "sample", "export"])
 def test_help_says_what_the_command_does(name):
     """`--help` prints the command line and the flags."""
     result = command(name, "--help")

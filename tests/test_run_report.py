@@ -198,6 +198,17 @@ def test_large_images_are_made_small(side, shown):
         np.testing.assert_array_equal(strip[:: shown // side, : shown : shown // side], images[0])
 
 
+def test_averages_are_told_apart(tmp_path):
+    """Rows of several averages of one checkpoint are several lines, not a mean with a spread."""
+    make_workdir(tmp_path / "run")
+    rows = [ROW | {"step": 1000, "fd_classifier": 4.0, "ema": name} for name in ("0.05", "0.2")]
+    with open(tmp_path / "run" / "eval" / "scores.jsonl", "a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    page = Path(run_report.write(str(tmp_path / "run"))).read_text()
+    for name in ("0.05", "0.2"):
+        assert f"<td>ddim, ema {name}</td>" in page and f"digits_cd4, ddim 4 steps, ema {name}" in page
+
+
 def test_a_directory_that_is_none(tmp_path):
     """And one with nothing but scores has a page."""
     with pytest.raises(ConfigError, match="which has no config.json, events or scores, expected the work directory"):

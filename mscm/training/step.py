@@ -5,7 +5,8 @@ so it depends on the step's number and not on how the run got there.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,12 +36,20 @@ class TrainState(NamedTuple):
     ema: Params  # from which images are sampled
     opt_state: Any
     target: Params = {}  # of the loss: a short average; nothing where the loss has none of its own
+    further: Mapping[str, Params] = {}  # averages beside `ema`, by name
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, *, has_target: bool = False) -> TrainState:
+def init_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    has_target: bool = False,
+    further: Iterable[str] = (),
+) -> TrainState:
     """State before the first step; the averages are copies, because the state is donated as a whole."""
     ema, target = (jax.tree.map(jnp.copy, params) if wanted else {} for wanted in (True, has_target))
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), target)
+    averages = {name: jax.tree.map(jnp.copy, params) for name in further}
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), target, averages)
 
 
 def make_train_steps(
@@ -52,6 +61,7 @@ def make_train_steps(
     ema_warmup: bool,
     num_segments: int | None,
     target_decay: TargetDecay | None = None,
+    further: Mapping[str, ema_lib.Update] = types.MappingProxyType({}),
     num_microbatches: int = 1,
     skips_bad_steps: bool = False,
     **jit_options: Any,
@@ -87,7 +97,8 @@ def make_train_steps(
         ema, target = ema_lib.update(state.ema, params, decay), state.target
         if target_decay is not None:
             target = ema_lib.update(target, params, target_decay(state.step))
-        after = TrainState(state.step + 1, params, ema, opt_state, target)
+        averaged = {name: average(state.further[name], params, state.step) for name, average in further.items()}
+        after = TrainState(state.step + 1, params, ema, opt_state, target, averaged)
         if not skips_bad_steps:
             return after, averages
         is_good = jnp.isfinite(averages["loss"].total) & jnp.isfinite(averages["gradient_norm"].total)

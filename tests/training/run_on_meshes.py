@@ -3,8 +3,8 @@
   run_on_meshes.py FAMILY DIRECTORY NAME:MESH:STEPS... [HOST:PORT,PROCESSES,INDEX]
 
 Each job trains DIRECTORY/NAME on MESH, such as 2x2x2, to STEPS steps in all. Process 0 prints, as JSON, a line for each
-job: the losses of its steps, bytes of the parameters in all and on one device; and writes the parameters to NAME.npz.
-FAMILY is digits or captioned_digits, whose teacher is guided.
+job: the losses of its steps, bytes of the parameters in all and on one device; and writes the parameters and their
+averages, one of which is made of snapshots, to NAME.npz. FAMILY is digits or captioned_digits, whose teacher is guided.
 """
 
 import json
@@ -14,10 +14,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from configs import captioned_digits, digits
+from configs import base, captioned_digits, digits
+from mscm import averages as averages_lib
 from mscm import distributed, training_loop
 from mscm import experiment as experiments
-from mscm.checkpoint import Checkpoints
+from mscm.checkpoint import Checkpoints, snapshots
 
 
 def small(config):
@@ -27,6 +28,7 @@ def small(config):
     if "text" in config.model:
         config.model.text.update(dict(width=64, num_blocks=1))
     config.train.update(dict(batch_size=16, steps_per_dispatch=1))
+    base.with_power_averages(config, snapshot_every_steps=2)
     config.optimizer.eps = 1e-4  # with 1e-12 Adam makes a full step of a gradient that is rounding noise
     return config
 
@@ -45,7 +47,7 @@ def train(family: str, directory: str, name: str, mesh: str, num_steps: int) -> 
     experiment = experiments.build(config)
     source = experiment.data.open()
     teacher = experiment.teacher.experiment
-    with Checkpoints(f"{directory}/{name}", keep=1) as checkpoints:
+    with Checkpoints(f"{directory}/{name}", keep=1) as checkpoints, snapshots(f"{directory}/{name}") as taken:
         with Checkpoints(f"{directory}/none", keep=1) as none:
             frozen = training_loop.initial_state(teacher, none, {}).params
         # The last layer of a new network is 0, and with it most gradients.
@@ -55,13 +57,19 @@ def train(family: str, directory: str, name: str, mesh: str, num_steps: int) -> 
         steps, losses = experiment.train_steps(), []
         first = int(state.step)
         batches = training_loop.on_device(experiment, training_loop.batches(experiment, source, first))
-        for _ in range(first, num_steps):
+        for step in range(first + 1, num_steps + 1):
             state, averages = steps(state, experiment.frozen(frozen), next(batches), jax.random.key(1))
             losses.append(float(averages["loss"].compute()))
+            if step % experiment.snapshot_every_steps == 0:
+                taken.save_snapshot(step, experiment.power_averages(state), experiment.facts())
         batches.close()
         checkpoints.save(state, experiment.facts())
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
-    whole = {jax.tree_util.keystr(path): multihost_utils.process_allgather(leaf, tiled=True) for path, leaf in leaves}
+    made = averages_lib.read(experiment, f"{directory}/{name}", "0.08")
+    whole = {
+        jax.tree_util.keystr(path): multihost_utils.process_allgather(leaf, tiled=True)
+        for path, leaf in jax.tree_util.tree_leaves_with_path([state.params, state.ema, state.further, made])
+    }
     if distributed.is_main():
         np.savez(f"{directory}/{name}.npz", **whole)
         local = sum(leaf.addressable_shards[0].data.nbytes for _, leaf in leaves)

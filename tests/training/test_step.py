@@ -210,3 +210,15 @@ def test_a_bad_step_changes_nothing_but_its_number():
     _, plain = _steps()
     for got, number in ((plain(_state(optimizer), frozen, batches, ROOT_KEY)[0], 3), (state, 3)):
         assert got.step == number and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
+
+
+def test_further_averages_are_updated_with_the_parameters():
+    """Each by its own function, of the parameters after the step; a step that is skipped changes none of them."""
+    further = {"sum": lambda average, params, step: jax.tree.map(lambda a, p: a + (step + 1) * p, average, params)}
+    optimizer, steps = _steps(further=further, skips_bad_steps=True)
+    state = init_state({"w": jnp.linspace(0.0, 1.0, 4)}, optimizer, further=further)
+    frozen, expected = {"shift": jnp.zeros(())}, jnp.linspace(0.0, 1.0, 4)
+    for i, scale in enumerate((1.0, jnp.nan, 1.0)):
+        state, _ = steps(state, frozen, {"x": scale * jnp.ones((1, 5, 4))}, ROOT_KEY)
+        expected = expected + (0 if jnp.isnan(scale) else i + 1) * state.params["w"]
+        np.testing.assert_allclose(state.further["sum"]["w"], expected, rtol=1e-6)

@@ -1,0 +1,58 @@
+"""Writes a trained sampler as one file of StableHLO, with its parameters inside; JAX runs it without this package.
+
+  python -m mscm.export --config=configs/digits_cd4.py --workdir=DIR --output=digits_cd4.stablehlo
+  python -m mscm.export --config=configs/digits_teacher.py --workdir=DIR --sampler=heun --num_steps=18 --output=FILE
+
+FILE runs on CPUs, NVIDIA GPUs and TPUs, with any number of images in a call; FILE.json says what it is and what its
+inputs are. Its images are those of mscm.sample: image i of a seed with its label or caption. README has a program that
+loads it. JAX can run it for six months of its own releases; to keep a model longer, keep the work directory.
+"""
+
+from absl import flags
+
+from mscm import cli, run_flags
+
+flags.adopt_module_key_flags(run_flags)  # so that --help lists them
+
+OUTPUT = flags.DEFINE_string("output", None, "File to write; what it is goes to FILE.json.")
+NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps. Default: a student's own; a teacher's largest.")
+SAMPLER = flags.DEFINE_string(
+    "sampler", None, "Such as ddim:eta=0.5, see README. Default: ddim for a student, a teacher's last in config.eval."
+)
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to read. Default: the newest.")
+EMA = flags.DEFINE_string(
+    "ema", "main", "Average of the parameters: main, a name in config.ema.further, or a sigma_rel."
+)
+FORCE = flags.DEFINE_bool("force", False, "Export a student with a sampler that it was not trained for.")
+
+
+def main() -> None:
+    """Checks, traces, writes."""
+    import json  # here and not above: --help must not wait for jax
+
+    from mscm import atomic, averages, evaluation, exporting
+    from mscm.checkpoint import reading
+    from mscm.experiment import build
+
+    experiment, workdir = build(run_flags.CONFIG.value).for_evaluation(), cli.path_of(run_flags.WORKDIR)
+    spec = evaluation.chosen_sampler(experiment, SAMPLER.value, NUM_STEPS.value, force=FORCE.value)
+    (average,) = averages.chosen(experiment, [EMA.value])
+    exporting.check(experiment)
+    with reading(workdir) as checkpoints:
+        step = checkpoints.check(experiment.facts(), STEP.value)
+        config = checkpoints.facts(step)["config"]
+    output = cli.output_of(OUTPUT)
+    content = exporting.serialised(experiment, averages.read(experiment, workdir, average, step), spec)
+    card = exporting.describe(experiment, spec, step=step, average=average or EMA.value, config=config, content=content)
+    with atomic.writing(output) as file:
+        file.write(content)
+    atomic.write_text(f"{output}.json", json.dumps(card, indent=2) + "\n")
+    print(
+        f"{experiment.name}, step {step}, {spec}, NFE {card['nfe']}, for {', '.join(exporting.PLATFORMS)}: {output}, "
+        f"{len(content)} bytes",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, doc=__doc__, required=(*run_flags.REQUIRED, "output"))

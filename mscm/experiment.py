@@ -702,6 +702,7 @@ def _average(section: Section) -> Average:
 
 
 def _uvit(section: Section, data: DataSpec) -> uvit.UViT:
+    has_scale = section.has("position_scale")
     stages = tuple(uvit.Stage(**_fields(stage, uvit.Stage)) for stage in section.section("stages").sections())
     middle = section.section("middle")
     return uvit.UViT(
@@ -717,6 +718,7 @@ def _uvit(section: Section, data: DataSpec) -> uvit.UViT:
         fourier_scale=section.take("fourier_scale"),
         guidance_input=bool(section.take("guidance_input")),
         attention=section.choose("attention", attention.IMPLEMENTATIONS),
+        position_scale=section.number("position_scale", minimum=0.0) if has_scale else uvit.POSITION_SCALE,
         **{key: section.number(key, minimum=1) for key in ("emb_dim", "head_dim", "mlp_ratio", "patch_size")},
     )
 

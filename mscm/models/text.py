@@ -81,9 +81,10 @@ class TextEncoder(nn.Module):
             )
             x = block(x, None, mask=mask)
         x = layers.rms_norm("embed", dtype=dtype, name="norm")(x)
-        weights = mask.astype(jnp.float32)
-        mean = jnp.einsum("bnc,bn->bc", x.astype(jnp.float32), weights / jnp.sum(weights, axis=1, keepdims=True))
-        pooled = layers.dense(self.emb_dim, ("embed", "cond"), dtype=jnp.float32, name="pooled")(mean)
+        # Over the root of their number: in a mean, what one word of a long caption says would be lost.
+        weights = mask / jnp.sqrt(jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.float32))
+        whole = jnp.einsum("bnc,bn->bc", x.astype(jnp.float32), weights)
+        pooled = layers.dense(self.emb_dim, ("embed", "cond"), dtype=jnp.float32, name="pooled")(whole)
         return Context(x, mask), pooled
 
     def _vectors(self, name: str, count: int, scale: float) -> layers.Tokens:

@@ -7,7 +7,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mscm.models import attention
-from mscm.models.text import TextStage
+from mscm.models.text import TextEncoder, TextStage
 from mscm.models.uvit import Stage
 from mscm.types import Text
 from tests.models.test_uvit import LABELS, LOGSNR, TINY, Z, apply, init, random_params, stack_blocks
@@ -139,3 +139,18 @@ def test_attention_under_a_mask_is_attention_to_what_is_left():
 def test_what_does_not_fit_is_a_sentence(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+def test_what_a_word_says_is_not_lost_in_a_long_caption():
+    """The vector of the whole caption is the sum of its tokens' over the root of their number, not their mean."""
+    encoder = TextEncoder(TextStage("embeddings", length=LENGTH, width=16, num_blocks=0), 8, 8, 2, jnp.float32, False)
+    tokens = jnp.ones((2, LENGTH, 5))
+    mask = jnp.asarray(np.arange(LENGTH) < np.array([[1], [LENGTH]]))
+    variables = random_params(encoder, Text(tokens, mask))
+    params = flatten_dict(variables["params"])
+    params = {path: jnp.zeros_like(leaf) if path in (("start",), ("pooled", "bias")) else leaf
+              for path, leaf in params.items()}
+    context, pooled = encoder.apply({"params": unflatten_dict(params)}, Text(tokens, mask))
+    word = context.tokens[0, 1] @ params["pooled", "kernel"]
+    np.testing.assert_allclose(pooled[0], word / np.sqrt(2), rtol=1e-4)
+    np.testing.assert_allclose(pooled[1], LENGTH * word / np.sqrt(LENGTH + 1), rtol=1e-4)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from mscm.models import layers
 from mscm.models.uvit import ResidualStage, Stage, TransformerStage, UViT
@@ -215,6 +216,14 @@ def test_rematerialisation_changes_neither_values_nor_gradients(kind):
     for policy in ("full", "dots"):
         for a, b in zip(jax.tree.leaves(value_and_grad(policy)), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * (1.0 + np.abs(b).max()))
+
+
+def test_positions_begin_at_their_scale_and_nothing_else_does():
+    small, large = (flatten_dict(init(TINY.copy(position_scale=scale))["params"]) for scale in (0.01, 1.0))
+    for path, leaf in small.items():
+        factor = 100.0 if path[-1] == "position" else 1.0
+        np.testing.assert_allclose(large[path], factor * leaf, rtol=1e-5)
+    assert 0.9 < np.std(large["middle", "position"]) < 1.1
 
 
 def test_no_dropout_without_a_rate_or_without_train(params, output):

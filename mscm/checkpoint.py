@@ -160,7 +160,8 @@ class Checkpoints:
 
     def save_ema(self, step: int, ema: Params, facts: dict[str, Any]) -> None:
         """Saves averaged parameters alone: enough to sample from."""
-        self._start(step, ema=ocp.args.StandardSave(ema), facts=ocp.args.JsonSave(facts))
+        if self._start(step, ema=ocp.args.StandardSave(ema), facts=ocp.args.JsonSave(facts)):
+            self._saved = step
 
     def save_snapshot(self, step: int, averages: Mapping[str, Params], facts: dict[str, Any]) -> None:
         """Starts to save averages alone; where there is a snapshot of the step, nothing: it is the same.

@@ -160,3 +160,14 @@ def test_an_older_step_is_not_saved(workdir):
         with pytest.raises(CheckpointError, match="got step 5 to save after step 6, expected a newer step"):
             checkpoints.save(state, _facts(state))
         assert checkpoints.steps() == [4, 6]
+
+
+def test_a_copy_of_the_average_alone_has_checksums(tmp_path):
+    """As a whole checkpoint has: a changed byte is refused."""
+    state = _state(6)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save_ema(6, state.ema, _facts(state))
+    path = max((tmp_path / "checkpoints" / "6" / "ema").rglob("d/*"), key=lambda file: file.stat().st_size)
+    path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+    with reading(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="has other bytes than it was written"):
+        checkpoints.restore_ema(jax.eval_shape(lambda: state.ema))

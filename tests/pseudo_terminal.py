@@ -52,8 +52,10 @@ def run(
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"} | env
+    # Where a shell has started the tests in its background, they and what they start ignore Ctrl-C.
+    words = ["env", "--default-signal=INT", *words]
     process = subprocess.Popen(
-        [*words], stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=ROOT, start_new_session=True
+        words, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=ROOT, start_new_session=True
     )
     os.close(slave)
     data, deadline = b"", time.monotonic() + timeout

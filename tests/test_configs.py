@@ -100,9 +100,10 @@ def test_a_caller_cannot_change_the_next_one(name):
 
 
 def test_every_config_has_the_keys_of_its_kind():
-    # The parameters of a schedule and the number of stages may differ; everything else is one schema for an objective
-    # and a kind of network, of which consistency models from data alone read less.
+    # The parameters of a schedule and the number of stages may differ, and some keys may be left out; everything else
+    # is one schema for an objective and a kind of network, of which consistency models from data alone read less.
     differs = ("model.stages", "schedule.", "data.text.", "model.text.", "eval.alignment", "ema.further.", "ema.snap")
+    differs += ("model.position_scale",)
     schemas = {}
     for name in ALL_CONFIGS:
         config = load(name)

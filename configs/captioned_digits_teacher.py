@@ -2,8 +2,8 @@
 
 Command:   python -m mscm.main --config=configs/captioned_digits_teacher.py --workdir=DIR
 Hardware:  two CPU cores
-Cost:      6 to 12 minutes, and the scores of 256 steps
-Expected:  caption_accuracy 0.24, 0.32 with guidance (one seed, 500 images, 32 steps): it needs longer training
+Cost:      6,000 steps of 32 images; the time is not measured yet with these settings
+Expected:  caption_accuracy not measured yet with these settings
 """
 
 from configs import captioned_digits

@@ -43,10 +43,10 @@ export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
   python -m pip install --quiet --no-input -e ".[$extra]"
 } 9>"$venv.lock"
 
-child="" asked=""
+child="" asked="" told=""
 # shellcheck disable=SC2329  # called by the traps
 pass_on() {
-  asked="$1"
+  asked="$1" told="$child"
   [[ -z "$child" ]] || kill -s "$1" "$child" 2>/dev/null || true
 }
 for signal in TERM INT HUP; do
@@ -67,6 +67,7 @@ while [[ -z "$asked" ]]; do
   status=0
   "$@" &
   child=$!
+  [[ -z "$asked" || "$told" == "$child" ]] || pass_on "$asked"  # it came while the command was being started
   while kill -0 "$child" 2>/dev/null; do  # a signal ends the wait, not the command
     wait "$child" || true
   done

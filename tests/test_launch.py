@@ -4,6 +4,7 @@ What is played: gcloud (requests, preemptions, two workers with homes of their o
 scontrol, and the python of an installed environment. The scripts themselves, tar, flock and tail are the real ones.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -245,8 +246,26 @@ SAVES = """#!/usr/bin/env bash
 [[ "$*" != *pip* ]] || exit 0
 for name in TERM INT HUP; do trap "echo $name >>$FAKE/signals; sleep 0.2; exit $STATUS" "$name"; done
 echo started >>"$FAKE/starts"
-while true; do read -rt 0.05 <><(:) || true; done
+for _ in {1..2000}; do sleep 0.05; done  # and ends in any case
 """
+
+
+@contextlib.contextmanager
+def running(fake, sign, **more):
+    """run.sh, from the moment at which its command has made the file `sign`; killed if a test has not ended it."""
+    job = subprocess.Popen(
+        # A shell cannot trap a signal that it was started to ignore, as this process may have been.
+        ["env", "--default-signal", ROOT / "launch/run.sh", "tpu", "python", "train"],
+        env=environment(fake, VENV=str(fake / "venv"), **more), stderr=subprocess.PIPE, text=True,
+    )
+    try:
+        while not (fake / sign).exists():
+            assert job.poll() is None
+            time.sleep(0.02)
+        yield job
+    finally:
+        job.kill()
+        job.communicate()
 
 
 @pytest.mark.parametrize(
@@ -255,16 +274,9 @@ while true; do read -rt 0.05 <><(:) || true; done
 def test_a_signal_to_the_script_is_passed_on_and_ends_it_with_the_command(fake, number, status):
     """It waits for the command, has its status, and does not start it again."""
     write(fake / "venv/bin/python", SAVES)
-    job = subprocess.Popen(
-        # A shell cannot trap a signal that it was started to ignore, as this process may have been.
-        ["env", "--default-signal", ROOT / "launch/run.sh", "tpu", "python", "train"],
-        env=environment(fake, VENV=str(fake / "venv"), STATUS=str(status)), stderr=subprocess.PIPE, text=True,
-    )
-    while not (fake / "starts").exists():
-        assert job.poll() is None
-        time.sleep(0.02)
-    job.send_signal(number)
-    _, stderr = job.communicate(timeout=60)
+    with running(fake, "starts", STATUS=str(status)) as job:
+        job.send_signal(number)
+        _, stderr = job.communicate(timeout=60)
     assert job.returncode == status, stderr
     assert (fake / "signals").read_text() == f"{number.name.removeprefix('SIG')}\n"
     assert (fake / "starts").read_text() == "started\n" and "again" not in stderr
@@ -275,15 +287,10 @@ def test_a_signal_between_two_starts_ends_the_script(fake):
     write(fake / "venv/bin/python", PYTHON)
     write(fake / "bin/sleep", '#!/usr/bin/env bash\n[[ "$1" != 10 ]] || touch "$FAKE/pauses"\nexec /bin/sleep "$@"\n')
     (fake / "exits").write_text("75\n0\n")
-    job = subprocess.Popen(
-        [ROOT / "launch/run.sh", "tpu", "python", "train"],
-        env=environment(fake, VENV=str(fake / "venv")), stderr=subprocess.DEVNULL,
-    )
-    while not (fake / "pauses").exists():
-        assert job.poll() is None
-        time.sleep(0.02)
-    job.terminate()
-    assert job.wait(timeout=60) == 75
+    with running(fake, "pauses") as job:
+        job.terminate()
+        job.communicate(timeout=60)
+    assert job.returncode == 75
     assert (fake / "home.runs").read_text().count("\n") == 1
 
 

@@ -83,7 +83,7 @@ def progressive(*, variant: str) -> ConfigDict:
     phase_steps = tuple(2**n for n in range(10, -1, -1))
     # As on ImageNet: the last two phases are twice as long.
     config.train.num_steps = 20_000
-    num_steps_before = 8 * (10_000,) + (20_000,)
+    num_steps_before: tuple[int, ...] | None = 8 * (10_000,) + (20_000,)
     if variant == "small":
         phase_steps, num_steps_before = phase_steps[4:], None
         config.train.num_steps = 500

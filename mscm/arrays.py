@@ -4,11 +4,11 @@ A file of a few bytes may claim an array of terabytes, or unpack to them. So eac
 follow it, and an archive may be `MAX_GROWTH` times as large unpacked as it is.
 """
 
-import io
 import math
 import os
 import zipfile
 from collections.abc import Collection
+from typing import IO
 
 import numpy as np
 from etils import epath
@@ -24,9 +24,8 @@ def read_npz(path: str | os.PathLike, names: Collection[str] | None = None) -> d
       FileNotFoundError: there is none.
       ValueError: it is damaged, claims more than it holds, or has pickled objects.
     """
-    path = epath.Path(path)
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        with epath.Path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             wanted = [name for name in members if names is None or name in names]
             size, unpacked = file.seek(0, os.SEEK_END), sum(members[name].file_size for name in wanted)
@@ -72,7 +71,7 @@ def read_npy(path: str | os.PathLike) -> np.ndarray:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def _read(file: io.IOBase, size: int) -> np.ndarray:
+def _read(file: IO[bytes], size: int) -> np.ndarray:
     """The array at the start of a file of `size` bytes."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):

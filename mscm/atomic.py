@@ -21,18 +21,18 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     Raises:
       OSError: with the path, also where the system does not say it: a disk that is full.
     """
-    path = epath.Path(path)
-    with failures.naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path.parent)
+    target = epath.Path(path)
+    with failures.naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target.parent)
         # A name of its own: processes that write at the same time, also on other hosts, cannot mix their files. Not
         # mkstemp's, which only the owner may read: an evaluator may be another user.
         pid = os.getpid()
-        temporary = path.with_name(f"{path.name}.{_place()}.{pid}.{processes.start_of(pid)}{_ENDING}")
+        temporary = target.with_name(f"{target.name}.{_place()}.{pid}.{processes.start_of(pid)}{_ENDING}")
         try:
             with temporary.open("wb") as file:
                 yield file
-            temporary.replace(path)
+            temporary.replace(target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

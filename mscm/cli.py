@@ -8,7 +8,7 @@ import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 from absl import app, flags, logging
 from etils import epath
@@ -20,6 +20,8 @@ from mscm.config import ConfigError, find_config, load_config
 _QUIET = ("orbax", "jax", "grain", "matplotlib")
 # Of the files that a user names, and not of a machine that has trouble.
 _WRONG_PLACE = (FileExistsError, IsADirectoryError, NotADirectoryError)
+
+_Value = TypeVar("_Value")
 
 flags.disclaim_key_flags()  # the flag below is the command's, whose --help lists it
 
@@ -94,6 +96,17 @@ def path_of(flag: flags.FlagHolder) -> str:
         remote.check(flag.value)
     except ValueError as error:
         raise ConfigError(f"--{flag.name}: {error}") from error
+    return flag.value
+
+
+def given(flag: flags.FlagHolder[_Value | None]) -> _Value:
+    """The value of a flag that has no default and is needed.
+
+    Raises:
+      ConfigError: it is absent.
+    """
+    if flag.value is None:
+        raise ConfigError(f"--{flag.name}: got none, expected a value; see --help")
     return flag.value
 
 
@@ -220,8 +233,8 @@ def append_json_line(path: str | os.PathLike, record: dict[str, Any]) -> None:
 
 def read_json_lines(path: str | os.PathLike) -> list[Any]:
     """The values of a file of JSON lines; none where there is no file."""
-    path = epath.Path(path)
+    file = epath.Path(path)
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     except ValueError as error:
         raise ConfigError(f"{path}: got a line that is no JSON ({error}), expected one object a line") from error

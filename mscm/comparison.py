@@ -187,11 +187,11 @@ def read_run(workdir: str) -> Run:
 
 def _on_one_device(config: dict[str, Any]) -> Experiment:
     """The experiment of a config as JSON, wherever it was trained: a time per image is one device's."""
-    config = ConfigDict(config)
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    if "attention" in config.get("model", {}):
-        config.model.attention = "auto"
-    return build(config).on(jax.devices()[:1])
+    here = ConfigDict(config)
+    here.mesh = dict(data=-1, fsdp=1, tensor=1)
+    if "attention" in here.get("model", {}):
+        here.model.attention = "auto"
+    return build(here).on(jax.devices()[:1])
 
 
 def _settings(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -331,10 +331,11 @@ def _draw(point: Point, params: Params, *, timed: bool) -> Drawn:
         return jax.block_until_ready(sample(params, jax.random.key(0), indices, condition))
 
     images = np.asarray(transforms.to_uint8(batch()[:SAMPLE_COLUMNS]))  # compiled by now
-    seconds = median_seconds(batch) if timed else None
-    if timed:
-        logging.info("%s, %s: %.3g s for %d images", point.method, point.spec, seconds, batch_size)
-    return Drawn(images, seconds / batch_size if timed else None)
+    if not timed:
+        return Drawn(images, None)
+    seconds = median_seconds(batch)
+    logging.info("%s, %s: %.3g s for %d images", point.method, point.spec, seconds, batch_size)
+    return Drawn(images, seconds / batch_size)
 
 
 def median_seconds(work: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
@@ -469,16 +470,17 @@ def _table(comparison: Comparison, drawn: Sequence[Drawn | None]) -> tuple[list[
     for point, images in zip(comparison.points, drawn, strict=True):
         row = [*_of_point(point), *(_with_spread(*point.scores[key]) for key in metrics)]
         if timed:
-            row.append(None if images is None else f"{1000 * images.seconds_per_image:.3g}")
+            seconds = None if images is None else images.seconds_per_image
+            row.append(None if seconds is None else f"{1000 * seconds:.3g}")
         rows.append(row)
     if comparison.real is not None:
         numbers = [comparison.real.get(key) for key in metrics]
         real = [comparison.real["model"], None, None, None, None, comparison.real["num_images"]]
         rows.append([*real, *numbers, *([None] if timed else [])])
     header = [*("NFE" if name == "nfe" else name for name in _COLUMNS), *metrics, *(["ms/image"] if timed else [])]
-    row = comparison.described
-    notes = [f"Network {row['network']}; reference {row['reference']}; {row['labels']} labels."]
-    notes += [f"Not comparable with other tables: {'; '.join(row['mismatch'])}."] if "mismatch" in row else []
+    said = comparison.described
+    notes = [f"Network {said['network']}; reference {said['reference']}; {said['labels']} labels."]
+    notes += [f"Not comparable with other tables: {'; '.join(said['mismatch'])}."] if "mismatch" in said else []
     notes += ["After ±: the standard deviation over runs, of a single run over the seeds of its noise."]
     if timed:
         notes.append(f"Times are medians over batches after compilation, on one device: {device_name()}.")
@@ -524,7 +526,11 @@ def _trajectories(panels: Sequence[tuple[str, int, Point]]) -> Any:
         drawn.append(plots.Panel(f"{title}\nrms error {error:.2g}", of_model[:: max(1, num_steps // 64), some]))
     x = np.linspace(-2.8, 2.8, 141)
     parts = zip(*mixture, strict=True)
-    density = sum(weight / std * np.exp(-0.5 * np.square((x - mean) / std)) for weight, mean, std in parts)
+    densities = [weight / std * np.exp(-0.5 * np.square((x - mean) / std)) for weight, mean, std in parts]
     return plots.trajectories(
-        drawn, exact[:: _EXACT_STEPS // 64, some], x=x, density_data=density, density_noise=np.exp(-0.5 * x**2)
+        drawn,
+        exact[:: _EXACT_STEPS // 64, some],
+        x=x,
+        density_data=np.sum(densities, axis=0),
+        density_noise=np.exp(-0.5 * x**2),
     )

@@ -231,7 +231,7 @@ def run_hash(config: dict[str, Any]) -> str:
 
 def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of a config as JSON by their dotted paths."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in section.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found

@@ -77,10 +77,17 @@ def hardware() -> str:
     )
 
 
+def _client() -> Any:
+    """The connection of JAX to the other processes."""
+    if global_state.client is None:
+        raise RuntimeError("got no connection to other processes, expected jax.distributed to have been started")
+    return global_state.client
+
+
 def barrier() -> None:
     """Waits until all processes are here; they call it in the same order."""
     if jax.process_count() > 1:
-        global_state.client.wait_at_barrier(f"mscm/barrier/{next(_barriers)}", _BARRIER_MILLISECONDS)
+        _client().wait_at_barrier(f"mscm/barrier/{next(_barriers)}", _BARRIER_MILLISECONDS)
 
 
 def agree(value: Any) -> Any:
@@ -89,9 +96,9 @@ def agree(value: Any) -> Any:
         return value
     key = f"mscm/agreed/{next(_agreements)}"
     if is_main():
-        global_state.client.key_value_set(key, json.dumps(value))
+        _client().key_value_set(key, json.dumps(value))
         return value
-    return json.loads(global_state.client.blocking_key_value_get(key, _BARRIER_MILLISECONDS))
+    return json.loads(_client().blocking_key_value_get(key, _BARRIER_MILLISECONDS))
 
 
 def everyone(yes: bool) -> bool:
@@ -99,10 +106,10 @@ def everyone(yes: bool) -> bool:
     if jax.process_count() == 1:
         return yes
     vote = f"mscm/vote/{next(_agreements)}"
-    global_state.client.key_value_set(f"{vote}/{jax.process_index()}", json.dumps(yes))
+    _client().key_value_set(f"{vote}/{jax.process_index()}", json.dumps(yes))
     voters = range(jax.process_count())
     return all([
-        json.loads(global_state.client.blocking_key_value_get(f"{vote}/{i}", _BARRIER_MILLISECONDS)) for i in voters
+        json.loads(_client().blocking_key_value_get(f"{vote}/{i}", _BARRIER_MILLISECONDS)) for i in voters
     ])
 
 
@@ -142,7 +149,7 @@ def end_all(sentence: str, status: int) -> None:
     message = f"process {jax.process_index()} of {jax.process_count()}: {' '.join(sentence.split())}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first
-        global_state.client.key_value_set(_KEY, f"{status} {message}")
+        _client().key_value_set(_KEY, f"{status} {message}")
         time.sleep(3 * _POLL_SECONDS)  # the others read it from process 0, which may be this one
     os._exit(status)  # not sys.exit, which would wait for the others at a barrier
 
@@ -164,7 +171,8 @@ class Watch:
     """Which of the other processes has shown no sign of life for `SILENT_SECONDS`."""
 
     def __init__(self, others: Iterable[int]):
-        self._heard = dict.fromkeys(others, (None, _now()))  # the last sign of each, and since when it has been that
+        # The last sign of each, and since when it has been that.
+        self._heard: dict[int, tuple[str | None, float]] = dict.fromkeys(others, (None, _now()))
 
     def silent(self, signs: Mapping[int, str]) -> int | None:
         """One of them, given what each has last said; those that are done need not say more."""
@@ -181,7 +189,7 @@ _now = time.monotonic
 
 def _listen() -> None:
     """Ends this process when another one says why it ends; the main one, when another is not heard of any more."""
-    stop, client = threading.Event(), global_state.client
+    stop, client = threading.Event(), _client()
     watch = Watch(range(1, jax.process_count()))
     own = f"{_ALIVE}/{jax.process_index()}"
 

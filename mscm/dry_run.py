@@ -52,8 +52,9 @@ def _plan(member: Member) -> tuple[str, int]:
     done, rate = 0, None
     if (epath.Path(member.workdir) / "checkpoints").is_dir():
         with reading(member.workdir) as checkpoints:
-            if checkpoints.latest() is not None:
-                done, rate = checkpoints.latest(), checkpoints.facts().get(training_loop.RATE)
+            latest = checkpoints.latest()
+            if latest is not None:
+                done, rate = latest, checkpoints.facts().get(training_loop.RATE)
     what = f"{experiment.name} in {member.workdir}: "
     if member.is_given:
         return f"{what}only read, its step {done}", 0
@@ -83,9 +84,9 @@ def _time(experiment: Experiment, num_steps: int, rate: float | None) -> str:
     if rate:
         return f"{terminal.duration(num_steps / rate)} left at the {rate:.3g} steps/s of before"
     seconds = planning.least_seconds(experiment)
-    if seconds is None:
-        return "which take a time that python -m mscm.plan --topology=host measures"
     chip = chips.chip_of_kind(experiment.mesh.devices.flat[0].device_kind)
+    if seconds is None or chip is None:
+        return "which take a time that python -m mscm.plan --topology=host measures"
     return f"{terminal.duration(num_steps * seconds)} left or more: so long the {chip.name} would compute at their peak"
 
 

@@ -55,8 +55,9 @@ def main() -> None:
     if ONCE.value or CHECKPOINT.value is not None:
         with reading(workdir) as checkpoints:
             checkpoints.check(experiment.facts(), CHECKPOINT.value)
-    options = dict(allow_mismatch=ALLOW_MISMATCH.value, save_every_seconds=SAVE_EVERY.value, averages=chosen)
-    with Evaluation(experiment, workdir, **options) as job:
+    with Evaluation(
+        experiment, workdir, allow_mismatch=ALLOW_MISMATCH.value, save_every_seconds=SAVE_EVERY.value, averages=chosen
+    ) as job:
         if CHECKPOINT.value is not None:
             step = CHECKPOINT.value
             rows = job.score(experiment, workdir, step, evaluation.default_samplers(experiment))
@@ -92,16 +93,16 @@ def _score_images(experiment, workdir: str) -> None:
     from mscm.data import loose
     from mscm.evaluation_loop import Evaluation
 
-    data = experiment.data
+    data, name = experiment.data, cli.given(IMAGES)
     try:
-        images = loose.open_images(IMAGES.value, resolution=data.resolution, channels=data.channels)
+        images = loose.open_images(name, resolution=data.resolution, channels=data.channels)
     except ValueError as error:
         raise ConfigError(f"--images: {error}") from error
     if len(images) < 4:
         raise ConfigError(f"--images: got {len(images)} images, expected at least 4 to compare with others")
     next(images.batches(1))  # refuses a wrong size before hours of reference statistics
     with Evaluation(experiment, workdir, allow_mismatch=ALLOW_MISMATCH.value) as job:
-        row = job.score_images(images.batches(experiment.eval.batch_size), len(images), IMAGES.value)
+        row = job.score_images(images.batches(experiment.eval.batch_size), len(images), name)
         rows = [row, *job.real_rows()]
     if distributed.is_main():
         path = os.path.join(job.directory, "images.jsonl")

@@ -39,10 +39,11 @@ ROW_KEY = ("identity", "run", "model", "step", "sampler", "nfe", "seed", "num_im
 # Folded into the key of an evaluation for the noise of the steps: no image has this index.
 _STEPS = np.uint32(2**32 - 1)
 
+HostCondition = Int[np.ndarray, "b"] | Text
 # (params, key, indices of the images, what they should show) -> images, whole on every device
-SampleFn = Callable[[Params, Key, Int[np.ndarray, "b"], Condition], Images]
+SampleFn = Callable[[Params, Key, Int[np.ndarray, "b"], HostCondition], Images]
 # Indices of images -> what they should show, on the host
-Conditions = Callable[[Int[np.ndarray, "b"]], Condition]
+Conditions = Callable[[Int[np.ndarray, "b"]], HostCondition]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,9 @@ class Shown:
 def default_samplers(experiment: Experiment) -> list[SamplerSpec]:
     """A student's own steps with DDIM, or its `eval.student_samplers`; a diffusion model's `diffusion_samplers`."""
     if experiment.eval.student_samplers:
-        return [SamplerSpec(text, own_steps(text)) for text in experiment.eval.student_samplers]
+        # Each has steps of its own: `build` has refused others.
+        own = [(text, own_steps(text)) for text in experiment.eval.student_samplers]
+        return [SamplerSpec(text, num_steps) for text, num_steps in own if num_steps is not None]
     if experiment.student_steps is not None:
         return [SamplerSpec("ddim", experiment.student_steps)]
     return diffusion_samplers(experiment)
@@ -99,7 +102,7 @@ def short_teacher_samplers(experiment: Experiment) -> list[SamplerSpec]:
     `mscm.eval` scores the teacher at all of `eval.teacher_steps`.
     """
     text, largest = experiment.eval.teacher_samplers[0], max(experiment.eval.teacher_steps)
-    return [SamplerSpec(text, num_steps) for num_steps in sorted({experiment.student_steps, largest})]
+    return [SamplerSpec(text, num_steps) for num_steps in sorted({experiment.student_steps or largest, largest})]
 
 
 def chosen_sampler(experiment: Experiment, text: str | None, num_steps: int | None, *, force: bool) -> SamplerSpec:
@@ -153,7 +156,9 @@ def num_evaluations(experiment: Experiment, spec: SamplerSpec) -> int:
     return spec.num_evaluations(experiment.schedule, guided=bool(experiment.guidance))
 
 
-def sampling_function(experiment: Experiment, spec: SamplerSpec) -> SampleFn:
+def sampling_function(
+    experiment: Experiment, spec: SamplerSpec
+) -> Callable[[Params, Key, jax.Array, Condition], Images]:
     """A sampler as a pure function, to be traced: on the mesh around the trace, or without one for any device."""
     data, schedule = experiment.data, experiment.schedule
     model, plan = experiment.for_sampler(spec), spec.plan(schedule)
@@ -300,7 +305,7 @@ class Scorer:
     def compare(self, gathered: Statistics) -> dict[str, float]:
         """All metrics of images against the reference, and with their captions where they have some."""
         scores = statistics.compare(gathered, self.reference.statistics, network=self.network.name)
-        if gathered.alignment is not None:
+        if gathered.alignment is not None and self.alignment is not None:
             scores[self.alignment.name] = float(gathered.alignment) / gathered.features.count
         return scores
 
@@ -419,8 +424,10 @@ def _reference(experiment: Experiment, network: FeatureNetwork, directory: str) 
         stored = reference_statistics.load(path)
     wanted = reference_statistics.describe(source), {"name": network.name, "fingerprint": network.fingerprint}
     num_kept = min(spec.num_kept, len(source))
-    usable = stored and (stored.data, stored.network) == wanted and len(stored.statistics.kept) == num_kept
-    if distributed.everyone(bool(usable)):  # all compute, or none
+    kept = None if stored is None else stored.statistics.kept
+    is_right = stored is not None and (stored.data, stored.network) == wanted
+    usable = is_right and kept is not None and len(kept) == num_kept
+    if distributed.everyone(usable) and stored is not None:  # all compute, or none
         return stored
     with computed_reference(experiment, network, f"{path}.partial.npz") as reference:
         if distributed.is_main():
@@ -535,7 +542,10 @@ def captions_in_turn(experiment: Experiment, indices: Int[np.ndarray, "b"], seed
 
 @functools.lru_cache(maxsize=2)  # every row of scores asks for its tokens, its words and those of its grid
 def _captioned(experiment: Experiment) -> captions.WithTokens:
-    return _reference_source(experiment)
+    source = _reference_source(experiment)
+    if not isinstance(source, captions.WithTokens):
+        raise ConfigError(f"config.data.text: got None for {source.name!r}, expected the captions that images show")
+    return source
 
 
 def _captions_in_turn(
@@ -593,10 +603,11 @@ def result_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _over_seeds(values: list[float | None]) -> str:
-    if None in values:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
         return ""
-    text = f"{np.mean(values):.4g}"
-    return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):.2g}"
+    text = f"{np.mean(known):.4g}"
+    return text if len(known) == 1 else f"{text} ± {np.std(known, ddof=1):.2g}"
 
 
 def sample_grid(models: list[tuple[Experiment, Params, SamplerSpec]], batch_size: int) -> np.ndarray:

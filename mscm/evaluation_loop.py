@@ -9,6 +9,7 @@
 """
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -164,7 +165,7 @@ class Evaluation:
         said = {}
         for average in self._averages if model is self.experiment else (None,):
             described = self._unless_deleted(
-                workdir, step, lambda a=average: averages.describe(self.experiment, workdir, a, step)
+                workdir, step, functools.partial(averages.describe, self.experiment, workdir, average, step)
             )
             said[average] = distributed.agree(described)
         if None in said.values():
@@ -186,9 +187,10 @@ class Evaluation:
             missing = [key for key in of_one if _key_of(key) not in done]
             # Not kept where a kill came between the last row and the copy.
             keeps = average is None and model is self.experiment
-            keeps = keeps and (missing or distributed.agree(self._lacks_best(run, step)))
+            keeps = keeps and (bool(missing) or distributed.agree(self._lacks_best(run, step)))
             if missing or keeps:
-                params = self._unless_deleted(workdir, step, lambda a=average: averages.read(model, workdir, a, step))
+                read = functools.partial(averages.read, model, workdir, average, step)
+                params = self._unless_deleted(workdir, step, read)
                 if not distributed.everyone(params is not None):
                     return []
                 for key in missing:
@@ -317,7 +319,10 @@ class Evaluation:
 
     def _compare(self, gathered: Gathering | None) -> dict[str, float]:
         # By one process: the last digits may differ between hosts.
-        return distributed.agree(self.scorer.compare(gathered.statistics()) if distributed.is_main() else None)
+        scores = None
+        if gathered is not None and distributed.is_main():
+            scores = self.scorer.compare(gathered.statistics())
+        return distributed.agree(scores)
 
     def _write(self, row: dict[str, Any], gathered: Gathering) -> None:
         """All that belongs to a row, and then the row: who finds it there finds the rest."""
@@ -389,8 +394,10 @@ class Evaluation:
             for step, distances in values.items()
             if step in there or self._has_copy(run, step)
         }
-        best = min(means, key=means.__getitem__, default=None)
-        return best, means.get(best, np.inf)
+        if not means:
+            return None, np.inf
+        best = min(means, key=means.__getitem__)
+        return best, means[best]
 
 
 def _facts_of(workdir: str, step: int) -> dict[str, Any]:

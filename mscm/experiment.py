@@ -27,15 +27,20 @@ from mscm.config import ConfigError, Section, flat, load_config
 from mscm.data import captions, sources
 from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import schedule as schedules
-from mscm.methods import OBJECTIVES, Frozen, Method, Parts, network
+from mscm.methods import OBJECTIVES, Frozen, Method, Parts, network, no_teacher
 from mscm.metrics import weights
 from mscm.models import attention, mlp, text, unet, uvit
 from mscm.sampling import SamplerSpec, own_steps
 from mscm.training import ema as ema_lib
 from mscm.training import optimizer as optimizers
 from mscm.training import partition
-from mscm.training.step import Averages, Batch, LossFn, TrainState, init_state, make_train_steps
-from mscm.types import Condition, Denoiser, Guided, Images, Key, Params, Schedule, Teacher, Text, Times
+from mscm.training.step import LossFn, TrainState, init_state, make_train_steps
+from mscm.types import Condition, Denoiser, Key, Params, Schedule, Teacher, Text, Times
+
+
+def _on_any_schedule(prediction: denoisers.Prediction) -> Callable[[Schedule], denoisers.Prediction]:
+    return lambda schedule: prediction
+
 
 SCHEDULES: dict[str, Callable[..., Any]] = {
     "cosine": schedules.cosine,
@@ -43,7 +48,7 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
     "karras": schedules.karras,
 }
 PREDICTIONS: dict[str, Callable[[Schedule], denoisers.Prediction]] = {
-    **{name: lambda schedule, of=of: of for name, of in denoisers.PREDICTIONS.items()},
+    **{name: _on_any_schedule(prediction) for name, prediction in denoisers.PREDICTIONS.items()},
     "consistency": denoisers.consistency_prediction,
 }
 PRECONDITIONED = ("edm", "consistency")  # those that scale the network's input
@@ -268,9 +273,20 @@ class Experiment:
         return nn.meta.unbox(self._boxed_params)
 
     @property
+    def teacher_experiment(self) -> "Experiment":
+        """What a student starts from.
+
+        Raises:
+          ConfigError: it starts from nothing.
+        """
+        if self.teacher is None:
+            raise ConfigError(f"got {self.name!r}, which has no teacher, expected a student")
+        return self.teacher.experiment
+
+    @property
     def adds_guidance(self) -> bool:
         """Whether the weight of guidance is an input that the teacher's network has not."""
-        return self.model.guidance_input and not self.teacher.experiment.model.guidance_input
+        return self.model.guidance_input and not self.teacher_experiment.model.guidance_input
 
     def from_teacher(self, params: Params, key: Key) -> Params:
         """The teacher's parameters, and those of an input of guidance that it has not: it is the same function."""
@@ -322,11 +338,11 @@ class Experiment:
     def abstract_frozen(self) -> Frozen:
         """Shapes and types of what training reads and does not change; no file is read."""
         features = jax.eval_shape(self.method.features.random, jax.random.key(0))
-        return Frozen(self.teacher.experiment.abstract_params() if self.distil else {}, features)
+        return Frozen(self.teacher_experiment.abstract_params() if self.distil else {}, features)
 
     def frozen_shardings(self) -> Frozen:
         """Where it lies: a teacher as a student; features, which are small beside their activations, on all devices."""
-        teacher = partition.shardings(self.teacher.experiment._boxed_params, self.mesh) if self.distil else {}
+        teacher = partition.shardings(self.teacher_experiment._boxed_params, self.mesh) if self.distil else {}
         return Frozen(teacher, jax.tree.map(lambda _: partition.replicated(self.mesh), self.abstract_frozen().features))
 
     def placed_frozen(self) -> Frozen:
@@ -337,7 +353,7 @@ class Experiment:
         """The same as arrays, at random."""
 
         def make(key: Key) -> Frozen:
-            teacher = self.teacher.experiment.init_params(key) if self.distil else {}
+            teacher = self.teacher_experiment.init_params(key) if self.distil else {}
             return Frozen(teacher, self.method.features.random(key))
 
         return jax.jit(make, out_shardings=self.frozen_shardings())(key)
@@ -347,8 +363,8 @@ class Experiment:
         make_state = jax.jit(lambda key: self.init_state(self.init_params(key)), out_shardings=self.state_shardings())
         return make_state(key)
 
-    def train_steps(self) -> Callable[[TrainState, Frozen, Batch, Key], tuple[TrainState, Averages]]:
-        """The jitted step; batches carry a leading axis of `train.steps_per_dispatch`."""
+    def train_steps(self) -> jax.stages.Wrapped:
+        """The jitted step of `make_train_steps`; batches carry a leading axis of `train.steps_per_dispatch`."""
         state, whole = self.state_shardings(), partition.replicated(self.mesh)
         return make_train_steps(
             partition.on_mesh(self.loss_fn, self.mesh),
@@ -427,13 +443,7 @@ class Experiment:
 
     def denoiser(self, params: Params, condition: Condition) -> Denoiser:
         """Deterministic denoiser for sampling."""
-        answer = self.answer(params, condition)
-
-        def denoise(z_t: Images, t: Times) -> Images:
-            answered = answer(z_t, t)
-            return answered.x_hat if isinstance(answered, Guided) else answered
-
-        return denoise
+        return denoisers.x_hat_of(self.answer(params, condition))
 
     def lineage(self, workdir: str) -> list[Member]:
         """This model in `workdir` and all that it comes from, oldest first: its teacher, then the phases before it.
@@ -518,7 +528,9 @@ def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experim
             eval_section.optional_text("alignment_weights") if eval_section.has("alignment_weights") else None
         ),
         at_end=bool(eval_section.take("at_end")),
-        **{key: eval_section.optional_text(key) for key in ("weights", "reference", "reference_split")},
+        weights=eval_section.optional_text("weights"),
+        reference=eval_section.optional_text("reference"),
+        reference_split=eval_section.optional_text("reference_split"),
     )
     if (spec.labels == "captions") != (data.text is not None):
         raise ConfigError(
@@ -550,7 +562,7 @@ def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experim
         null_condition=data.null_condition,
         flip=data.flip,
         num_steps=train.num_steps,
-        teacher=None if teacher is None else teacher.experiment.answer,
+        teacher=no_teacher if teacher is None else teacher.experiment.answer,
         has_null=teacher is not None and bool(teacher.experiment.config["objective"].get("label_dropout")),
         guidance_range=None if teacher is None else teacher.experiment.method.guidance_range,
     )
@@ -566,6 +578,11 @@ def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experim
         )
     if teacher is not None and teacher.experiment.guidance and not method.distil:
         raise ConfigError("config.teacher.guidance: expected 0.0, because objective.distil = False asks no teacher")
+    if teacher is not None and teacher.experiment.guidance and method.guidance_range is not None:
+        raise ConfigError(
+            f"config.teacher.guidance: got {teacher.experiment.guidance}, expected 0.0 because the weight is an input "
+            "of what is trained, and with it the guidance is the loss's"
+        )
     experiment = Experiment(
         name=root.name("name"),
         seed=root.number("seed", minimum=0),
@@ -638,7 +655,7 @@ def _data(section: Section) -> DataSpec:
         flip=bool(section.take("flip")),
         num_workers=section.number("num_workers", minimum=0),
         num_threads=section.number("num_threads", minimum=1),
-        text=of_text and _text_spec(of_text),
+        text=None if of_text is None else _text_spec(of_text),
     )
 
 

@@ -26,7 +26,7 @@ def main() -> None:
     from mscm.config import ConfigError
     from mscm.experiment import build
 
-    origin, colon, path = FROM.value.partition(":")
+    origin, colon, path = cli.given(FROM).partition(":")
     if not colon or not path:
         raise ConfigError(f"--from: got {FROM.value!r}, expected ORIGIN:FILE, such as edm:FILE.pkl")
     if "://" in path:

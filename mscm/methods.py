@@ -37,6 +37,7 @@ from mscm.types import (
     Images,
     Int,
     Key,
+    Metrics,
     Params,
     PerExample,
     Schedule,
@@ -82,8 +83,21 @@ GRIDS: dict[str, Callable[..., Array]] = {
     "ict": curriculum.ict_grid_points,
 }
 
+Step = Int[Array, ""]
+Loss = tuple[PerExample, Metrics]
+
 # (parameters, condition, guidance weights where they are an input) -> what the teacher answers
 Answer = Callable[[Params, Condition, Times | None], Teacher]
+
+
+def no_teacher(params: Params, condition: Condition, weights: Times | None = None) -> Teacher:
+    """The answer of a teacher that is not there.
+
+    Raises:
+      ConfigError: always.
+    """
+    del params, condition, weights
+    raise ConfigError("config.teacher: got None, expected a section naming the model that this objective learns from")
 
 
 class Frozen(NamedTuple):
@@ -111,7 +125,7 @@ class Parts:
     null_condition: Callable[[int], Condition]  # of so many rows: what stands for none
     flip: bool
     num_steps: int  # of the training
-    teacher: Answer | None  # None: there is none
+    teacher: Answer  # `no_teacher`: there is none
     has_null: bool  # whether the teacher was trained with dropped conditions
     guidance_range: tuple[float, float] | None  # of the weights that are an input of the teacher; None: they are not
 
@@ -154,7 +168,7 @@ def network(
 ) -> denoisers.Network:
     """The network as a function; with a key it drops out, the same units in every call (synchronised dropout)."""
 
-    def apply(z_t, logsnr, condition):
+    def apply(z_t: Images, logsnr: Times, condition: Condition | None) -> Images:
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         inputs = (z_t, logsnr, condition) if guidance is None else (z_t, logsnr, condition, guidance)
         return model.apply({"params": params}, *inputs, train=dropout_key is not None, rngs=rngs)
@@ -170,7 +184,8 @@ def _example(parts: Parts, guidance_range: tuple[float, float] | None, batch: Ba
     if guidance_range is not None:
         low, high = guidance_range
         guidance = sample_guidance(k_guidance, x.shape[0], low=low, high=high)
-    return Example(x, condition_of(batch), guidance, k_dropout, tuple(keys))
+    k_first, k_second = keys
+    return Example(x, condition_of(batch), guidance, k_dropout, (k_first, k_second))
 
 
 def _denoiser(parts: Parts, params: Params, example: Example) -> Denoiser:
@@ -196,9 +211,9 @@ def _diffusion(section: Section, parts: Parts) -> Method:
     distance = _scaled(section, section.choose("loss", DIFFUSION_LOSSES), parts)
     label_dropout = section.number("label_dropout", minimum=0.0, below=1.0)
     noise = section.optional_section("noise")
-    times = noise and noise.bind(functools.partial(lognormal_times, parts.schedule))
+    times = None if noise is None else noise.bind(functools.partial(lognormal_times, parts.schedule))
 
-    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
+    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Step) -> Loss:
         del target, frozen, step
         example = _example(parts, None, batch, key)
         k_label, k_loss = example.keys
@@ -215,7 +230,7 @@ def _diffusion(section: Section, parts: Parts) -> Method:
 
 def _multistep_consistency(section: Section, parts: Parts) -> Method:
     student_steps, distil = section.number("student_steps", minimum=1), bool(section.take("distil"))
-    distance = functools.partial(
+    distance: Distance = functools.partial(
         section.choose("distance", CONSISTENCY_DISTANCES), epsilon=section.number("huber_epsilon", minimum=0.0)
     )
     distance = _scaled(section, distance, parts)
@@ -228,7 +243,7 @@ def _multistep_consistency(section: Section, parts: Parts) -> Method:
     )
     x_var_frac = section.number("x_var_frac", minimum=0.0)
 
-    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
+    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Step) -> Loss:
         del target
         example = _example(parts, parts.guidance_range, batch, key)
         current_steps = teacher_steps(step)
@@ -250,7 +265,8 @@ def _multistep_consistency(section: Section, parts: Parts) -> Method:
 
 def _phase(section: Section) -> tuple[int, int]:
     """Steps of the teacher and of the student in this phase, the last that the section names."""
-    return section.whole_numbers("phase_steps")[-2:]
+    teacher_steps, student_steps = section.whole_numbers("phase_steps")[-2:]
+    return teacher_steps, student_steps
 
 
 def _solver(section: Section) -> solvers.Solver:
@@ -267,7 +283,7 @@ def _progressive(section: Section, parts: Parts) -> Method:
         )
     distance, solver = _scaled(section, section.choose("distance", SQUARED), parts), _solver(section)
 
-    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
+    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Step) -> Loss:
         del target, step
         example = _example(parts, parts.guidance_range, batch, key)
         return progressive_loss(
@@ -289,7 +305,7 @@ def _tract(section: Section, parts: Parts) -> Method:
     distance, solver = _scaled(section, section.choose("distance", SQUARED), parts), _solver(section)
     decay = section.number("self_teacher_decay", minimum=0.0, below=1.0)
 
-    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
+    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Step) -> Loss:
         del step
         example = _example(parts, parts.guidance_range, batch, key)
         return tract_loss(
@@ -322,12 +338,14 @@ def _consistency(section: Section, parts: Parts) -> Method:
     points_at = grid.bind(functools.partial(grid.choose("name", GRIDS), num_steps=parts.num_steps))
     max_points = int(points_at(jnp.int32(parts.num_steps)))  # a grid only grows
     noise, decays = (section.optional_section(key) for key in ("noise", "target_decay"))
-    draw = noise and noise.bind(functools.partial(lognormal_log_weights, parts.schedule, max_points=max_points))
+    draw = None
+    if noise is not None:
+        draw = noise.bind(functools.partial(lognormal_log_weights, parts.schedule, max_points=max_points))
     distance, features = _image_distance(section.section("distance"), parts)
     weight = section.choose("weight", INTERVAL_WEIGHTS)
-    target_decay = decays and _consistency_target_decay(decays, grid, points_at)
+    target_decay = None if decays is None else _consistency_target_decay(decays, grid, points_at)
 
-    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
+    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Step) -> Loss:
         example = _example(parts, parts.guidance_range, batch, key)
         points = points_at(step)
         loss, metrics = consistency_model_loss(
@@ -397,14 +415,15 @@ def _guided(section: Section, parts: Parts) -> Method:
             "knows the null class: without it there is nothing to guide away from"
         )
 
-    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
+    def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Step) -> Loss:
         del target, step
         example = _example(parts, (low, high), batch, key)
+        assert example.guidance is not None  # of a range, there are some
         null = parts.null_condition(len(example.x))
         return guidance_loss(
             _denoiser(parts, params, example),
-            parts.teacher(frozen.teacher, example.condition, None),
-            parts.teacher(frozen.teacher, null, None),
+            denoisers.x_hat_of(parts.teacher(frozen.teacher, example.condition, None)),
+            denoisers.x_hat_of(parts.teacher(frozen.teacher, null, None)),
             parts.schedule,
             example.x,
             example.guidance,

@@ -30,7 +30,7 @@ def main() -> None:
     from mscm import planning  # here and not above: --help must not wait for jax
     from mscm.config import ConfigError
 
-    config, topology = CONFIG.value, TOPOLOGY.value
+    config, topology = CONFIG.value, cli.given(TOPOLOGY)
     if LARGEST_BATCH.value and topology == planning.HOST:
         raise ConfigError("--largest_batch: got --topology=host, expected a topology, whose compiler knows what fits")
     output = None if JSON.value is None else cli.output_of(JSON)

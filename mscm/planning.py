@@ -224,11 +224,12 @@ def _plan(experiment: Experiment, topology: str, chip: chips.Chip | None, *, mea
             raise
         return dataclasses.replace(plan, fits=False, peak_hbm_bytes=used_bytes(str(error)))
     cost = hlo.Cost().plus(hlo.cost(hlo.parse(_text(compiled, topology))), 1 / spec.steps_per_dispatch)
+    # A kernel's operations are in the jaxpr only, work that devices repeat in the compiled program only.
+    device_flops = max(cost.flops, executed / mesh.size)
     plan = dataclasses.replace(
         plan,
         peak_hbm_bytes=compiled.memory_analysis().peak_memory_in_bytes,
-        # A kernel's operations are in the jaxpr only, work that devices repeat in the compiled program only.
-        device_flops_per_step=max(cost.flops, executed / mesh.size),
+        device_flops_per_step=device_flops,
         bytes_per_step=cost.hbm_bytes,
         collectives=cost.collectives,
         loops_of_unknown_length=cost.loops_of_unknown_length,
@@ -236,24 +237,25 @@ def _plan(experiment: Experiment, topology: str, chip: chips.Chip | None, *, mea
         host_memory_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         steps_per_second_measured=measured,
     )
-    return plan if chip is None else _with_bounds(plan, chip, cost.sent_bytes)
+    return plan if chip is None else _with_bounds(plan, chip, device_flops, cost)
 
 
 def _text(compiled: jax.stages.Compiled, topology: str) -> str:
     try:
-        return compiled.as_text()
+        text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(
             f"--topology: got a program for {topology} that jaxlib {jax.__version__} cannot read, because libtpu is "
             f"newer, expected the libtpu that belongs to it: pip install jax[tpu]=={jax.__version__} ({error})"
         ) from error
+    if text is None:
+        raise ConfigError(f"--topology: got a program for {topology} without a text, expected what it does as HLO")
+    return text
 
 
-def _with_bounds(plan: Plan, chip: chips.Chip, sent_bytes: float) -> Plan:
-    seconds = chips.least_seconds(
-        chip, flops=plan.device_flops_per_step, hbm_bytes=plan.bytes_per_step, sent_bytes=sent_bytes
-    )
-    bound_by = max(seconds, key=seconds.get)
+def _with_bounds(plan: Plan, chip: chips.Chip, device_flops: float, cost: hlo.Cost) -> Plan:
+    seconds = chips.least_seconds(chip, flops=device_flops, hbm_bytes=cost.hbm_bytes, sent_bytes=cost.sent_bytes)
+    bound_by = max(seconds, key=seconds.__getitem__)
     return dataclasses.replace(
         plan,
         seconds_at_least=seconds,

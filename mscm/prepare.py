@@ -13,6 +13,7 @@ Uses all cores; killed, it continues where it was when it is run again. Then tra
 """
 
 import os
+from typing import Any
 
 from absl import flags, logging
 
@@ -34,7 +35,7 @@ CHANNELS = flags.DEFINE_integer("channels", 3, "3: RGB, 1: grey.")
 IMAGES_PER_SHARD = flags.DEFINE_integer(
     "images_per_shard", None, "Images in one file. Default: a 64th of them, from 256 to 8192.", lower_bound=1
 )
-WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.", lower_bound=1)
+WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes.", lower_bound=1)
 SKIP_BROKEN = flags.DEFINE_bool("skip_broken", False, "Leave broken images out, count and list them.")
 VERIFY = flags.DEFINE_bool("verify", False, "Write nothing; read a finished split and compare it with its card.")
 
@@ -55,7 +56,7 @@ def main() -> None:
             return
         encoder = _text_encoder()
         # Of a split that is there already, or was when this was killed.
-        if not records.card_path(OUTPUT.value, _split_name()).exists():
+        if not records.card_path(cli.given(OUTPUT), _split_name()).exists():
             _prepare()
         _embed(encoder)
     except ValueError as error:
@@ -65,23 +66,22 @@ def main() -> None:
 def _prepare() -> None:
     from mscm.data import captioned_files, folders, preparation, tfds_source
 
-    for flag in (SOURCE, RESOLUTION):
-        if flag.value is None:
-            raise ValueError(f"--{flag.name}: got none, expected a value; see --help")
+    source, output = cli.given(SOURCE), cli.given(OUTPUT)
     settings = preparation.Settings(
-        resolution=RESOLUTION.value,
+        resolution=cli.given(RESOLUTION),
         transform=TRANSFORM.value,
         encoding=ENCODING.value,
         channels=CHANNELS.value,
         images_per_shard=IMAGES_PER_SHARD.value,
         skip_broken=SKIP_BROKEN.value,
     )
-    if SOURCE.value.startswith(tfds_source.PREFIX):
-        files = tfds_source.open_tfds_files(SOURCE.value, split=SPLIT.value, captioned=CAPTIONS.value)
+    files: folders.ImageFiles | tfds_source.TfdsFiles
+    if source.startswith(tfds_source.PREFIX):
+        files = tfds_source.open_tfds_files(source, split=SPLIT.value, captioned=CAPTIONS.value)
     else:
         list_files = captioned_files.open_captioned if CAPTIONS.value else folders.open_files
-        files = list_files(SOURCE.value, split=SPLIT.value)
-    if CAPTIONS.value:
+        files = list_files(source, split=SPLIT.value)
+    if files.captions is not None:
         what = f"{sum(map(len, files.captions))} captions"
     else:
         what = f"{len(files.class_names)} classes"
@@ -93,7 +93,7 @@ def _prepare() -> None:
             progress.reach(done, before=done - done_now)
 
         card = preparation.prepare(
-            files, OUTPUT.value, settings, split=_split_name(), num_workers=WORKERS.value, report=report,
+            files, output, settings, split=_split_name(), num_workers=WORKERS.value, report=report,
             report_every_seconds=1.0,
         )
     counts = card.class_counts
@@ -106,22 +106,23 @@ def _prepare() -> None:
         print(f"broken: {broken}")
 
 
-def _text_encoder():
+def _text_encoder() -> Any:
     from mscm.data import t5
 
-    return t5.load(TEXT_ENCODER.value, length=TEXT_LENGTH.value)
+    return t5.load(cli.given(TEXT_ENCODER), length=TEXT_LENGTH.value)
 
 
-def _embed(encoder) -> None:
+def _embed(encoder: Any) -> None:
     """Of all captions of a finished split."""
     from mscm.data import embeddings, records
 
-    source = records.RecordSource("records", OUTPUT.value, split=_split_name())
-    if source.captions is None:
+    output = cli.given(OUTPUT)
+    source = records.RecordSource("records", output, split=_split_name())
+    if source.captions is None or source.card.captions_sha256 is None:
         raise ValueError(f"{OUTPUT.value}: got split {_split_name()!r} without captions; prepare it again with them")
     captions = [text for said in source.captions for text in said]
     with terminal.Progress(f"{OUTPUT.value}/{_split_name()}", len(captions), "captions") as progress:
-        before = None  # shards that an earlier run has made are reported too
+        before: int | None = None  # shards that an earlier run has made are reported too
 
         def report(done: int, total: int) -> None:
             del total
@@ -130,7 +131,7 @@ def _embed(encoder) -> None:
             progress.reach(done, before=before)
 
         card = embeddings.write(
-            OUTPUT.value, _split_name(), captions, source.card.captions_sha256, encoder, report=report
+            output, _split_name(), captions, source.card.captions_sha256, encoder, report=report
         )
     print(f"{card.num_captions} captions as {card.encoder} reads them, {card.features} features: {OUTPUT.value}")
 
@@ -138,10 +139,11 @@ def _embed(encoder) -> None:
 def _verify() -> None:
     from mscm.data import embeddings, records
 
-    source = records.RecordSource("records", OUTPUT.value, split=_split_name())
+    output = cli.given(OUTPUT)
+    source = records.RecordSource("records", output, split=_split_name())
     source.verify()
     print(f"{len(source)} images are what the card says, checksum {source.card.checksum}: {OUTPUT.value}")
-    if embeddings.card_path(OUTPUT.value, _split_name()).exists():
+    if embeddings.card_path(output, _split_name()).exists():
         embedded = source.open_embeddings()
         embedded.verify()
         print(f"{len(embedded)} captions are what {embedded.card.encoder} has made of them: {OUTPUT.value}")

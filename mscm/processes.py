@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import platform
 import threading
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 
@@ -14,11 +15,13 @@ class Died(RuntimeError):
 
 def end_with_parent() -> None:
     """Ends this process, which multiprocessing has started, when its parent has ended: it would wait for ever."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
     os._exit(1)
 
 

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from absl import logging
@@ -244,7 +244,7 @@ def _is_sound(row: Mapping[str, Any]) -> bool:
     return numbers and 0 <= row["step"] < 2**53 and 0 < row["nfe"] < 2**31 and _is_number(row.get("num_steps", 1))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
 
 
@@ -341,8 +341,9 @@ def _read_samples(workdir: str, row: dict[str, Any]) -> UInt8[np.ndarray, "n h w
     except (ValueError, OSError) as error:
         logging.warning("Samples of step %s are not in the report: %s", row["step"], error)
         return None
-    is_images = images is not None and images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] in (1, 3)
-    return images[:_IMAGES] if is_images and images.size else None
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        return None
+    return images[:_IMAGES] if images.size else None
 
 
 def _strip(images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "H W c"]:
@@ -361,13 +362,15 @@ def _strip(images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "H W c"]:
 
 def _time(workdir: str, of_training: Mapping[str, events.Events]) -> Iterator[str]:
     """Sessions: what each job did, when, and on what."""
-    rows, totals = [], {}
+    rows: list[list[Any]] = []
+    totals: dict[str, float] = {}
     jobs = {**of_training, "Scores": events.read(os.path.join(workdir, "eval"))}
     for what, of in jobs.items():
         for session in _with_scalars(of):
             seconds = session.ended - session.started
             totals[what] = totals.get(what, 0.0) + seconds
-            steps = f"{page.number(session.first_step)} to {page.number(session.last_step)}"
+            ends = (session.first_step, session.last_step)
+            steps = " to ".join(page.number(step) for step in ends if step is not None)
             rows.append([what, _moment(session.started), terminal.duration(seconds), steps, session.hardware])
     if not rows:
         return

@@ -188,7 +188,7 @@ class SamplerSpec:
                 f"sampler {self.sampler!r}: got an interval of guidance without any log-SNR of the schedule, "
                 f"{noisiest:.4g} to {cleanest:.4g}"
             )
-        first, last = schedules.times_of_logsnr(schedule, np.float32([high, low]))
+        first, last = schedules.times_of_logsnr(schedule, np.array([high, low], np.float32))
         return float(first), float(last)
 
     def plan(self, schedule: Schedule) -> Plan:

@@ -126,7 +126,7 @@ def read_edm(experiment: Experiment, path: str) -> Weights:
     ):
         if got != expected:
             raise ConfigError(f"config.{key}: got {got!r}, expected {expected!r}, as EDM's networks were trained")
-    notes = ()
+    notes: tuple[str, ...] = ()
     if path.endswith(".pkl"):
         module = read_pickled_module(path, "ema")
         _check_arguments(experiment, module.class_name, module.arguments)
@@ -147,7 +147,7 @@ def _check_arguments(experiment: Experiment, class_name: str, arguments: dict[st
             f"got a network with the preconditioning {class_name!r}, expected 'EDMPrecond': take a file whose name "
             "begins with edm-, not with baseline-"
         )
-    given = _DEFAULTS["EDMPrecond"] | arguments
+    given: dict[str, Any] = _DEFAULTS["EDMPrecond"] | arguments
     given = _DEFAULTS.get(given["model_type"], {}) | given
     given = {name: value for name, value in given.items() if name not in _OF_TRAINING}
     ours = _arguments(experiment)
@@ -208,8 +208,8 @@ def _params(experiment: Experiment, tensors: Tensors) -> dict[str, Any]:
     filters = {name: left.pop(name) for name in tuple(left) if name.endswith(".resample_filter")}
     taps = np.array(architecture.resample_filter, np.float64)
     taps = np.outer(taps, taps) / taps.sum() ** 2
-    for name, value in filters.items():
-        if value.shape[-2:] != taps.shape or not np.allclose(value, taps, atol=1e-3):  # it may be of 16 bits
+    for name, of_filter in filters.items():
+        if of_filter.shape[-2:] != taps.shape or not np.allclose(of_filter, taps, atol=1e-3):  # it may be of 16 bits
             raise ValueError(f"got other weights in {name} than {experiment.config['model']['name']!r} resamples with")
     for path, shape in experiment.facts()["parameters"].items():
         name = _torch_name(path, side, is_adm=architecture.is_adm)

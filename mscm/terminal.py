@@ -46,7 +46,8 @@ class Line:
 
     def __init__(self, text: Callable[[], str]):
         """`text` is called by a thread of its own: it reads what the work has noted, and does not wait."""
-        self._text, self._stop, self._screen = text, threading.Event(), None
+        self._text, self._stop = text, threading.Event()
+        self._screen: _Screen | None = None
 
     @property
     def is_drawn(self) -> bool:
@@ -55,9 +56,9 @@ class Line:
 
     def __enter__(self: _Line) -> _Line:
         if _is_watched():
-            self._screen = _lines[-1]._screen if _lines else _Screen(sys.stderr)
+            self._screen = (_lines[-1]._screen if _lines else None) or _Screen(sys.stderr)
             _lines.append(self)
-            self._thread = threading.Thread(target=self._draw, daemon=True)
+            self._thread = threading.Thread(target=self._draw, args=(self._screen,), daemon=True)
             self._thread.start()
         return self
 
@@ -72,10 +73,10 @@ class Line:
             self._screen.close()
         self._screen = None
 
-    def _draw(self) -> None:
+    def _draw(self, screen: "_Screen") -> None:
         while not self._stop.is_set():
             if _lines[-1:] == [self]:
-                self._screen.draw(self._text())
+                screen.draw(self._text())
             self._stop.wait(_REDRAW_SECONDS)
 
 
@@ -86,7 +87,7 @@ class Elapsed(Line):
         self._what, self._since = what, time.monotonic()
         super().__init__(lambda: f"{what}, {duration(time.monotonic() - self._since)}")
 
-    def __enter__(self: _Line) -> _Line:
+    def __enter__(self) -> "Elapsed":
         super().__enter__()
         if not self.is_drawn:
             logging.info("%s", self._what)

@@ -16,7 +16,7 @@ import os
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,6 +97,12 @@ class _Storage:
     @property
     def num_bytes(self) -> int:
         return self.count * np.dtype(_DTYPES[self.kind]).itemsize
+
+    def numbers(self) -> memoryview:
+        """That the pickle has brought."""
+        if self.data is None:
+            raise _Refused("got a tensor whose numbers are not in the pickle, expected them; download it again.")
+        return self.data
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -180,9 +186,7 @@ def read_pickled_module(path: str | os.PathLike, name: str) -> PickledModule:
             )
         tensors = _named_tensors(module)
         _check_growth(tensors, content)
-        if any(tensor.storage.data is None for tensor in tensors.values()):
-            raise _Refused("got a tensor whose numbers are not in the pickle, expected them; download it again.")
-        arrays = {name: _array(tensor, tensor.storage.data) for name, tensor in tensors.items()}
+        arrays = {name: _array(tensor, tensor.storage.numbers()) for name, tensor in tensors.items()}
         return PickledModule(module.name, _arguments(module.state["_init_kwargs"]), arrays)
 
     return _of_file(path, read)
@@ -208,6 +212,7 @@ def _of_file(path: str | os.PathLike, read: Callable[[bytes], Any]) -> Any:
 
 
 def _read_tensors(content: bytes) -> dict[str, np.ndarray]:
+    storages: Mapping[str, bytes | memoryview]
     if content.startswith(b"PK\x03\x04"):
         root, storages = _read_zip(content)
     elif content.startswith(b"\x80"):
@@ -309,7 +314,7 @@ def _unpickle(stream: io.BytesIO, context: _Context) -> Any:
             )
         name, read_argument = _INSTRUCTIONS[code]
         if name == "GLOBAL":  # whose reader in pickletools warns of a backslash
-            argument = [stream.readline().decode().removesuffix("\n") for _ in range(2)]
+            argument: Any = [stream.readline().decode().removesuffix("\n") for _ in range(2)]
         else:
             argument = read_argument(stream) if read_argument else None
         within = len(argument) if context.takes_modules and isinstance(argument, bytes) else 0
@@ -347,11 +352,11 @@ def _unpickle(stream: io.BytesIO, context: _Context) -> Any:
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "GLOBAL":
-                stack.append(_global(*argument, context))
+                stack.append(_global(*argument, context=context))
             case "STACK_GLOBAL":
-                stack.append(_global(*items, context))
+                stack.append(_global(*items, context=context))
             case "REDUCE":
-                stack.append(_call(*items, context))
+                stack.append(_call(*items, context=context))
             case "NEWOBJ":
                 stack.append(_new_object(*items))
             case "BUILD":
@@ -372,7 +377,7 @@ def _set_items(target: Any, items: list[Any]) -> None:
     target.update(zip(keys, items[1::2], strict=True))
 
 
-def _global(module: Any, name: Any, context: _Context) -> _Global:
+def _global(module: Any, name: Any, *, context: _Context) -> _Global:
     """A name that the pickle may use, never the thing that it names in Python."""
     if type(module) is not str or type(name) is not str or len(module) + len(name) > MAX_NAME:
         raise _Refused(
@@ -389,7 +394,7 @@ def _global(module: Any, name: Any, context: _Context) -> _Global:
     return _Global(full_name)
 
 
-def _call(function: Any, arguments: Any, context: _Context) -> Any:
+def _call(function: Any, arguments: Any, *, context: _Context) -> Any:
     if function.name == "collections.OrderedDict" and not arguments:
         return {}
     if function.name in _REBUILD_TENSOR:
@@ -399,7 +404,7 @@ def _call(function: Any, arguments: Any, context: _Context) -> Any:
     if function.name == _PERSISTENT:
         return _persistent(*arguments)
     if function.name == _FROM_BYTES:
-        return _storage_within(*arguments, context)
+        return _storage_within(*arguments, context=context)
     if function.name == _NUMPY_DTYPE:
         return _Object(_NUMPY_DTYPE)
     if function.name in _IGNORED:
@@ -417,7 +422,7 @@ def _persistent(meta: Any) -> _Object:
     return _Object(name, state)
 
 
-def _storage_within(content: Any, context: _Context) -> _Storage:
+def _storage_within(content: Any, *, context: _Context) -> _Storage:
     """The storage of a file of torch.save that stands as one string of bytes within a pickle."""
     if type(content) is not bytes:
         raise _Refused("got a storage that is no string of bytes, expected one; download or save it again.")
@@ -453,7 +458,9 @@ def _set_state(target: Any, state: Any) -> None:
         )
 
 
-def _storage(tag: Any, kind: Any, key: Any, location: Any, count: Any, view: Any = None, *, storages) -> _Storage:
+def _storage(
+    tag: Any, kind: Any, key: Any, location: Any, count: Any, view: Any = None, *, storages: dict[str, _Storage]
+) -> _Storage:
     del location  # the device that it was on
     name = kind.name.removeprefix("torch.")
     text = type(key) is str and len(key) <= MAX_NAME

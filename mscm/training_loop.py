@@ -45,7 +45,7 @@ def run(experiment: Experiment, workdir: str) -> None:
                     set_damaged_aside(member.workdir)
         distributed.barrier()
         source = check(experiment, workdir)
-        params = {}
+        params: Params = {}
         with reporting(workdir):
             for member in experiment.lineage(workdir):
                 teacher_params = params
@@ -171,7 +171,7 @@ def train(
         writer.write_texts(checkpoints.latest() or 0, {events.HARDWARE: distributed.hardware()})
         state = initial_state(experiment, checkpoints, teacher_params)
         step = int(state.step)
-        run_steps = experiment.train_steps()
+        run_steps, every = experiment.train_steps(), experiment.snapshot_every_steps
         root = jax.random.key(experiment.seed + 1)  # not the key of the initialisation
         frozen = experiment.frozen(teacher_params)
         progress = stack.enter_context(Progress(experiment, step, writer, bad_in_a_row=bad_steps_before(checkpoints)))
@@ -182,13 +182,13 @@ def train(
             done = step >= spec.num_steps  # more, where another number of steps per dispatch made the checkpoint
             stops = stopping.reached()
             saves = step % spec.save_every_steps == 0 or done or stops
-            takes = taken is not None and step % experiment.snapshot_every_steps == 0
+            takes = bool(every) and step % every == 0
             if step % spec.log_every_steps == 0 or saves or takes:
                 # Before the checkpoint: what has diverged is not kept, and no metric is left for after it.
                 progress.report(step)
                 for saving in filter(None, (taken, checkpoints)):
                     saving.check_save()  # not at the next save, which may be hours away
-            if takes:
+            if taken is not None and takes:
                 check_ours()
                 taken.save_snapshot(step, experiment.power_averages(state), checkpoint_facts(experiment, source))
             if saves:
@@ -289,7 +289,7 @@ def first_state(experiment: Experiment, teacher_params: Params) -> TrainState:
     return experiment.random_state(jax.random.key(experiment.seed))
 
 
-def batches(experiment: Experiment, source: sources.Source, start_step: int) -> Iterator[Batch]:
+def batches(experiment: Experiment, source: sources.Source, start_step: int) -> Iterator[pipeline.Item]:
     """This process's rows of the batches, with a leading axis of the steps of a dispatch."""
     spec = experiment.train
     items = pipeline.batches(
@@ -310,11 +310,11 @@ def batches(experiment: Experiment, source: sources.Source, start_step: int) -> 
         items.close()
 
 
-def on_device(experiment: Experiment, items: Iterator[Batch], *, ahead: int = 2) -> Iterator[Batch]:
+def on_device(experiment: Experiment, items: Iterator[pipeline.Item], *, ahead: int = 2) -> Iterator[Batch]:
     """The whole batches, copied to the devices while the steps before them run."""
     batch_size, mesh = experiment.train.batch_size, experiment.mesh
     rows = partition.local_rows(batch_size, mesh)
-    queue = collections.deque()
+    queue: collections.deque[Batch] = collections.deque()
     for item in items:
         queue.append(partition.global_batch(item, rows, batch_size, mesh))
         if len(queue) > ahead:
@@ -326,7 +326,8 @@ class Progress(terminal.Line):
 
     def __init__(self, experiment: Experiment, step: int, writer: Writer, *, bad_in_a_row: int = 0):
         super().__init__(self._say)
-        self._experiment, self._writer, self._pending = experiment, writer, []
+        self._experiment, self._writer = experiment, writer
+        self._pending: list[Averages] = []
         self._step, self._time, self._waited = step, time.monotonic(), 0.0
         self._started, self._said = self._time, ""
         self.bad_in_a_row = bad_in_a_row  # steps that were skipped, up to the last report

@@ -1,4 +1,4 @@
-"""The vocabulary that every module shares; imports only jax and jaxtyping.
+"""The vocabulary that every module shares; imports only jax, numpy and jaxtyping.
 
 Conventions: `t = 0` is data and `t = 1` is noise; images are float32 in [-1, 1], NHWC; times are one number per
 example (`"b"`), levels carry singleton axes (`"b 1 1 1"`) so that they multiply images without silent broadcasting.
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 Images = Float[Array, "b h w c"]
@@ -19,10 +20,13 @@ Params = Any  # a pytree of arrays
 
 
 class Text(NamedTuple):
-    """Captions, one a row: bytes of UTF-8, or what a frozen encoder made of them; no token is the null caption."""
+    """Captions, one a row: bytes of UTF-8, or what a frozen encoder made of them; no token is the null caption.
 
-    tokens: Int[Array, "b n"] | Float[Array, "b n e"]
-    mask: Bool[Array, "b n"]  # which tokens there are
+    On the host or on a device.
+    """
+
+    tokens: Int[Array | np.ndarray, "b n"] | Float[Array | np.ndarray, "b n e"]
+    mask: Bool[Array | np.ndarray, "b n"]  # which tokens there are
 
 
 Condition = Labels | Text  # what an image should show

@@ -48,6 +48,11 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _TILE = re.compile(r"T\(([\d,]+)\)")
 _NAME = re.compile(r"%([\w.-]+)")
+_DIMS = re.compile(r"^[a-z]+[0-9a-z]*\[([\d,]*)\]")
+_SIZE = re.compile(r"^[a-z]+(\d+)")
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
@@ -73,7 +78,7 @@ class Instruction:
 
     def dims(self) -> list[int]:
         """Lengths of the axes of its result, which is one array."""
-        return [int(size) for size in _ARRAY.match(self.shape)[2].split(",") if size]
+        return [int(size) for size in _found(_DIMS, self.shape)[1].split(",") if size]
 
     def target(self) -> str | None:
         """What a custom call calls."""
@@ -158,7 +163,9 @@ class Cost:
 
 def parse(text: str) -> Module:
     """The module of `compiled.as_text()`."""
-    computations, entry, lines = {}, None, []
+    computations: dict[str, Computation] = {}
+    entry: Computation | None = None
+    lines: list[re.Match[str]] = []
     header, _, body = text.partition("\n")
     for line in body.splitlines():
         if head := _HEAD.match(line):
@@ -180,7 +187,8 @@ def cost(module: Module) -> Cost:
 
 
 def _handed_on(computations: Mapping[str, Computation]) -> frozenset[str]:
-    starts, collectives = {}, []
+    starts: dict[str | None, str] = {}
+    collectives: list[Instruction] = []
     for computation in computations.values():
         inside = [i for i in computation.instructions.values() if i.opcode in COLLECTIVES]
         collectives += inside
@@ -220,9 +228,16 @@ def _closing(text: str, first: int) -> int:
     raise ValueError(f"hlo: got an open parenthesis in {text[:80]!r}")
 
 
+def _found(pattern: re.Pattern[str], text: str) -> re.Match[str]:
+    """What every instruction of a kind has."""
+    if (match := pattern.search(text)) is None:
+        raise ValueError(f"hlo: got {text[:80]!r}, expected {pattern.pattern}")
+    return match
+
+
 def _bytes(array: re.Match[str]) -> float:
     kind, dims = array[1], array[2]
-    bits = _BITS[kind] if kind in _BITS else int(re.match(r"[a-z]+(\d+)", kind)[1])
+    bits = _BITS[kind] if kind in _BITS else int(_found(_SIZE, kind)[1])
     return math.prod(int(size) for size in dims.split(",") if size) * bits / 8
 
 
@@ -282,7 +297,7 @@ def _trip_count(loop: Instruction, computation: Computation, module: Module) -> 
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return float(known[1])
     # The compiler for TPUs does not write it. Its loops come from `scan`: `index < length`, from a start, by ones.
-    condition = module.computations[re.search(r"condition=%?([\w.-]+)", loop.attributes)[1]]
+    condition = module.computations[_found(_CONDITION, loop.attributes)[1]]
     test = condition.root
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
         return None
@@ -308,17 +323,20 @@ def _flops(instruction: Instruction, computation: Computation) -> float:
     left, right = (computation.instructions[name].dims() for name in instruction.operands)
     out = instruction.dims()
     if instruction.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
+        contracted = _found(_CONTRACTED, instruction.attributes)[1]
         return 2.0 * math.prod(out) * math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    left, right, out = (dict(zip(labels[i + 1], dims, strict=True)) for i, dims in enumerate((left, right, out)))
-    window = dict(re.findall(r"(\w+)=([\dx_-]+)", re.search(r"window=\{([^}]*)\}|$", instruction.attributes)[1] or ""))
+    labels = _found(_LABELS, instruction.attributes).groups()
+    images, kernel, result = (
+        dict(zip(axes, sizes, strict=True)) for axes, sizes in zip(labels, (left, right, out), strict=True)
+    )
+    of_window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    window = dict(re.findall(r"(\w+)=([\dx_-]+)", of_window[1] if of_window else ""))
     pairs = [
-        _pairs(left[axis], right[axis], out[axis], *(_of_axis(window, key, int(axis)) for key in _WINDOW_KEYS))
-        for axis in sorted(out.keys() - {"b", "f"})
+        _pairs(images[axis], kernel[axis], result[axis], *(_of_axis(window, key, int(axis)) for key in _WINDOW_KEYS))
+        for axis in sorted(result.keys() - {"b", "f"})
     ]
     # The kernel's own number of input features: with groups it is already the number of one group.
-    return 2.0 * out["b"] * out["f"] * right["i"] * math.prod(pairs)
+    return 2.0 * result["b"] * result["f"] * kernel["i"] * math.prod(pairs)
 
 
 _WINDOW_KEYS = ("stride", "lhs_dilate", "rhs_dilate", "pad")
@@ -392,7 +410,7 @@ def _moved(instruction: Instruction, computation: Computation, module: Module) -
         return _in_place(operands[0], operands[1]) + math.fsum(operand.hbm_bytes() for operand in operands[1:])
     if opcode != "fusion":
         return math.fsum(operand.hbm_bytes() for operand in operands) + instruction.hbm_bytes()
-    body = module.computations[_CALLED.search(instruction.attributes)[1]]
+    body = module.computations[_found(_CALLED, instruction.attributes)[1]]
     if body.root.target() == _ASYNC_DONE:
         return 0.0
     read = math.fsum(
@@ -418,7 +436,7 @@ def _read(body: Computation, value: Instruction, module: Module) -> float:
         elif user.opcode == "bitcast":
             read += _read(body, user, module)
         elif user.opcode == "fusion":
-            inner = module.computations[_CALLED.search(user.attributes)[1]]
+            inner = module.computations[_found(_CALLED, user.attributes)[1]]
             pairs = zip(user.operands, inner.parameters(), strict=True)
             read += math.fsum(_read(inner, parameter, module) for name, parameter in pairs if name == value.name)
         elif not (user.opcode == "dynamic-update-slice" and is_first) and not _hands_on(user, body, module):

@@ -57,24 +57,32 @@ def does_not_fit(plan: Plan) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """The plan as lines for a person."""
+    """The plan as lines for a person.
+
+    Raises:
+      ValueError: it does not fit; `does_not_fit` says so.
+    """
+    peak, memory = plan.peak_hbm_bytes, plan.host_memory_bytes
+    traffic, collectives, device_flops = plan.bytes_per_step, plan.collectives, plan.device_flops_per_step
+    if peak is None or memory is None or traffic is None or collectives is None or device_flops is None:
+        raise ValueError(does_not_fit(plan))
     lines = [
         f"{plan.config} on {plan.topology}",
         f"  devices       {plan.num_devices} x {plan.device_kind}, {_mesh(plan)}, batch {plan.global_batch_size}",
         f"  parameters    {_si(plan.parameters)}",
-        f"  memory        {_memory(plan)}",
+        f"  memory        {_memory(plan, peak)}",
         f"  model FLOPs   {_model_flops(plan)}",
-        f"  executed      {_executed(plan)}",
-        f"  HBM traffic   {_si(plan.bytes_per_step)}B per step and device",
+        f"  executed      {_executed(plan, device_flops)}",
+        f"  HBM traffic   {_si(traffic)}B per step and device",
     ]
-    for kind, messages in sorted(plan.collectives.items()):
+    for kind, messages in sorted(collectives.items()):
         lines.append(
             f"  {kind:<13} {messages.count:.4g} per step, of {_si(messages.bytes)}B; "
             f"each device sends {_si(messages.sent_bytes)}B"
         )
     if plan.loops_of_unknown_length:
         lines.append(f"  warning       {plan.loops_of_unknown_length} loops of unknown length are counted once")
-    if plan.bound_by is None:
+    if plan.bound_by is None or plan.seconds_at_least is None:
         lines.append(f"  bound         none: the peak rates of {plan.device_kind!r} are not known here")
     else:
         times = ", ".join(f"{part} {1e3 * seconds:.4g} ms" for part, seconds in plan.seconds_at_least.items())
@@ -85,11 +93,12 @@ def describe(plan: Plan) -> str:
         ]
     if plan.steps_per_second_measured is not None:
         measured = plan.steps_per_second_measured
-        share = f", {100 * measured / plan.steps_per_second_bound:.0f} % of the bound" if plan.bound_by else ""
+        bound = plan.steps_per_second_bound
+        share = "" if bound is None else f", {100 * measured / bound:.0f} % of the bound"
         images = measured * plan.global_batch_size
         lines.append(f"  measured      {measured:.4g} steps/s, {images:.4g} images/s{share}")
     lines.append(
-        f"  compiled      in {plan.compile_seconds:.0f} seconds with {_gib(plan.host_memory_bytes)} of this "
+        f"  compiled      in {plan.compile_seconds:.0f} seconds with {_gib(memory)} of this "
         "machine's memory"
     )
     return "\n".join(lines)
@@ -99,9 +108,9 @@ def _mesh(plan: Plan) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
 
 
-def _memory(plan: Plan) -> str:
+def _memory(plan: Plan, peak: int) -> str:
     capacity = "" if plan.hbm_capacity_bytes is None else f" of {_gib(plan.hbm_capacity_bytes)}"
-    text = f"fits: {_gib(plan.peak_hbm_bytes)}{capacity} of each device at the peak"
+    text = f"fits: {_gib(peak)}{capacity} of each device at the peak"
     if plan.largest_batch_size is None:
         return text
     return f"{text}; a batch of {plan.largest_batch_size} fits, of {plan.smallest_batch_size_that_does_not_fit} not"
@@ -113,11 +122,11 @@ def _model_flops(plan: Plan) -> str:
     return f"{_si(plan.model_flops_per_step)} per step: {forward}"
 
 
-def _executed(plan: Plan) -> str:
+def _executed(plan: Plan, device_flops: float) -> str:
     share = plan.executed_flops_per_step / plan.num_devices
     again = f"{_si(plan.executed_flops_per_step)} per step with what is computed again to save memory"
-    times = plan.device_flops_per_step / share
-    return f"{again}; {_si(plan.device_flops_per_step)} by each device, {times:.3g} times its share"
+    times = device_flops / share
+    return f"{again}; {_si(device_flops)} by each device, {times:.3g} times its share"
 
 
 def _si(number: int | float) -> str:

@@ -53,8 +53,12 @@ def parts(text: str) -> tuple[Part, Part]:
     if match is None:
         raise ValueError(f"got {text!r}, expected a caption such as {caption(7, 2, 'left of')!r}")
     first, relation, second = match.groups()
-    places = (tuple(slice(start, start + DIGIT_SIDE) for start in corner) for corner in _RELATIONS[relation])
-    return tuple(Part(_WORDS.index(word), place) for word, place in zip((first, second), places, strict=True))
+    one, other = _RELATIONS[relation]
+    return _part(first, *one), _part(second, *other)
+
+
+def _part(word: str, top: int, left: int) -> Part:
+    return Part(_WORDS.index(word), (slice(top, top + DIGIT_SIDE), slice(left, left + DIGIT_SIDE)))
 
 
 class Composed(NamedTuple):
@@ -66,7 +70,7 @@ class Composed(NamedTuple):
 
 
 # Two captions say the same of one image: a seven left of a two, a two right of a seven.
-CLASS_NAMES = tuple(caption(*digits, how) for how in ("left of", "above") for digits in np.ndindex(10, 10))
+CLASS_NAMES = tuple(caption(i, j, how) for how in ("left of", "above") for i, j in np.ndindex(10, 10))
 
 
 def compose(digits: UInt8[np.ndarray, "n 8 8 1"], labels: Int32[np.ndarray, "n"]) -> Composed:

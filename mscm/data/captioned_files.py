@@ -17,7 +17,7 @@ import json
 import os
 import posixpath
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -77,6 +77,7 @@ def open_captioned(path: str | os.PathLike, *, split: str | None = None) -> Imag
 def _rows(where: str, table: str, place: Place) -> Iterator[tuple[str, list[str]]]:
     """Image and captions of each row."""
     text = _text(where, place)
+    rows: Iterable[tuple[int, Any]]
     if table.endswith(".csv"):
         rows = enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2)
     else:

@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Int32, Integer
 
 from mscm.data.embeddings import Embeddings, Encoder
 from mscm.data.records import RecordSource
@@ -72,6 +72,18 @@ def encode(captions: Sequence[str], spec: TextSpec, encoder: Encoder | None = No
 class WithTokens:
     """A `Source` whose examples have the tokens of one of their captions; can be sent to other processes."""
 
+    # What is the source's own.
+    name: str
+    split: str
+    transform: str | None
+    num_classes: int
+    class_names: tuple[str, ...]
+    resolution: int
+    channels: int
+    labels: Int32[np.ndarray, "n"]
+    captions: Sequence[tuple[str, ...]]
+    fingerprint: str
+
     def __init__(self, source: Source, text: TextSpec):
         """Opens what a frozen encoder has made of the captions, where the tokens are that.
 
@@ -79,12 +91,11 @@ class WithTokens:
           ValueError: it has no captions, or not these tokens.
         """
         self.source, self.text = source, text
-        if source.captions is None:
-            raise ValueError(f"got {source.name!r}, whose images have no captions, expected a captioned data set")
+        said = _captions_of(source)
         self._embeddings = None
         if text.encoder != BYTES:
             self._embeddings = _open_embeddings(source, text)
-            self._starts = np.cumsum([0, *map(len, source.captions)])
+            self._starts = np.cumsum([0, *map(len, said)])
 
     def __len__(self) -> int:
         return len(self.source)
@@ -108,9 +119,14 @@ class WithTokens:
         return self._embeddings.texts(self._starts[indices] + epochs % counts, self.text.length)
 
 
-for _name in ("name", "split", "transform", "num_classes", "class_names", "resolution", "channels", "labels",
-              "captions", "fingerprint"):  # fmt: skip
+for _name in WithTokens.__annotations__:
     setattr(WithTokens, _name, property(attrgetter(f"source.{_name}")))
+
+
+def _captions_of(source: Source) -> Sequence[tuple[str, ...]]:
+    if source.captions is None:
+        raise ValueError(f"got {source.name!r}, whose images have no captions, expected a captioned data set")
+    return source.captions
 
 
 def _open_embeddings(source: Source, text: TextSpec) -> Embeddings:
@@ -132,5 +148,6 @@ def _open_embeddings(source: Source, text: TextSpec) -> Embeddings:
 
 def in_epochs(source: Source, indices: Integer[np.ndarray, "b"], epochs: Integer[np.ndarray, "b"]) -> list[str]:
     """One caption of each of some images: of several, each epoch has the next."""
-    of_images = (source.captions[i] for i in indices.tolist())
+    said = _captions_of(source)
+    of_images = (said[i] for i in indices.tolist())
     return [several[epoch % len(several)] for several, epoch in zip(of_images, epochs.tolist(), strict=True)]

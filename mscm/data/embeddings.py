@@ -225,4 +225,5 @@ def _checked(path: Path, values: Any) -> Card:
     is_right = is_right and all(type(values[key]) is int and values[key] > 0 for key in ("length", "features"))
     if not is_right or values["num_captions"] != sum(sizes):
         raise ValueError(f"{path}: got values that no card has; embed the captions again")
-    return Card(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    of_card: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return Card(**of_card)

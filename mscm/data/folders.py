@@ -191,8 +191,8 @@ def _check_classes(path: str, parents: set[str], empty: set[str], split: str | N
             "choose a folder above the classes as the split, or move the images"
         )
     # A folder beside class folders that has no image of its own would silently shift the labels of the others.
-    above = {str(PurePosixPath(parent).parent) for parent in parents}
-    lost = sorted(folder for folder in empty if str(PurePosixPath(folder).parent) in above and folder not in above)
+    grand = {str(PurePosixPath(parent).parent) for parent in parents}
+    lost = sorted(folder for folder in empty if str(PurePosixPath(folder).parent) in grand and folder not in grand)
     if lost:
         raise ValueError(f"{path}: got no image in the class folder {lost[0]}, expected at least one; remove it")
 
@@ -259,7 +259,9 @@ def _list_folder(path: str) -> tuple[dict[str, Place], Iterable[str]]:
     def refuse(error: OSError) -> None:
         raise ValueError(f"{path}: got the folder {error.filename}, expected to be allowed to read it") from error
 
-    files, folders, seen = {}, set(), {}
+    files: dict[str, Place] = {}
+    folders: set[str] = set()
+    seen: dict[str, str] = {}
     # os.walk leaves out what it cannot read, and the labels of other classes would shift.
     for directory, _, names in os.walk(path, followlinks=True, onerror=refuse):
         real = os.path.realpath(directory)
@@ -296,7 +298,9 @@ def _list_zip(path: str) -> tuple[dict[str, Place], Iterable[str]]:
 
 
 def _list_tar(tar: tarfile.TarFile, path: str, base: int, prefix: str) -> tuple[dict[str, Place], Iterable[str]]:
-    files, folders, links = {}, set(), {}
+    files: dict[str, Place] = {}
+    folders: set[str] = set()
+    links: dict[str, str] = {}
     for member in tar:
         name = PurePosixPath(prefix, member.name).as_posix()
         if member.isdir():

@@ -59,8 +59,8 @@ def decode(data: bytes, *, channels: int) -> Pixels:
     """
     mode = {1: "L", 3: "RGB"}[channels]
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            image = _eight_bit(image)
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+            image = _eight_bit(opened)
             orientation = image.getexif().get(_ORIENTATION)
             if orientation in _UPRIGHT:
                 image = image.transpose(_UPRIGHT[orientation])

@@ -111,7 +111,7 @@ class _OfWorkers:
         return self
 
     def __next__(self) -> Item:
-        answer = concurrent.futures.Future()
+        answer: concurrent.futures.Future[Item] = concurrent.futures.Future()
         threading.Thread(target=self._ask, args=(answer,), daemon=True).start()
         while not concurrent.futures.wait([answer], _LOOK_SECONDS).done:
             self._look()
@@ -184,7 +184,15 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.RandomState([seed, epoch]).permutation(size)
 
 
-def _check(source, batch_size, start_step, rows, steps_per_item, num_workers, num_threads) -> None:
+def _check(
+    source: Source,
+    batch_size: int,
+    start_step: int,
+    rows: Integer[np.ndarray, "rows"],
+    steps_per_item: int,
+    num_workers: int,
+    num_threads: int,
+) -> None:
     if not len(source):
         raise ValueError(f"source {source.name!r} split {source.split!r} has 0 examples, expected at least 1.")
     for name, value in (

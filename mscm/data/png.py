@@ -32,8 +32,8 @@ def decode(files: Sequence[bytes], *, side: int, channels: int) -> UInt8[np.ndar
       ValueError: a file of another size, another writer, or damaged.
     """
     head, length = _head(side, side, channels), side * (1 + side * channels)
-    rows = np.empty((len(files), length), np.uint8)
-    for row, file in zip(rows, files, strict=True):
+    unfiltered = np.empty((len(files), length), np.uint8)
+    for row, file in zip(unfiltered, files, strict=True):
         if not file.startswith(head):
             raise ValueError(f"got a file that is no PNG of {side} x {side} pixels and {channels} channels")
         try:
@@ -41,7 +41,7 @@ def decode(files: Sequence[bytes], *, side: int, channels: int) -> UInt8[np.ndar
         except zlib.error as error:
             raise ValueError(f"got a PNG that does not unpack: {error}") from error
         row[:] = np.frombuffer(unpacked, np.uint8)
-    rows = rows.reshape(len(files), side, 1 + side * channels)
+    rows = unfiltered.reshape(len(files), side, 1 + side * channels)
     if (rows[..., 0] != _UP).any():
         raise ValueError("got a PNG with another filter than 'up'")
     pixels = np.empty((len(files), side, side * channels), np.uint8)

@@ -18,7 +18,10 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -51,7 +54,7 @@ class Settings:
     images_per_shard: int | None = None  # None: a 64th of them, from 256 to 8192
     skip_broken: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for what, got, choices in (
             ("transform", self.transform, tuple(images.TRANSFORMS)),
             ("encoding", self.encoding, records.ENCODINGS),
@@ -197,7 +200,7 @@ def _shards(files: ImageFiles | TfdsFiles, output: Path, settings: Settings, spl
     return shards
 
 
-def _hash(value) -> str:
+def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -222,10 +225,11 @@ def _read_note(shard: _Shard, settings: Settings) -> dict | None:
 
 
 # Shared by the workers of a pool: how many images they have done, and whether they should end.
-_counter, _stop = None, None
+_counter: Synchronized
+_stop: Event
 
 
-def _share(counter, stop) -> None:
+def _share(counter: Synchronized, stop: Event) -> None:
     global _counter, _stop
     _counter, _stop = counter, stop
     processes.end_with_parent()
@@ -279,8 +283,8 @@ def _card(
     digests = [base64.b64decode(note["digests"]) for note in notes]
     counts = np.bincount(labels, minlength=len(files.class_names))
     if not counts.all():
-        lost = files.class_names[int(np.argmin(counts))]
-        raise ValueError(f"{files.path}: got no whole image in class {lost!r}, expected at least one; remove the class")
+        name = files.class_names[int(np.argmin(counts))]
+        raise ValueError(f"{files.path}: got no whole image in class {name!r}, expected at least one; remove the class")
     broken = tuple(name for note in notes for name in note["broken"])
     captions = b""
     if files.captions is not None:

@@ -19,7 +19,8 @@ def patiently(read: Callable[[], _T], path: str) -> _T:
     Raises:
       OSError: another error, or the last one; it names `path`.
     """
-    for pause in (*_PAUSES, None):
+    pauses = iter(_PAUSES)
+    while True:
         try:
             try:
                 return read()
@@ -27,6 +28,7 @@ def patiently(read: Callable[[], _T], path: str) -> _T:
                 with failures.naming(path):
                     raise error
         except OSError as error:
+            pause = next(pauses, None)
             if error.errno not in failures.TRANSIENT or pause is None:
                 raise
             logging.warning("%s: could not be read (%s); trying it again in %g s", path, error.strerror, pause)

@@ -108,7 +108,8 @@ def read_card(directory: str | os.PathLike, split: str) -> Card:
     wrong = _wrong_key(values)
     if wrong is not None:
         raise ValueError(f"{path}: got {wrong} = {values[wrong]!r:.100}, which no card has; prepare the data again")
-    return Card(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    of_card: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return Card(**of_card)
 
 
 def _wrong_key(values: dict[str, Any]) -> str | None:

@@ -42,14 +42,31 @@ _SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test"
 class Source(Protocol):
     """Labelled images of one size with random access; `load` may be called from several threads at once."""
 
-    name: str
-    split: str
-    transform: str | None  # how they were resized, one of images.TRANSFORMS; None: they were not
-    num_classes: int
-    class_names: tuple[str, ...]
-    resolution: int
-    channels: int
-    captions: Sequence[tuple[str, ...]] | None  # of each example, at least one; None: there are none
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def transform(self) -> str | None:
+        """How they were resized, one of images.TRANSFORMS; None: they were not."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def resolution(self) -> int: ...
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def captions(self) -> Sequence[tuple[str, ...]] | None:
+        """Of each example, at least one; None: there are none."""
 
     @property
     def labels(self) -> Int32[np.ndarray, "n"]:
@@ -78,7 +95,7 @@ class ArraySource:
     captions: tuple[tuple[str, ...], ...] | None = None
     transform: None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shape = self.images.shape
         if self.images.dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2]:
             raise ValueError(
@@ -110,8 +127,8 @@ class ArraySource:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(np.ascontiguousarray(self.images))
-        digest.update(np.ascontiguousarray(self.labels))
+        digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
         if self.captions is not None:
             digest.update(repr(self.captions).encode())
         return digest.hexdigest()

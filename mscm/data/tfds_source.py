@@ -7,7 +7,7 @@ Preparing one of the stock data sets needs TensorFlow, once: `pip install mscm[p
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,10 @@ PREFIX = "tfds:"  # of a data set's name where a path could stand
 class TfdsSource:
     """A `Source` over a prepared data set with an image and a label; made by `open_tfds`."""
 
-    transform = None
-    captions = None
+    transform: None = None
+    captions: None = None
 
-    def __init__(self, name: str, split: str, builder, keys: tuple[str, str]):
+    def __init__(self, name: str, split: str, builder: Any, keys: tuple[str, str]):
         features = builder.info.features
         self._image, self._label = keys
         self.name, self.split = name, split
@@ -60,7 +60,7 @@ class TfdsSource:
             "label": np.array([example[self._label] for example in examples], np.int32),
         }
 
-    def _read(self, indices) -> list[dict]:
+    def _read(self, indices: Integer[np.ndarray, "b"]) -> list[dict]:
         return self._records.__getitems__([int(i) for i in indices])
 
 
@@ -91,7 +91,7 @@ class TfdsFiles:
         return self._records[self._first + index][self._image]
 
     @functools.cached_property
-    def _records(self):
+    def _records(self) -> Any:
         import tensorflow_datasets as tfds
 
         builder = tfds.builder_from_directory(self._directory)
@@ -105,7 +105,7 @@ def open_tfds_files(path: str, *, split: str | None, captioned: bool = False) ->
       ValueError: as `open_tfds`, but for the sizes; or there is no split, or, with `captioned`, no captions.
     """
     name = path.removeprefix(PREFIX)
-    builder = _builder(name, split)
+    builder, split = _builder(name, split)
     if captioned:
         return _captioned_files(path, builder, split)
     image, label = _keys(builder)
@@ -118,7 +118,7 @@ def open_tfds_files(path: str, *, split: str | None, captioned: bool = False) ->
     return TfdsFiles(path, split, class_names, entries, image, str(builder.data_path))
 
 
-def _captioned_files(path: str, builder, split: str) -> TfdsFiles:
+def _captioned_files(path: str, builder: Any, split: str) -> TfdsFiles:
     import tensorflow_datasets as tfds
 
     features, info = builder.info.features, builder.info
@@ -141,11 +141,11 @@ def _captioned_files(path: str, builder, split: str) -> TfdsFiles:
     )
 
 
-def _caption_reader(feature) -> Callable[[Any], list[str]] | None:
+def _caption_reader(feature: Any) -> Callable[[Any], list[str]] | None:
     """From the value of a feature to texts; None: it is not one of texts."""
     import tensorflow_datasets as tfds
 
-    def texts(values) -> list[str]:
+    def texts(values: Iterable[Any]) -> list[str]:
         decoded = (value.decode() if isinstance(value, bytes) else str(value) for value in values)
         return [text.strip() for text in decoded if text.strip()]
 
@@ -167,7 +167,7 @@ def open_tfds(name: str, *, split: str) -> TfdsSource:
       ValueError: no such data set, not prepared as array_record, no such split, no image and label, or images of other
         sizes; the message says what to do.
     """
-    builder = _builder(name, split)
+    builder, _ = _builder(name, split)
     keys = _keys(builder)
     shape = builder.info.features[keys[0]].shape
     if None in shape or shape[0] != shape[1]:
@@ -178,11 +178,11 @@ def open_tfds(name: str, *, split: str) -> TfdsSource:
     return TfdsSource(name, split, builder, keys)
 
 
-def _labels(records, key: str, num_classes: int, name: str, split: str | None) -> Int32[np.ndarray, "n"]:
+def _labels(records: Any, key: str, num_classes: int, name: str, split: str | None) -> Int32[np.ndarray, "n"]:
     """All labels of a data set, read in blocks: an example has its image too."""
     blocks = np.array_split(np.arange(len(records)), -(-len(records) // _BLOCK))
-    labels = [record[key] for block in blocks for record in records.__getitems__(block.tolist())]
-    labels = np.array(labels, np.int32)
+    values = [record[key] for block in blocks for record in records.__getitems__(block.tolist())]
+    labels = np.array(values, np.int32)
     if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(
             f"got labels from {labels.min()} to {labels.max()} in split {split!r} of {name!r}, expected 0 to "
@@ -191,8 +191,8 @@ def _labels(records, key: str, num_classes: int, name: str, split: str | None) -
     return labels
 
 
-def _builder(name: str, split: str | None):
-    """The builder of a prepared data set that has the split."""
+def _builder(name: str, split: str | None) -> tuple[Any, str]:
+    """The builder of a prepared data set, and the split, which it has."""
     import tensorflow_datasets as tfds  # here: half a second that only its users pay
 
     path = "or give config.data.path: a folder, zip or tar of images, or a directory made by python -m mscm.prepare"
@@ -207,21 +207,22 @@ def _builder(name: str, split: str | None):
             f"got data set {name!r}, which is not prepared in {builder.data_path}; prepare it once with pip install "
             f"mscm[prepare] and tfds build {name} --file_format=array_record, {path}"
         )
-    if split not in builder.info.splits:
+    if split is None or split not in builder.info.splits:
         raise ValueError(f"got split {split!r} of {name!r}, expected one of {', '.join(builder.info.splits)}")
-    return builder
+    return builder, split
 
 
-def _keys(builder) -> tuple[str, str]:
+def _keys(builder: Any) -> tuple[str, str]:
     """The features that are an image and its class."""
     keys, features = builder.info.supervised_keys, builder.info.features
     has_both = keys is not None and len(keys) == 2 and len(features[keys[0]].shape) == 3
     if not has_both or not hasattr(features[keys[1]], "names"):
         raise ValueError(f"got data set {builder.info.name!r} without an image and a class label, expected both")
-    return tuple(keys)
+    image, label = keys
+    return image, label
 
 
-def _skip_decoding():
+def _skip_decoding() -> Any:
     import tensorflow_datasets as tfds
 
     return tfds.decode.SkipDecoding()

@@ -54,6 +54,16 @@ def make_denoiser(
     return denoiser
 
 
+def x_hat_of(teacher: Teacher) -> Denoiser:
+    """What a teacher answers, guided or not, without what it says beside it."""
+
+    def denoiser(z_t: Images, t: Times) -> Images:
+        answered = teacher(z_t, t)
+        return answered.x_hat if isinstance(answered, Guided) else answered
+
+    return denoiser
+
+
 def make_guided(
     network: Network,
     schedule: Schedule,
@@ -120,7 +130,7 @@ def dynamically_clipped(denoiser: Denoiser, *, quantile: float = 0.995) -> Denoi
 
 def gaussian_oracle(schedule: Schedule, variance: float | Float[Array, "h w c"], mean: float = 0.0) -> Denoiser:
     """E[x | z_t] for Gaussian data with independent scalars: the closed form that tests and demos use."""
-    variance = jnp.broadcast_to(variance, (1, 1, 1, 1)) if jnp.ndim(variance) == 0 else variance[None]
+    variance = jnp.broadcast_to(variance, (1, 1, 1, 1)) if isinstance(variance, int | float) else variance[None]
 
     def denoiser(z_t: Images, t: Times) -> Images:
         alpha, sigma = schedule(t)

@@ -18,7 +18,7 @@ def ddim_path(denoiser: Denoiser, schedule: Schedule, z_1: Images, *, num_steps:
     """
     if num_steps < 1:
         raise ValueError(f"got num_steps={num_steps}, expected at least 1 step")
-    grid = np.arange(num_steps, -1, -1, dtype=np.float32) / np.float32(num_steps)
+    grid = jnp.asarray(np.arange(num_steps, -1, -1, dtype=np.float32) / np.float32(num_steps))
 
     def step(z_t: Images, times: tuple[Array, Array]) -> tuple[Images, Images]:
         t, s = (jnp.broadcast_to(time, z_1.shape[:1]) for time in times)

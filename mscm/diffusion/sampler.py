@@ -128,7 +128,7 @@ def stochastic_ddim(
     """DDIM that draws the part eta in [0, 1] of its noise anew, arXiv:2010.02502; 0 is `ddim`, 1 `ancestral`."""
 
     def step(z_t: Images, at: Step) -> Images:
-        xi = _noise(keys, at.index, z_t)
+        xi = _noise(keys, at.number, z_t)
         return steps.stochastic_ddim(denoiser(z_t, at.t), z_t, at.lvl_t, at.lvl_s, xi, eta=eta)
 
     return _run(step, denoiser, schedule, z_1, times)
@@ -181,7 +181,7 @@ def noisy_ddim(
     """DDIM of x_hat with noise of variance x_var: what aDDIM does on average, by chance, arXiv:2403.06807v3."""
 
     def step(z_t: Images, at: Step) -> Images:
-        x_hat, xi = denoiser(z_t, at.t), _noise(keys, at.index, z_t)
+        x_hat, xi = denoiser(z_t, at.t), _noise(keys, at.number, z_t)
         return steps.noisy_ddim(x_hat, x_var(at.lvl_t), z_t, at.lvl_t, at.lvl_s, xi)
 
     return _run(step, denoiser, schedule, z_1, times)
@@ -199,7 +199,7 @@ def ancestral(
     """DDPM's sampler, arXiv:2006.11239, with the small (`log_variance_mix` 0) or large (1) variance, or a mix: SiD."""
 
     def step(z_t: Images, at: Step) -> Images:
-        x_hat, xi = denoiser(z_t, at.t), _noise(keys, at.index, z_t)
+        x_hat, xi = denoiser(z_t, at.t), _noise(keys, at.number, z_t)
         return steps.ancestral(x_hat, z_t, at.lvl_t, at.lvl_s, xi, log_variance_mix=log_variance_mix)
 
     return _run(step, denoiser, schedule, z_1, times)
@@ -235,7 +235,7 @@ def churned_heun(
 
     def step(z_t: Images, at: Step) -> Images:
         (t_hat,) = at.entries
-        z_hat = churn(z_t, at.index, at.t, t_hat)
+        z_hat = churn(z_t, at.number, at.t, t_hat)
         return steps.heun(denoiser, z_hat, t_hat, at.s, schedule(t_hat), at.lvl_s)
 
     z_t = _scan(step, schedule, _start(schedule, z_1, times), times, raised[:-1])
@@ -255,7 +255,7 @@ def dpm_solver_pp_2m(
         z_t, x_previous = carry
         (t_previous,) = at.entries
         x_hat = denoiser(z_t, at.t)
-        x_previous = jnp.where(at.index == 0, x_hat, x_previous)
+        x_previous = jnp.where(at.number == 0, x_hat, x_previous)
         z_s = steps.dpm_solver_pp_2m(x_hat, x_previous, z_t, schedule(t_previous), at.lvl_t, at.lvl_s)
         return z_s, x_hat
 
@@ -272,7 +272,7 @@ def consistency(denoiser: Denoiser, schedule: Schedule, z_1: Images, keys: Keys,
 
     def step(z_t: Images, at: Step) -> Images:
         lvl_0 = schedule(jnp.zeros_like(at.t))
-        return steps.renoise(denoiser(z_t, at.t), at.lvl_s, lvl_0, _noise(keys, at.index, z_t))
+        return steps.renoise(denoiser(z_t, at.t), at.lvl_s, lvl_0, _noise(keys, at.number, z_t))
 
     return _run(step, denoiser, schedule, z_1, times)
 
@@ -283,7 +283,7 @@ def consistency(denoiser: Denoiser, schedule: Schedule, z_1: Images, keys: Keys,
 class Step(NamedTuple):
     """Where a step of a sampler is: from time t to the next time s."""
 
-    index: Int[Array, ""]  # 0 is the noisiest
+    number: Int[Array, ""]  # 0 is the noisiest
     t: Times  # the same for all images
     s: Times
     lvl_t: Level

@@ -17,12 +17,15 @@ All arithmetic is float32, and alpha, sigma come from lambda through sigmoids: 1
 
 import functools
 import math
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mscm.types import Float, Int, Level, Schedule, Times
+
+_TimeOrTimes = TypeVar("_TimeOrTimes", Times, Float[jax.Array, ""], Float[np.ndarray, "b"])
 
 
 def level_from_logsnr(logsnr: Times) -> Level:
@@ -88,12 +91,12 @@ def interpolated(
 
 
 def karras_sigma(
-    t: Times | Float[jax.Array, ""] | Float[np.ndarray, "b"],
+    t: _TimeOrTimes,
     *,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
-) -> Times | Float[jax.Array, ""] | Float[np.ndarray, "b"]:
+) -> _TimeOrTimes:
     """EDM noise level, equation (5): sigma(0) = sigma_min, sigma(1) = sigma_max, in units of the data."""
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"got sigma_min={sigma_min} and sigma_max={sigma_max}, expected 0 < sigma_min < sigma_max")
@@ -135,7 +138,7 @@ def times_of_logsnr(schedule: Schedule, logsnr: Float[np.ndarray, "n"]) -> Float
 
 def logsnr_range(schedule: Schedule) -> tuple[float, float]:
     """lambda(1) and lambda(0). To be called outside of jit."""
-    cleanest, noisiest = host_logsnr(schedule, np.float32([0, 1]))
+    cleanest, noisiest = host_logsnr(schedule, np.array([0, 1], np.float32))
     return float(noisiest), float(cleanest)
 
 
@@ -162,5 +165,5 @@ _bisected = jax.jit(traced_times_of_logsnr, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logsnr(schedule: Schedule, t: Float[np.ndarray | jax.Array, "n"]) -> Times:
+def _logsnr(schedule: Schedule, t: Times) -> Times:
     return schedule(t).logsnr[:, 0, 0, 0]

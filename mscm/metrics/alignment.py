@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from mscm.metrics.classifier import Classifier
-from mscm.metrics.features import Outputs
+from mscm.metrics.features import Outputs, rows_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +47,8 @@ def of_digits(
     def score(images: UInt8[np.ndarray, "n 16 16 1"], captions: Sequence[str]) -> Float32[np.ndarray, "n"]:
         said = [list(parts_of(caption)) for caption in captions]
         crops = [image[place] for image, parts in zip(images, said, strict=True) for _, place in parts]
-        read = iter(classifier.network(np.stack(crops)).probabilities.argmax(axis=1).tolist())
+        probabilities = rows_of(classifier.network(np.stack(crops)).probabilities, "probabilities")
+        read = iter(probabilities.argmax(axis=1).tolist())
         right = [all([next(read) == digit for digit, _ in parts]) for parts in said]  # a list: all of them are read
         return np.array(right, np.float32)
 

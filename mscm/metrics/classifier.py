@@ -13,7 +13,7 @@ import functools
 import os
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,11 @@ class SmallConvNet(nn.Module):
         return features, nn.Dense(self.num_classes)(features)
 
 
+def _applied(model: SmallConvNet, params: Mapping[str, Any], images: Array) -> tuple[Array, Array]:
+    """Features and logits; flax's type of `apply` has the variables that a call may change beside them."""
+    return cast("tuple[Array, Array]", model.apply({"params": params}, images))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Classifier:
     """Trained weights and the card that says where they come from."""
@@ -90,7 +95,7 @@ class Classifier:
         """Its penultimate activations as features, and the probabilities of its classes."""
 
         def forward(params: Mapping[str, Any], images: Array) -> Outputs:
-            features, logits = SmallConvNet(self.card["num_classes"]).apply({"params": params}, images)
+            features, logits = _applied(SmallConvNet(self.card["num_classes"]), params, images)
             return Outputs(features, probabilities=nn.softmax(logits))
 
         shape = (self.card["resolution"], self.card["resolution"], self.card["channels"])
@@ -116,14 +121,16 @@ def train_classifier(
     model = SmallConvNet(source.num_classes)
     optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, num_epochs * steps_per_epoch), weight_decay=1e-2)
 
-    def loss_fn(params, images, labels):
-        _, logits = model.apply({"params": params}, images)
+    def loss_fn(params: Mapping[str, Any], images: Array, labels: Array) -> Array:
+        _, logits = _applied(model, params, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     options = compilation.options(jax.default_backend())
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=options)
-    def update(params, opt_state, images, labels):
+    def update(
+        params: Mapping[str, Any], opt_state: Any, images: Array, labels: Array
+    ) -> tuple[Mapping[str, Any], Any]:
         gradient = jax.grad(loss_fn)(params, images, labels)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from mscm.metrics.features import FeatureNetwork, Outputs
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _IMAGES, _TEXTS = 32, 64  # at a time
 _LEGACY_EOS = 2  # in configs of a time when the end of a text was not looked up but was the largest number
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
@@ -203,7 +203,7 @@ def _tower(tensors: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
 
 def encode_images(params: Params, config: Config, images: UInt8[Array, "n h w c"]) -> Float[Array, "n d"]:
     """Vectors of square images of any size, float32."""
-    mean, std = (np.reshape(np.float32(values), (1, 1, 1, 3)) for values in (_MEAN, _STD))
+    mean, std = (np.reshape(np.array(values, np.float32), (1, 1, 1, 3)) for values in (_MEAN, _STD))
     side, patch = dinov2.SIZE // config.patch, config.patch
     with jax.default_matmul_precision("highest"):
         pixels = (dinov2.resize(images) / 255.0 - mean) / std

@@ -26,7 +26,7 @@ def main() -> None:
         raise ConfigError(f"--network: got {NETWORK.value!r}, expected one of {', '.join(weights.NETWORKS)}")
     output = weights.default_path(NETWORK.value) if OUTPUT.value is None else cli.output_of(OUTPUT)
     try:
-        card = weights.convert(NETWORK.value, SOURCE.value, output)
+        card = weights.convert(NETWORK.value, cli.given(SOURCE), output)
     except ValueError as error:
         raise ConfigError(f"--source: {error}") from error
     except OSError as error:

@@ -222,7 +222,7 @@ def _check(tensors: Mapping[str, np.ndarray]) -> None:
 
 def _tokens(params: Params, images: Float[Array, "n 224 224 3"]) -> Float[Array, "n t d"]:
     """The class token, then the patches row by row."""
-    mean, std = (np.reshape(np.float32(values), (1, 1, 1, 3)) for values in (_MEAN, _STD))
+    mean, std = (np.reshape(np.array(values, np.float32), (1, 1, 1, 3)) for values in (_MEAN, _STD))
     pixels = (images / 255.0 - mean) / std
     patches = pixels.reshape(-1, GRID, PATCH, GRID, PATCH, 3).swapaxes(2, 3).reshape(-1, GRID * GRID, PATCH * PATCH * 3)
     patches = dense(params["patch_embed"], patches.astype(params["patch_embed"]["kernel"].dtype))

@@ -29,6 +29,17 @@ class Outputs(NamedTuple):
     alignment: Float[np.ndarray, "n"] | None = None  # with the captions, of which a network knows nothing
 
 
+def rows_of(output: Array | np.ndarray | None, what: str) -> np.ndarray:
+    """One of the `Outputs`, on the host.
+
+    Raises:
+      ValueError: the network has none; `what` is what the output is called.
+    """
+    if output is None:
+        raise ValueError(f"got a feature network without {what}, expected one that has them")
+    return np.asarray(output)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureNetwork:
     """A function of images with its weights; calling it returns NumPy arrays.
@@ -88,15 +99,16 @@ class FeatureNetwork:
                 f"(n, {expected}); convert floats with transforms.to_uint8."
             )
         compiled, params = self._placed
-        batch_size, parts = self._at_a_time, []
+        batch_size = self._at_a_time
+        parts: list[list[np.ndarray | None]] = []
         for start in range(0, max(len(images), 1), batch_size):
             batch = images[start : start + batch_size]
             # The last batch is padded, not shortened: a second shape would compile a second time.
             padded = np.pad(batch, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
             outputs = compiled(params, padded)
             parts.append([None if rows is None else np.asarray(rows)[: len(batch)] for rows in outputs])
-        columns = zip(*parts, strict=True)
-        return Outputs(*(None if column[0] is None else np.concatenate(column) for column in columns))
+        features, *others = ([rows for rows in column if rows is not None] for column in zip(*parts, strict=True))
+        return Outputs(np.concatenate(features), *(np.concatenate(column) if column else None for column in others))
 
 
 def pixels(shape: tuple[int, int, int]) -> FeatureNetwork:

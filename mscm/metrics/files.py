@@ -41,9 +41,10 @@ def tree(arrays: Arrays) -> dict[str, Any]:
 
 def save(path: str | os.PathLike, arrays: Arrays, card: Mapping[str, Any]) -> None:
     """Writes a file whole: a reader sees the old one or the new one."""
-    card = np.array(json.dumps({**card, _SHA256: fingerprint(arrays)}, indent=1))
+    text = np.array(json.dumps({**card, _SHA256: fingerprint(arrays)}, indent=1))
+    members: dict[str, Any] = {_CARD: text, **arrays}  # Any: one called allow_pickle would be an option of savez
     with atomic.writing(path) as file:
-        np.savez(file, **{_CARD: card}, **arrays)
+        np.savez(file, **members)
 
 
 def load(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

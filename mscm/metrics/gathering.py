@@ -50,7 +50,7 @@ class Gathering:
         """Goes on from the file of `partial`, where it is one of the same pass and `goes_on` does not say otherwise."""
         self._num_samples, self._partial, self._saved = num_samples, partial, time.monotonic()
         self._accumulator = Accumulator(num_images, num_kept=num_kept)
-        self.samples: UInt8[np.ndarray, "n h w c"] | None = None  # the first images, once there are some
+        self._samples: UInt8[np.ndarray, "n h w c"] | None = None
         if partial is not None and goes_on:
             self._restore(partial)
 
@@ -59,6 +59,17 @@ class Gathering:
         """Images that are done."""
         return self._accumulator.count
 
+    @property
+    def samples(self) -> UInt8[np.ndarray, "n h w c"]:
+        """The first images.
+
+        Raises:
+          ValueError: there is none yet.
+        """
+        if self._samples is None:
+            raise ValueError("got no image, expected at least one before there are samples")
+        return self._samples
+
     def statistics(self) -> Statistics:
         """Of all images, when they are done."""
         return self._accumulator.statistics()
@@ -66,7 +77,7 @@ class Gathering:
     def add(self, outputs: Outputs, images: UInt8[np.ndarray, "n h w c"]) -> None:
         """The next images, and what the network says of them; writes the file when it is time."""
         more = images[: max(self._num_samples - self.count, 0)]
-        self.samples = more if self.samples is None else np.concatenate([self.samples, more])
+        self._samples = more if self._samples is None else np.concatenate([self._samples, more])
         self._accumulator.add(outputs)
         if self._partial is not None and time.monotonic() - self._saved >= self._partial.save_every_seconds:
             self.save()
@@ -94,7 +105,7 @@ class Gathering:
             logging.warning("Starting the pass again: %s", error)
             return
         if (card.get("kind"), card.get("key")) == (_KIND, partial.key):
-            self._accumulator, self.samples = Accumulator.from_arrays(arrays), arrays[_SAMPLES]
+            self._accumulator, self._samples = Accumulator.from_arrays(arrays), arrays[_SAMPLES]
 
 
 def over(

@@ -50,6 +50,11 @@ class Branch(NamedTuple):
     layers: tuple[Conv | tuple[Conv, ...], ...]
     pool: str | None = None  # average, maximum, reduce (maximum with stride 2)
 
+    @property
+    def rows(self) -> list[tuple[Conv, ...]]:
+        """The convolutions of each layer."""
+        return [(layer,) if isinstance(layer, Conv) else layer for layer in self.layers]
+
 
 class Block(NamedTuple):
     """Branches side by side, concatenated by channel."""
@@ -148,8 +153,7 @@ def convolutions() -> Iterator[tuple[str, str, tuple[int, int, int, int]]]:
         total = 0
         for branch in block.branches:
             width = channels
-            for layer in branch.layers:
-                side_by_side = (layer,) if isinstance(layer, Conv) else layer
+            for side_by_side in branch.rows:
                 for conv in side_by_side:
                     shape = (*conv.kernel, width, conv.features)
                     yield f"{block.name}.{conv.name}", f"{block.scope}.{conv.scope}", shape
@@ -244,12 +248,11 @@ def apply(
     hidden = ((resize(images) - 128.0) / 128.0).astype(dtype)
     for layer in _STEM:
         hidden = _pooled(hidden, layer) if isinstance(layer, str) else _convolved(params[layer.name], layer, hidden)
-    spatial = None
+    outputs: dict[str, list[Array]] = {}
     for block in _BLOCKS:
-        outputs = [_branch(params, block.name, branch, hidden) for branch in block.branches]
-        if block.name == _SPATIAL_BLOCK:
-            spatial = outputs[0][..., :SPATIAL_CHANNELS].astype(jnp.float32)
-        hidden = jnp.concatenate(outputs, axis=-1)
+        outputs[block.name] = [_branch(params, block.name, branch, hidden) for branch in block.branches]
+        hidden = jnp.concatenate(outputs[block.name], axis=-1)
+    spatial = outputs[_SPATIAL_BLOCK][0][..., :SPATIAL_CHANNELS].astype(jnp.float32)
     pool3 = hidden.astype(jnp.float32).mean((1, 2))
     kernel, bias = (params["fc"][key].astype(jnp.float32) for key in ("kernel", "bias"))
     logits = jnp.matmul(pool3, kernel, precision=lax.Precision.HIGHEST) + bias[None]
@@ -295,13 +298,12 @@ def _interpolation(side: int) -> Float64[np.ndarray, "299 side"]:
 
 def _branch(params: Params, block: str, branch: Branch, hidden: Array) -> Array:
     if branch.pool == "average":  # before a 1 x 1 convolution: both are linear, and after it there are fewer channels
-        (conv,) = branch.layers
+        ((conv,),) = branch.rows
         weights = params[f"{block}.{conv.name}"]
         return _activated(_average(_product(weights, conv, hidden)), weights)
     if branch.pool is not None:
         hidden = _pooled(hidden, branch.pool)
-    for layer in branch.layers:
-        side_by_side = (layer,) if isinstance(layer, Conv) else layer
+    for side_by_side in branch.rows:
         outputs = [_convolved(params[f"{block}.{conv.name}"], conv, hidden) for conv in side_by_side]
         hidden = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=-1)
     return hidden

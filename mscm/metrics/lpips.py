@@ -11,7 +11,9 @@ channels; w_lc >= 0 were fitted to what people find similar; e(x), the embedding
 The weights are two files: torchvision's VGG16 (f) and LPIPS's own (w).
 """
 
+import functools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -112,7 +114,8 @@ def distance(
         a, b = (jax.image.resize(x, (len(x), resize, resize, x.shape[-1]), "linear", antialias=False) for x in (a, b))
     # One after the other: of b, from which no gradient is asked, then nothing is kept.
     of_a, of_b = (embedding(params, images, pooling=pooling) for images in (a, b))
-    return sum(jnp.sum(jnp.square(x - y), axis=(1, 2, 3)) for x, y in zip(of_a, of_b, strict=True))
+    distances = [jnp.sum(jnp.square(x - y), axis=(1, 2, 3)) for x, y in zip(of_a, of_b, strict=True)]
+    return functools.reduce(operator.add, distances)
 
 
 def embedding(
@@ -123,7 +126,7 @@ def embedding(
         images = jnp.repeat(images, 3, axis=-1)
     shift, scale = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3) for values in (_SHIFT, _SCALE))
     hidden = ((images - shift) / scale).astype(params["conv1_1"]["kernel"].dtype)
-    maps = []
+    maps: list[Array] = []
     for block, depth in enumerate(_DEPTHS, start=1):
         hidden = _pooled(hidden, pooling) if maps else hidden
         for i in range(1, depth + 1):

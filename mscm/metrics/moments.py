@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64
 class Moments(NamedTuple):
     """Count, mean and unbiased covariance (ddof = 1, as `np.cov`); below two rows `cov` is zero by convention."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides the method of a tuple, which nobody calls
     mean: Float64[np.ndarray, "d"]
     cov: Float64[np.ndarray, "d d"]
 

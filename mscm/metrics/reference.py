@@ -10,6 +10,8 @@ know it). The result says data set, split, transform, resolution, count and netw
 images: --config.eval.reference=imagenet64.npz. Killed, it continues where it was.
 """
 
+from typing import Any
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -59,7 +61,7 @@ def main() -> None:
         raise ConfigError(f"{error.filename or output}: {error.strerror or error}") from error
 
 
-def _write(reference, output: str) -> None:
+def _write(reference: Any, output: str) -> None:
     """By one process, and says so."""
     from mscm import distributed
     from mscm.metrics import reference_statistics

@@ -139,9 +139,7 @@ def import_npz(
     if not {"mu", "sigma"} <= arrays.keys():
         raise ValueError(f"{os.fspath(path)}: got no mu and sigma, expected an .npz of ADM's or pytorch-fid's form")
 
-    def moments(mean: str, cov: str) -> Moments | None:
-        if mean not in arrays or cov not in arrays:
-            return None
+    def moments(mean: str, cov: str) -> Moments:
         try:
             return checked(data["count"], arrays[mean], arrays[cov])
         except ValueError as error:
@@ -156,9 +154,9 @@ def import_npz(
                 f"{os.fspath(path)}: got {images.dtype} images of shape {images.shape} in arr_0, expected uint8 of "
                 f"shape (n, {', '.join(map(str, shape))}) as the config has"
             )
-        kept = network(images[:num_kept]).features
-    features, spatial = moments("mu", "sigma"), moments("mu_s", "sigma_s")
-    gathered = Statistics(features, spatial, None, kept)
+        kept = np.asarray(network(images[:num_kept]).features)
+    spatial = moments("mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= arrays.keys() else None
+    gathered = Statistics(moments("mu", "sigma"), spatial, None, kept)
     try:
         check_size(gathered, network, shape)
     except ValueError as error:

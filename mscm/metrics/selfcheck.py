@@ -74,6 +74,7 @@ def _gaussians() -> list[tuple[str, float, float, float]]:
 
 def _real_images() -> list[tuple[str, float, float, float]]:
     """Handwritten digits against themselves, in features that need no weights: a random projection."""
+    import jax
     import jax.numpy as jnp
     import numpy as np
 
@@ -83,7 +84,7 @@ def _real_images() -> list[tuple[str, float, float, float]]:
 
     matrix = np.random.RandomState(0).standard_normal((64, 32)).astype(np.float32)
 
-    def forward(matrix, images) -> Outputs:
+    def forward(matrix: jax.Array, images: jax.Array) -> Outputs:
         rows = images.reshape(len(images), -1).astype(jnp.float32) / 255.0 @ matrix
         return Outputs(rows, probabilities=jnp.full((len(rows), 10), 0.1))
 

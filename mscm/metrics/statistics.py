@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from mscm.metrics import frechet, kernel, moments, neighbours
-from mscm.metrics.features import Outputs
+from mscm.metrics.features import Outputs, rows_of
 from mscm.metrics.moments import Moments
 
 SPLIT_SIZE = 5_000  # images of which each gives one Inception score; the score is their mean
@@ -47,10 +47,10 @@ class Statistics:
         """
 
         def part(name: str) -> Moments:
-            values = [arrays.get(f"{name}/{key}") for key in Moments._fields]
-            if any(value is None for value in values) or values[0].shape != () or values[0].dtype.kind not in "iu":
+            count, mean, cov = (arrays.get(f"{name}/{key}") for key in Moments._fields)
+            if count is None or mean is None or cov is None or count.shape != () or count.dtype.kind not in "iu":
                 raise ValueError(f"got no count, mean and covariance of {name}, expected them")
-            return moments.checked(int(values[0]), *values[1:])
+            return moments.checked(int(count), mean, cov)
 
         features = part("features")
         kept = arrays.get("kept")
@@ -76,21 +76,25 @@ class Accumulator:
 
     def add(self, outputs: Outputs) -> None:
         """The next images."""
-        rows, start = len(outputs.features), self.count
+        features = rows_of(outputs.features, "features")
+        rows, start = len(features), self.count
         if start + rows > self._num_images:
             raise ValueError(f"got {start + rows} images, expected {self._num_images}")
         if self._statistics is None:
             self._statistics = self._empty(outputs)
         now = self._statistics
         first, last = np.searchsorted(self._chosen, (start, start + rows))
-        now.kept[first:last] = outputs.features[self._chosen[first:last] - start]
+        if now.kept is not None:
+            now.kept[first:last] = features[self._chosen[first:last] - start]
         if now.class_sums is not None:
-            _add_classes(now.class_sums, outputs.probabilities, start)
+            _add_classes(now.class_sums, rows_of(outputs.probabilities, "probabilities"), start)
         self._statistics = dataclasses.replace(
             now,
-            features=moments.add(now.features, outputs.features),
-            spatial=None if now.spatial is None else moments.add(now.spatial, outputs.spatial),
-            alignment=None if now.alignment is None else np.asarray(now.alignment + outputs.alignment.sum()),
+            features=moments.add(now.features, features),
+            spatial=None if now.spatial is None else moments.add(now.spatial, rows_of(outputs.spatial, "spatial rows")),
+            alignment=None
+            if now.alignment is None
+            else np.asarray(now.alignment + rows_of(outputs.alignment, "scores of captions").sum()),
         )
         self.count += rows
 
@@ -110,12 +114,14 @@ class Accumulator:
         Raises:
           ValueError: they have not all been added.
         """
-        if self.count != self._num_images:
+        if self._statistics is None or self.count != self._num_images:
             raise ValueError(f"got {self.count} images, expected {self._num_images}")
         return self._statistics
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """State, from which `from_arrays` goes on to the same bits; not before the first `add`."""
+        if self._statistics is None:
+            raise ValueError("got no image, expected at least one before there is a state")
         state = {"num_images": self._num_images, "count": self.count, **self._statistics.to_arrays()}
         return {name: np.array(value) for name, value in state.items()}  # copies: `add` writes into its own
 

@@ -71,7 +71,8 @@ def convert(
       ValueError: one is no such file, damaged, or of another network.
     """
     sources = [epath.Path(path) for path in ([source] if isinstance(source, str | os.PathLike) else source)]
-    tensors, digests = {}, []
+    tensors: dict[str, np.ndarray] = {}
+    digests: list[str] = []
     for path in sources:
         digest, found = _read_source(path)
         if twice := tensors.keys() & found.keys():

@@ -57,7 +57,7 @@ def attend(
     """
     if mask is not None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
-    shape = dict(num_tokens=q.shape[1], head_dim=q.shape[3], dtype=q.dtype)
+    shape: dict[str, Any] = dict(num_tokens=q.shape[1], head_dim=q.shape[3], dtype=q.dtype)
     check(implementation, **shape)
     if implementation == "auto":
         kernel = _kernel_of_the_mesh(num_tokens=q.shape[1])

@@ -20,7 +20,7 @@ def spec_of(shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionS
         parts = (axes,) if isinstance(axes, str) else axes or ()
         return None if size % math.prod(mesh.shape[part] for part in parts) else axes
 
-    return PartitionSpec(*map(cut, shape, nn.logical_to_mesh_axes(names)))
+    return PartitionSpec(*map(cut, shape, nn.logical_to_mesh_axes(names) or ()))
 
 
 def device_kind() -> str | None:

@@ -88,7 +88,7 @@ class TextEncoder(nn.Module):
         return Context(x, mask), pooled
 
     def _vectors(self, name: str, count: int, scale: float) -> layers.Tokens:
-        init = nn.with_logical_partitioning(nn.initializers.normal(scale), (None, "embed"))
+        init: nn.initializers.Initializer = nn.with_logical_partitioning(nn.initializers.normal(scale), (None, "embed"))
         return self.param(name, init, (count, self.stage.width))[None]
 
     def _check(self, text: Text) -> None:

@@ -21,6 +21,7 @@ The parameters' names are those of the published files.
 
 import functools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -87,7 +88,7 @@ def downsample(x: Images, taps: tuple[int, ...], padding: int) -> Resized:
             tap / sum(taps) * jax.lax.slice_in_dim(padded, i, i + 2 * length - 1, 2, axis)
             for i, tap in enumerate(taps)
         )
-        x = sum(parts)
+        x = functools.reduce(operator.add, parts)
     return x
 
 
@@ -102,7 +103,7 @@ def upsample(x: Images, taps: tuple[int, ...]) -> Resized:
             2 * tap / sum(taps) * jax.lax.slice_in_dim(spread, i, i + size, 1, axis)
             for i, tap in enumerate(reversed(taps))
         )
-        x = sum(parts)
+        x = functools.reduce(operator.add, parts)
     return x
 
 
@@ -252,7 +253,9 @@ class UNet(nn.Module):
             return layers.dense(features, axes, dtype=jnp.float32, init=arch.init, use_bias=use_bias, name=name)
 
         if arch.fourier:
-            init = nn.with_logical_partitioning(nn.initializers.normal(_FOURIER_SCALE), ("freq",))
+            init: nn.initializers.Initializer = nn.with_logical_partitioning(
+                nn.initializers.normal(_FOURIER_SCALE), ("freq",)
+            )
             frequencies = jax.lax.stop_gradient(self.param("map_noise_freqs", init, (num_features // 2,)))
             angles = 2 * math.pi * noise[:, None] * frequencies[None, :]
             emb = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
@@ -262,7 +265,7 @@ class UNet(nn.Module):
             emb = layers.sinusoids(noise, num_features)
         one_hot = None if self.num_classes is None else jax.nn.one_hot(labels, self.num_classes)  # of the null class 0
         if one_hot is not None and not arch.is_adm:
-            emb += dense(num_features, ("classes", "freq"), "map_label")(math.sqrt(self.num_classes) * one_hot)
+            emb += dense(num_features, ("classes", "freq"), "map_label")(math.sqrt(one_hot.shape[-1]) * one_hot)
         emb = nn.swish(dense(features, ("freq", "mlp"), "map_layer0")(emb))
         emb = dense(features, ("mlp", "cond"), "map_layer1")(emb)
         if one_hot is not None and arch.is_adm:

@@ -14,7 +14,7 @@ through the coarser level.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -31,6 +31,8 @@ Output = Float[Array, "b h w c_out"]
 
 KINDS = ("residual", "transformer")
 POSITION_SCALE = 0.01  # simple diffusion's
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 # What the backward pass may keep of a block's inside; the rest is computed again. None as a policy keeps nothing.
 REMAT_POLICIES = {
@@ -104,7 +106,9 @@ class TransformerStage(nn.Module):
     @nn.compact
     def __call__(self, x: Images, emb: Embedding, context: Context | None = None) -> Images:
         b, h, w, c = x.shape
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.position_scale), (None, None, "embed"))
+        init: nn.initializers.Initializer = nn.with_logical_partitioning(
+            nn.initializers.normal(self.position_scale), (None, None, "embed")
+        )
         x = x + self.param("position", init, (h, w, c)).astype(x.dtype)[None]
         x = x.reshape(b, h * w, c)
         make_block = remat(layers.TransformerBlock, self.remat_policy, scanned=self.scan)
@@ -173,35 +177,38 @@ class UViT(nn.Module):
         """
         self._check(z, condition)
         layers.check_guidance(guidance, self.guidance_input)
-        text, labels = (condition, None) if isinstance(condition, Text) else (None, condition)
+        labels = None if isinstance(condition, Text) else condition
         embed = layers.ConditionEmbedding(
             self.emb_dim, self.num_classes, self.logsnr_input, self.fourier_scale, name="condition"
         )
         emb, context = embed(logsnr, labels, guidance), None
-        if self.text is not None:
+        if self.text is not None and isinstance(condition, Text):
             context, pooled = TextEncoder(
                 self.text, self.emb_dim, self.head_dim, self.mlp_ratio, self.dtype, train, name="text"
-            )(text)
+            )(condition)
             context, emb = context._replace(tokens=place(context.tokens, "batch", None, None)), emb + pooled
         emb = place(emb.astype(self.dtype), "batch", None)
         levels = (*self.stages, self.middle)
 
         x = layers.space_to_depth(z, self.patch_size) if self.patch_size > 1 else z
         x = layers.conv3x3(levels[0].width, dtype=self.dtype, name="conv_in")(x)
-        skips = []
+        skips: list[list[Images]] = []  # of each stage; of one of transformer blocks, its output alone
         for i, stage in enumerate(self.stages):
-            down = self._stage(stage, f"down_{i}", train)
-            x, skip = down(x, emb) if stage.kind == "residual" else (down(x, emb, context),) * 2
-            skips.append(skip)
+            if stage.kind == "residual":
+                x, outputs = self._residual(stage, f"down_{i}", train)(x, emb)
+            else:
+                x = self._transformer(stage, f"down_{i}", train)(x, emb, context)
+                outputs = [x]
+            skips.append(outputs)
             x = self._resize(layers.average_pool(x), levels[i + 1].width, f"down_{i}_out")
-        x = self._stage(self.middle, "middle", train)(x, emb, context)
+        x = self._transformer(self.middle, "middle", train)(x, emb, context)
         for i, stage in reversed(list(enumerate(self.stages))):
             x = layers.upsample(self._resize(x, stage.width, f"up_{i}_in"))
-            up = self._stage(stage, f"up_{i}", train)
             if stage.kind == "residual":
-                x, _ = up(x, emb, skips[i])
+                x, _ = self._residual(stage, f"up_{i}", train)(x, emb, skips[i])
             else:
-                x = up((x + skips[i]) * math.sqrt(0.5), emb, context)
+                (skip,) = skips[i]
+                x = self._transformer(stage, f"up_{i}", train)((x + skip) * math.sqrt(0.5), emb, context)
 
         # float32 from here: rounding the output to bfloat16 would exceed the losses' differences between two steps.
         x = nn.swish(layers.layer_norm("conv_in", dtype=jnp.float32, name="norm_out")(x))
@@ -213,9 +220,10 @@ class UViT(nn.Module):
         x = layers.dense(width, ("conv_in", "conv_out"), dtype=self.dtype, name=name)(x)
         return place(x, "batch", None, None, None)
 
-    def _stage(self, stage: Stage, name: str, train: bool) -> ResidualStage | TransformerStage:
-        if stage.kind == "residual":
-            return ResidualStage(stage, self.remat_policy, train, self.dtype, name=name)
+    def _residual(self, stage: Stage, name: str, train: bool) -> ResidualStage:
+        return ResidualStage(stage, self.remat_policy, train, self.dtype, name=name)
+
+    def _transformer(self, stage: Stage, name: str, train: bool) -> TransformerStage:
         return TransformerStage(stage, self.head_dim, self.mlp_ratio, self.scan_blocks, self.remat_policy, train,
                                 self.dtype, self.attention, self.position_scale, name=name)
 
@@ -245,7 +253,7 @@ class UViT(nn.Module):
                              f"{', '.join(REMAT_POLICIES)}")
 
 
-def remat(block: type[nn.Module], policy: str | None, *, scanned: bool) -> type[nn.Module]:
+def remat(block: type[_Module], policy: str | None, *, scanned: bool) -> type[_Module]:
     """A block that keeps of its inside what one of REMAT_POLICIES says; all of it where there is none."""
     if policy is None:
         return block

@@ -80,7 +80,8 @@ def sample_interval(
         index = jax.random.randint(key, (batch,), 0, grid_points - 1)
     else:
         index = jax.random.categorical(key, log_weights, shape=(batch,))
-    return exact_times(grid_points - 1, index + 1, index)
+    t, s = exact_times(grid_points - 1, index + 1, index)
+    return t, s
 
 
 def lognormal_log_weights(

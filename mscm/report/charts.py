@@ -6,7 +6,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from mscm.report.page import escape, number
 
@@ -62,7 +62,7 @@ def chart(
     across = _Log2(xs) if log2_x else _Linear(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT)
     low, high, pixels = min(ys), max(ys), (_HEIGHT - _BOTTOM, _TOP)
     if log_y and low > 0 and high > 10 * low:
-        up = _Log(low, high, *pixels)
+        up: _Linear = _Log(low, high, *pixels)
     else:  # from zero, where that is near or in sight
         is_near = 0 <= low < high / 3
         up = _Linear(0.0, 1.05 * high, *pixels) if is_near else _Linear(low, high, *pixels, pad=0.05)
@@ -195,7 +195,7 @@ def _curve(line: Line, across: _Linear, up: _Linear, *, marks: bool) -> str:
     return "".join(parts)
 
 
-def _is_bar(spread: float | None) -> bool:
+def _is_bar(spread: float | None) -> TypeGuard[float]:
     return spread is not None and 0 < spread < _LARGEST
 
 

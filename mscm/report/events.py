@@ -49,8 +49,8 @@ def read(folder: str | os.PathLike) -> Events:
 
     What a session wrote before it was killed, for steps that a later one has done again, is left out of the scalars.
     """
-    folder = epath.Path(folder)
-    files = sorted(folder.glob("events.*")) if folder.is_dir() else []
+    place = epath.Path(folder)
+    files = sorted(place.glob("events.*")) if place.is_dir() else []
     left, newest = MAX_BYTES, []
     for file in reversed(files):
         size = file.stat().length

@@ -8,7 +8,7 @@ Drawn without a display, and the same bytes for the same numbers under one versi
 import io
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -26,7 +26,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LEGEND_INSIDE = 5  # lines, of which the legend leaves room for the points
 _GREY = "#8C8C8C"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.spines.top": False,

@@ -108,7 +108,8 @@ def partition_spec(shape: tuple[int, ...], names: tuple[str | None, ...], sizes:
     allowed = {"tensor"} if len(free) == 1 else {"fsdp", "tensor"}
     spec: list[str | None] = [None] * len(shape)
     for i in free:
-        axis = RULES.get(names[i])
+        name = names[i]
+        axis = None if name is None else RULES.get(name)
         if axis in allowed and axis not in spec and shape[i] % sizes[axis] == 0:
             spec[i] = axis
     left = [i for i in free if spec[i] is None and shape[i] % sizes["fsdp"] == 0]
@@ -185,8 +186,8 @@ def global_batch(local: dict[str, np.ndarray], rows: np.ndarray, batch_size: int
     sharding = batch_sharding(mesh, leading=1)
 
     def assemble(array: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            first, last, _ = index[1].indices(batch_size)
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            first, last, _ = (slice(None) if index is None else index[1]).indices(batch_size)  # None: all of it
             return array[:, np.searchsorted(rows, first) : np.searchsorted(rows, last)]
 
         shape = (array.shape[0], batch_size, *array.shape[2:])

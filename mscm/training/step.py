@@ -65,8 +65,10 @@ def make_train_steps(
     num_microbatches: int = 1,
     skips_bad_steps: bool = False,
     **jit_options: Any,
-) -> Callable[[TrainState, Params, Batch, Key], tuple[TrainState, Averages]]:
+) -> jax.stages.Wrapped:
     """Several optimiser steps as one jitted function with donated state; `jit_options` are its shardings.
+
+    (state, frozen, batches, root key) -> (TrainState, Averages).
 
     The batches carry a leading axis, one entry per step; the metrics are sums and counts over all of them. Each batch
     is taken in `num_microbatches` parts one after the other, whose gradients are averaged: activations of one part are

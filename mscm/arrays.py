@@ -87,8 +87,9 @@ def _read(file: IO[bytes], size: int) -> np.ndarray:
         raise ValueError(f"an array of shape {shape}, that is {expected} bytes, where {left} are")
     data, done = bytearray(expected), 0
     while done < expected:
-        count = file.readinto(memoryview(data)[done : done + _PIECE])
-        if not count:
+        piece = file.read(min(_PIECE, expected - done))
+        if not piece:
             raise EOFError(f"{done} of {expected} bytes of an array")
-        done += count
+        data[done : done + len(piece)] = piece
+        done += len(piece)
     return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")

@@ -14,6 +14,7 @@ fit the devices, each of them has a copy of the parameters.
 """
 
 import os
+from typing import Any
 
 from absl import flags
 
@@ -86,7 +87,7 @@ def _refuse_flags_without_effect() -> None:
         raise ConfigError("--images: got an empty name, expected a folder, zip or tar of images, or an .npz")
 
 
-def _score_images(experiment, workdir: str) -> None:
+def _score_images(experiment: Any, workdir: str) -> None:
     """Prints a table of one line, and writes the line to a file beside the other scores."""
     from mscm import distributed, evaluation
     from mscm.config import ConfigError

@@ -581,7 +581,7 @@ def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experim
     if teacher is not None and teacher.experiment.guidance and method.guidance_range is not None:
         raise ConfigError(
             f"config.teacher.guidance: got {teacher.experiment.guidance}, expected 0.0 because the weight is an input "
-            "of what is trained, and with it the guidance is the loss's"
+            "of what is trained: its loss guides, and the guidance would count twice"
         )
     experiment = Experiment(
         name=root.name("name"),

@@ -7,7 +7,7 @@ denoisers in `mscm/objectives/`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -171,7 +171,8 @@ def network(
     def apply(z_t: Images, logsnr: Times, condition: Condition | None) -> Images:
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         inputs = (z_t, logsnr, condition) if guidance is None else (z_t, logsnr, condition, guidance)
-        return model.apply({"params": params}, *inputs, train=dropout_key is not None, rngs=rngs)
+        # Flax's type has the variables beside it that a call with `mutable` changes.
+        return cast(Array, model.apply({"params": params}, *inputs, train=dropout_key is not None, rngs=rngs))
 
     return apply
 

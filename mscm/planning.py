@@ -33,6 +33,8 @@ from mscm.cost.plan import Plan
 from mscm.experiment import Experiment, build
 from mscm.methods import condition_of
 from mscm.training import partition
+from mscm.training.step import Batch
+from mscm.types import Images, Params, Times
 
 HOST = "host"
 
@@ -139,7 +141,7 @@ def model_flops(experiment: Experiment) -> tuple[int, int]:
     z_t = jax.ShapeDtypeStruct(batch["image"].shape, jnp.float32)
     t = jax.ShapeDtypeStruct(z_t.shape[:1], jnp.float32)
 
-    def forward(params, batch, z_t, t):
+    def forward(params: Params, batch: Batch, z_t: Images, t: Times) -> Images:
         return experiment.denoiser(params, condition_of(batch))(z_t, t)
 
     once = flops.count(jax.make_jaxpr(forward)(state.params, batch, z_t, t))

@@ -10,6 +10,7 @@ any other name is a folder with one PNG per image. Image i depends on --seed, i 
 """
 
 import os
+from typing import Any
 
 from absl import flags
 
@@ -113,7 +114,7 @@ def _lines(path: str | None) -> list[str]:
     return [line for line in lines if line]
 
 
-def _what_to_show(experiment):
+def _what_to_show(experiment: Any) -> Any:  # of types that are imported late
     """The labels or captions of the images that the flags ask for.
 
     Raises:

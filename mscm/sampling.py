@@ -47,7 +47,12 @@ class _Option(NamedTuple):
 
 
 def _number(
-    default: float, *, above: float | None = None, least: float = -math.inf, most: float = math.inf, needs=None
+    default: float,
+    *,
+    above: float | None = None,
+    least: float = -math.inf,
+    most: float = math.inf,
+    needs: str | None = None,
 ) -> _Option:
     if above is not None:
         limits = f" above {above:g}"

@@ -182,7 +182,7 @@ def train(
             done = step >= spec.num_steps  # more, where another number of steps per dispatch made the checkpoint
             stops = stopping.reached()
             saves = step % spec.save_every_steps == 0 or done or stops
-            takes = bool(every) and step % every == 0
+            takes = every is not None and step % every == 0
             if step % spec.log_every_steps == 0 or saves or takes:
                 # Before the checkpoint: what has diverged is not kept, and no metric is left for after it.
                 progress.report(step)

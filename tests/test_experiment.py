@@ -246,6 +246,14 @@ def test_guidance_that_nobody_would_ask_for_is_refused(guided):
         build(guided)
 
 
+def test_a_guided_teacher_of_a_model_that_takes_the_weight_is_refused():
+    """Its loss guides: the guidance would count twice."""
+    config = digits.guided()
+    config.teacher.guidance = 1.0
+    with pytest.raises(ConfigError, match="config.teacher.guidance: got 1.0, expected 0.0 because the weight is an in"):
+        build(config)
+
+
 def test_training_and_sampling_are_traced_where_the_mesh_is_known(monkeypatch):
     """Otherwise `attention='auto'` would know no devices and never be a kernel."""
     meshes = []

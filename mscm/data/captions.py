@@ -109,7 +109,7 @@ class WithTokens:
     ) -> dict[str, np.ndarray]:
         """The same as they are in some epochs: of several captions of an image, each epoch has the next."""
         tokens, mask = self.texts(indices, epochs)
-        return self.source.load(indices) | {"tokens": tokens, "mask": mask}
+        return self.source.load(indices) | {"tokens": np.asarray(tokens), "mask": np.asarray(mask)}
 
     def texts(self, indices: Integer[np.ndarray, "b"], epochs: Integer[np.ndarray, "b"]) -> Text:
         """The tokens alone."""

@@ -38,12 +38,23 @@ MAX_EXAMPLES = 150_000  # seen in training, at least one epoch: a minute on two 
 class LabelledImages(Protocol):
     """What this module needs of a data set; every `mscm.data.sources.Source` has it."""
 
-    name: str
-    split: str
-    transform: str | None
-    num_classes: int
-    resolution: int
-    channels: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def transform(self) -> str | None: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def resolution(self) -> int: ...
+
+    @property
+    def channels(self) -> int: ...
 
     @property
     def fingerprint(self) -> str:

@@ -60,7 +60,7 @@ def main(_: list[str]) -> None:
             distances[name][str(num_steps)] = round(half, 2)
     distances["real"] = round(scorer.half_against_half()[scorer.metric], 2)
     print(format_table(["network", "steps", "fd_classifier", "of float16"], lines))
-    files.save(demo.NETWORKS, files.flat(networks), {"kind": demo.KIND, "fd_classifier": distances})
+    files.save(demo.NETWORKS, files.flat(networks), {"fd_classifier": distances})
     print(f"{demo.NETWORKS}: {Path(demo.NETWORKS).stat().st_size / 1e6:.1f} MB")
 
 

@@ -84,7 +84,7 @@ def _of_edm(config: ConfigDict, *, teacher_steps: tuple[int, ...]) -> ConfigDict
 def _teacher(config: ConfigDict, *, family: str, num_steps: int, dropout: float, variant: str = "") -> ConfigDict:
     config.model.dropout = dropout
     config = base.edm(config, family=family, run="teacher", num_steps=num_steps, variant=variant)
-    config.eval.teacher_samplers = _SAMPLERS
+    config.eval.teacher_samplers = _SAMPLERS  # base.edm's is for one number of steps
     return config
 
 

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import jax
 from absl import logging
-from etils import epath
 
 from mscm import evaluation
-from mscm.checkpoint import CHECKPOINTS, SNAPSHOTS, CheckpointError, reading
+from mscm.checkpoint import CHECKPOINTS, SNAPSHOTS, CheckpointError, Checkpoints, is_there, reading
 from mscm.config import ConfigError, nearest
 from mscm.experiment import MAIN_AVERAGE, Experiment
 from mscm.training import posthoc
@@ -50,9 +49,10 @@ def chosen(experiment: Experiment, texts: Sequence[str]) -> tuple[str | None, ..
     Raises:
       ConfigError: the config keeps no such average, or none that a number could be made of.
     """
-    if not texts or len({_parse(experiment, text) for text in texts}) < len(texts):
+    found = tuple(_parse(experiment, text) for text in texts)
+    if not found or len(set(found)) < len(found):
         raise ConfigError(f"--ema: got {','.join(texts)!r}, expected one or more averages, each of them once")
-    return tuple(_parse(experiment, text) for text in texts)
+    return found
 
 
 def _parse(experiment: Experiment, text: str) -> str | None:
@@ -99,9 +99,9 @@ def reconstruction(experiment: Experiment, workdir: str, average: str, step: int
     """
     with reading(workdir) as checkpoints:
         step = checkpoints.check(experiment.facts(), step)
-        _check_kept(experiment, workdir, step, checkpoints.facts(step))
+        _check_kept(experiment, checkpoints, step)
     steps = []
-    if (epath.Path(workdir) / SNAPSHOTS).is_dir():
+    if is_there(workdir, SNAPSHOTS):
         with reading(workdir, SNAPSHOTS) as snapshots:
             steps = [at for at in snapshots.steps() if at < step]
     gammas = {name: gamma_of(of.sigma_rel) for name, of in experiment.further.items() if of.sigma_rel is not None}
@@ -124,7 +124,7 @@ def read(experiment: Experiment, workdir: str, average: str | None, step: int | 
     if average in experiment.further:
         with reading(workdir) as checkpoints:
             step = checkpoints.check(experiment.facts(), step)
-            _check_kept(experiment, workdir, step, checkpoints.facts(step))
+            _check_kept(experiment, checkpoints, step)
             return checkpoints.restore_ema(abstract, step, name=average)
     found = reconstruction(experiment, workdir, average, step)
     say = logging.warning if found.error > _FAR else logging.info
@@ -153,16 +153,17 @@ def _plus(total: Params, part: Params, coefficient: Float[jax.Array, ""] | float
     return jax.tree.map(lambda a, b: a + coefficient * b, total, part)
 
 
-def _check_kept(experiment: Experiment, workdir: str, step: int, facts: dict) -> None:
+def _check_kept(experiment: Experiment, checkpoints: Checkpoints, step: int) -> None:
     """Raises CheckpointError where a checkpoint has other averages than the config."""
-    got, expected = (config.get("ema", {}).get("further") for config in (facts["config"], experiment.config))
+    there = checkpoints.facts(step)["config"]
+    got, expected = (config.get("ema", {}).get("further") for config in (there, experiment.config))
     if got != expected:
         raise CheckpointError(
-            f"{workdir}: got a checkpoint of step {step} with config.ema.further = {got}, expected {expected}; use the "
-            "config that it was trained with"
+            f"{checkpoints}: got a checkpoint of step {step} with config.ema.further = {got}, expected {expected}; "
+            "use the config that it was trained with"
         )
-    if not all((epath.Path(workdir) / CHECKPOINTS / str(step) / f"ema_{name}").is_dir() for name in experiment.further):
+    if not all(checkpoints.has_average(name, step) for name in experiment.further):
         raise CheckpointError(
-            f"{workdir}: got a checkpoint of step {step} with the main average alone, expected one of a training; "
+            f"{checkpoints}: got a checkpoint of step {step} with the main average alone, expected one of a training; "
             "use --ema=main"
         )

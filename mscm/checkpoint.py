@@ -19,6 +19,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -79,6 +80,9 @@ class Checkpoints:
         )
         # The arguments of each save and restore say how an item is written.
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def __str__(self) -> str:
+        return str(self._directory)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -209,6 +213,10 @@ class Checkpoints:
         item = _item(name)
         return self._restore(step, **{item: ocp.args.StandardRestore(abstract)})[item]
 
+    def has_average(self, name: str, step: int) -> bool:
+        """Whether the checkpoint of `step` holds a further average."""
+        return (self._directory / str(step) / _item(name)).is_dir()
+
     def check(self, facts: dict[str, Any], step: int | None = None) -> int:
         """Step of a checkpoint (None: the newest) that is of the model of `facts`; reads no array.
 
@@ -276,10 +284,15 @@ class Checkpoints:
         reason = _alteration(self._directory / str(step), items) if jax.process_index() == 0 else None
         if reason is not None:
             others = [other for other in self.steps() if other != step]
+            way_out = (
+                f"name another step ({', '.join(map(str, others)) or 'there is none'}), bring back its files from a "
+                "copy, or train again, which moves it aside if there is another"
+            )
+            if self._directory.name == SNAPSHOTS:
+                way_out = "bring back its files from a copy, or remove it: averages are then made of the others"
             raise CheckpointError(
                 f"{self._directory}/{step}: got a damaged checkpoint ({reason}), expected one whose bytes have not "
-                f"changed; name another step ({', '.join(map(str, others)) or 'there is none'}), bring back its files "
-                "from a copy, or train again, which moves it aside if there is another"
+                f"changed; {way_out}"
             )
 
     def _check_shapes(self, got: dict[str, list[int]], expected: dict[str, list[int]], step: int) -> None:
@@ -297,7 +310,7 @@ def set_damaged_aside(workdir: str | os.PathLike) -> None:
 
     Where no whole one is left they stay: who reads them will say so.
     """
-    if not (epath.Path(workdir) / "checkpoints").is_dir():
+    if not is_there(workdir):
         return
     with reading(workdir) as checkpoints:
         damaged = dict(checkpoints.damaged)
@@ -418,12 +431,22 @@ def parameter_shapes(params: Params) -> dict[str, list[int]]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape) for path, leaf in leaves}
 
 
+def num_bytes(arrays: Any) -> int:
+    """Of all arrays of a tree, also of those that are shapes and types alone."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+
+
 def first_mismatch(got: dict[str, list[int]], expected: dict[str, list[int]]) -> tuple[str, Any, Any] | None:
     """Name, shape got and shape expected of the first parameter whose shapes differ; None where all agree."""
     for name in sorted(got.keys() | expected.keys()):
         if got.get(name) != expected.get(name):
             return name, got.get(name, "absent"), expected.get(name, "absent")
     return None
+
+
+def is_there(workdir: str | os.PathLike, folder: str = CHECKPOINTS) -> bool:
+    """Whether a work directory has a folder of checkpoints, in which there may be none yet."""
+    return (epath.Path(workdir) / folder).is_dir()
 
 
 @contextlib.contextmanager
@@ -433,8 +456,7 @@ def reading(workdir: str | os.PathLike, folder: str = CHECKPOINTS) -> Iterator[C
     Raises:
       CheckpointError: the directory holds no checkpoints.
     """
-    directory = epath.Path(workdir) / folder
-    if not directory.is_dir():
+    if not is_there(workdir, folder):
         raise CheckpointError(
             f"{workdir}: got no directory {folder}/ below it, expected the work directory of a training; "
             "check the path or train first"

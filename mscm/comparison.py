@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from etils import epath
 from ml_collections import ConfigDict
 
 from mscm import atomic, evaluation
@@ -42,7 +41,6 @@ _PICTURES = {
     "samples.png": "Samples: image i of all rows is from the same noise and class",
     "trajectories.png": "Paths of the models over those of the exact denoiser",
 }
-_MAX_PICTURE_BYTES = 700_000
 _TIMED_BATCHES, _TIMED_SECONDS = 5, 20.0  # the median of so many batches, of fewer where they take longer in all
 _EXACT_STEPS, _MANY_STEPS = 1024, 256
 _PATHS, _DRAWN_EVERY = 240, 20
@@ -82,10 +80,9 @@ class Run:
     def newest(self, model: Model, settings: tuple[Any, ...]) -> list[dict[str, Any]]:
         """The rows of the newest checkpoint of the newest training of `model` that has scores of these settings."""
         name = model.experiment.name
-        rows = [row for row in self.rows if row["model"] == name and _settings(row) == settings]
-        rows = [row for row in rows if row["run"] == rows[-1]["run"]]
-        newest = max((row["step"] for row in rows), default=None)
-        return [row for row in rows if row["step"] == newest]
+        return evaluation.newest_rows(
+            [row for row in self.rows if row["model"] == name and _settings(row) == settings]
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,11 +146,7 @@ def compare(workdirs: Sequence[str]) -> Comparison:
     real = [row for run in runs for row in run.rows if row["labels"] is None and row["identity"] == settings[0]]
     rows = list(entries.values())
     described = rows[0][1]
-    metrics = [
-        key
-        for key in evaluation.metrics_of(described)
-        if not key.endswith("_std") and all(key in row for _, row in rows)
-    ]
+    metrics = [name for name in evaluation.metric_names(described) if all(name in row for _, row in rows)]
     return Comparison(_points(rows, metrics), metrics, real[-1] if real else None, described)
 
 
@@ -395,24 +388,16 @@ def _page(
 ) -> str:
     """All of it as one file; `pictures` are paths of PNGs."""
     header, rows, notes = _table(comparison, drawn)
-    chart = charts.chart(
-        f"{metric} by number of function evaluations",
+    chart = charts.by_nfe(
+        metric,
         [
             charts.Line(f"{line.method}, {line.sampler}", line.nfe, line.mean, line.spread)
             for line in _series(comparison.points, metric)
         ],
-        x_label="function evaluations (NFE)",
-        log2_x=True,
-        marks=True,
         level=level,
     )
-    parts = []
-    for path in pictures:
-        data, name = epath.Path(path).read_bytes(), os.path.basename(path)
-        if len(data) <= _MAX_PICTURE_BYTES:
-            parts.append(page.png(data, title=_PICTURES[name], alt=_PICTURES[name]))
-        else:
-            parts.append(page.text(f"{_PICTURES[name]}: see {path}"))
+    titles = {path: _PICTURES[os.path.basename(path)] for path in pictures}
+    parts = [page.picture(path, title=title, alt=title) for path, title in titles.items()]
     return page.document(
         f"{metric} of {len({point.method for point in comparison.points})} methods",
         page.section("Scores", chart, page.table(header, rows, title="Scores"), page.text(notes)),

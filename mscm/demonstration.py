@@ -19,7 +19,6 @@ from mscm.sampling import SamplerSpec
 from mscm.types import Params
 
 NETWORKS = os.path.join(os.path.dirname(__file__), "demo.npz")
-KIND = "mscm demo 1"
 TEACHER, LARGEST = "digits_teacher", 64
 STUDENTS = {1: "digits_cd1", 2: "digits_cd2", 4: "digits_cd4", 8: "digits_cd8"}  # by their steps
 
@@ -57,7 +56,6 @@ def sample(num_images: int, seed: int) -> tuple[list[Row], float]:
     networks, distances = widened(files.tree(arrays)), card["fd_classifier"]
 
     def row(who: str, experiment: Experiment, num_steps: int) -> Row:
-        classes = experiment.data.num_classes
         (images,) = evaluation.generate(
             experiment,
             networks[experiment.name],
@@ -65,7 +63,7 @@ def sample(num_images: int, seed: int) -> tuple[list[Row], float]:
             num_images=num_images,
             batch_size=num_images,
             seed=seed,
-            conditions=evaluation.Shown.of_labels(np.arange(num_images) % classes, classes).conditions,
+            conditions=evaluation.conditions_in_turn(experiment),
         )
         return Row(who, num_steps, images, distances[experiment.name][str(num_steps)])
 

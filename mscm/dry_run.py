@@ -2,14 +2,9 @@
 
 import os
 import shutil
-from typing import Any
-
-import jax
-import numpy as np
-from etils import epath
 
 from mscm import planning, terminal, training_loop
-from mscm.checkpoint import reading
+from mscm.checkpoint import is_there, num_bytes, reading
 from mscm.config import ConfigError
 from mscm.cost import chips
 from mscm.experiment import Experiment, Member
@@ -50,7 +45,7 @@ def _plan(member: Member) -> tuple[str, int]:
     """What happens to a model, and the bytes of its checkpoints that would be there at the same time."""
     experiment, spec = member.experiment, member.experiment.train
     done, rate = 0, None
-    if (epath.Path(member.workdir) / "checkpoints").is_dir():
+    if is_there(member.workdir):
         with reading(member.workdir) as checkpoints:
             latest = checkpoints.latest()
             if latest is not None:
@@ -63,20 +58,16 @@ def _plan(member: Member) -> tuple[str, int]:
         return f"{what}all {spec.num_steps} steps are done", 0
     last = spec.num_steps
     count = last // spec.save_every_steps - done // spec.save_every_steps + bool(last % spec.save_every_steps)
-    size = _bytes(experiment.abstract_state())
+    size = num_bytes(experiment.abstract_state())
     text = f"{done} of {last} steps are done, {_time(experiment, last - done, rate)}, {count} checkpoints of "
     text += f"{_gigabytes(size)} to come, {spec.keep_checkpoints} kept"
     # An old one goes after the new one has come.
     needed = size * min(count, spec.keep_checkpoints + 1)
     if every := experiment.snapshot_every_steps:
-        count, size = last // every - done // every, _bytes(experiment.power_averages(experiment.abstract_state()))
+        count, size = last // every - done // every, num_bytes(experiment.power_averages(experiment.abstract_state()))
         text += f", {count} snapshots of averages of {_gigabytes(size)}, all kept"
         needed += count * size
     return f"{what}{text}", needed
-
-
-def _bytes(arrays: Any) -> int:
-    return sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(arrays))
 
 
 def _time(experiment: Experiment, num_steps: int, rate: float | None) -> str:

@@ -18,9 +18,10 @@ from typing import Any
 
 from absl import flags
 
-from mscm import cli, run_flags
+from mscm import cli, process_flags, run_flags
 
-flags.adopt_module_key_flags(run_flags)  # so that --help lists them
+for module in (run_flags, process_flags):  # so that --help lists them
+    flags.adopt_module_key_flags(module)
 
 ONCE = flags.DEFINE_bool("once", False, "Score the checkpoints that are there, and end.")
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Score the checkpoint of this step, and nothing else.")
@@ -39,14 +40,13 @@ SAVE_EVERY = flags.DEFINE_float(
 def main() -> None:
     """Scores what is new, prints all."""
     _refuse_flags_without_effect()
-    from mscm import averages, distributed, evaluation  # here and not above: --help must not wait for jax
+    from mscm import averages, distributed, evaluation, run_report  # here and not above: --help must not wait for jax
     from mscm.checkpoint import reading
     from mscm.config import ConfigError
     from mscm.evaluation_loop import Evaluation
     from mscm.experiment import build
 
-    if run_flags.DISTRIBUTED.value:
-        distributed.start(run_flags.DISTRIBUTED.value)
+    process_flags.start()
     experiment, workdir = build(run_flags.CONFIG.value).for_evaluation(), cli.path_of(run_flags.WORKDIR)
     experiment.mesh  # noqa: B018 refuses an attention that does not fit before hours of reference statistics
     chosen = averages.chosen(experiment, EMA.value)
@@ -70,6 +70,7 @@ def main() -> None:
         make = CHECKPOINT.value is None
         rows = [*rows, *job.ancestor_rows(evaluation.diffusion_samplers(experiment), make=make)]
         rows += job.real_rows(make=make)
+    run_report.update(workdir)
     if distributed.is_main():
         print(f"\nstep {step}\n{evaluation.result_table(rows)}\n\nall checkpoints: {job.scores_file}\n", flush=True)
 

@@ -574,6 +574,18 @@ def metrics_of(row: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in row.items() if isinstance(value, float)}
 
 
+def metric_names(row: dict[str, Any]) -> list[str]:
+    """The same by name, without deviations: the columns of a table."""
+    return [name for name in metrics_of(row) if not name.endswith("_std")]
+
+
+def newest_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of rows of one model those of the newest checkpoint of the newest training; none of none."""
+    rows = [row for row in rows if row["run"] == rows[-1]["run"]]
+    newest = max((row["step"] for row in rows), default=None)
+    return [row for row in rows if row["step"] == newest]
+
+
 def name_of(row: dict[str, Any]) -> str:
     """Of the pictures and events of a row, beside its step: those under other settings are others."""
     name = f"{row['model']}_{SamplerSpec.of_row(row).file_name}_{row['num_images']}_{row['labels']}"
@@ -590,7 +602,7 @@ def result_table(rows: list[dict[str, Any]]) -> str:
     """The scores as a person reads them: one line for each model and sampler, mean and deviation over seeds."""
     known = ("model", "sampler", "nfe", "num_images", "num_steps", "ema", "ema_error")
     several = any("ema" in row for row in rows)
-    metrics = [name for name in metrics_of(rows[0]) if not name.endswith("_std")]
+    metrics = metric_names(rows[0])
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(key) for key in known), []).append(row)

@@ -101,11 +101,15 @@ class Evaluation:
         waiting, scored = False, set()
         while True:
             steps = distributed.agree(self._steps())
-            for step in steps:
-                if step not in scored and self.score(
-                    self.experiment, self._workdir, step, evaluation.default_samplers(self.experiment)
-                ):
-                    scored.add(step)
+            specs = evaluation.default_samplers(self.experiment)
+            new = {
+                step
+                for step in steps
+                if step not in scored and self.score(self.experiment, self._workdir, step, specs)
+            }
+            if new:
+                run_report.update(self._workdir)
+            scored |= new
             if once or distributed.agree(bool(steps) and self._is_last(steps[-1])):
                 return
             if not waiting:
@@ -195,8 +199,6 @@ class Evaluation:
                     return []
                 for key in missing:
                     done[_key_of(key)] = self._make(model, params, key)
-                if missing and distributed.is_main():
-                    run_report.update(self._workdir)
                 if keeps and distributed.agree(self._lacks_best(run, step)):
                     self._keep_best(params, step, facts)
         return [done[_key_of(key)] for key in keys]
@@ -274,9 +276,8 @@ class Evaluation:
                 f"{self._workdir}: got no checkpoint that stayed long enough to be scored; keep more of them with "
                 "config.train.keep_checkpoints"
             )
-        rows = [row for row in rows if row["run"] == rows[-1]["run"]]
-        step = max(row["step"] for row in rows)
-        return step, [row for row in rows if row["step"] == step]
+        rows = evaluation.newest_rows(rows)
+        return rows[0]["step"], rows
 
     def ancestor_rows(self, specs: list[SamplerSpec], *, make: bool = True) -> list[dict[str, Any]]:
         """The rows of the newest checkpoint of all that the model comes from, oldest first, as `score`.
@@ -314,7 +315,6 @@ class Evaluation:
         if distributed.is_main():
             self._check_ours()
             cli.append_json_line(self.scores_file, row)
-            run_report.update(self._workdir)
         return [row]
 
     def _compare(self, gathered: Gathering | None) -> dict[str, float]:

@@ -57,6 +57,7 @@ LABELS = ("balanced", "uniform", "captions")  # in turn, or drawn independently,
 ALIGNMENTS = ("digits", "clip")
 FEATURE_NETWORKS = ("classifier", "pixels", *weights.SCORING)
 MAIN_AVERAGE = "main"  # what the others may not be called
+_ATTENDING = uvit.UViT | unet.UNet  # networks with a choice of kernels
 _EVAL_NUMBERS = {"num_images": 4, "batch_size": 1, "num_kept": 4}  # and the least that each may be
 
 
@@ -218,7 +219,7 @@ class Experiment:
 
     def for_any_device(self) -> "Experiment":
         """The same with a network that, traced without a mesh, is one program for devices of every kind."""
-        if not isinstance(self.model, uvit.UViT):
+        if not isinstance(self.model, _ATTENDING):
             return self
         return dataclasses.replace(self, model=self.model.clone(attention="xla"))
 
@@ -249,7 +250,7 @@ class Experiment:
         try:
             mesh = partition.make_mesh(self.mesh_sizes, self.devices)
             partition.check_batch_size(self.train.batch_size, self.train.num_microbatches, mesh)
-            if isinstance(self.model, uvit.UViT | unet.UNet):
+            if isinstance(self.model, _ATTENDING):
                 attention.check_device(self.model.attention, mesh.devices.flat[0])
         except ValueError as error:
             raise ConfigError(f"config {self.name!r}: {error}") from error

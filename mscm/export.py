@@ -10,40 +10,33 @@ loads it. JAX can run it for six months of its own releases; to keep a model lon
 
 from absl import flags
 
-from mscm import cli, run_flags
+from mscm import cli, run_flags, sampler_flags
 
-flags.adopt_module_key_flags(run_flags)  # so that --help lists them
+for module in (run_flags, sampler_flags):  # so that --help lists them
+    flags.adopt_module_key_flags(module)
 
 OUTPUT = flags.DEFINE_string("output", None, "File to write; what it is goes to FILE.json.")
-NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps. Default: a student's own; a teacher's largest.")
-SAMPLER = flags.DEFINE_string(
-    "sampler", None, "Such as ddim:eta=0.5, see README. Default: ddim for a student, a teacher's last in config.eval."
-)
-STEP = flags.DEFINE_integer("step", None, "Checkpoint to read. Default: the newest.")
-EMA = flags.DEFINE_string(
-    "ema", "main", "Average of the parameters: main, a name in config.ema.further, or a sigma_rel."
-)
-FORCE = flags.DEFINE_bool("force", False, "Export a student with a sampler that it was not trained for.")
 
 
 def main() -> None:
     """Checks, traces, writes."""
     import json  # here and not above: --help must not wait for jax
 
-    from mscm import atomic, averages, evaluation, exporting
+    from mscm import atomic, averages, exporting
     from mscm.checkpoint import reading
     from mscm.experiment import build
 
     experiment, workdir = build(run_flags.CONFIG.value).for_evaluation(), cli.path_of(run_flags.WORKDIR)
-    spec = evaluation.chosen_sampler(experiment, SAMPLER.value, NUM_STEPS.value, force=FORCE.value)
-    (average,) = averages.chosen(experiment, [EMA.value])
+    spec, average = sampler_flags.chosen(experiment)
     exporting.check(experiment)
     with reading(workdir) as checkpoints:
-        step = checkpoints.check(experiment.facts(), STEP.value)
+        step = checkpoints.check(experiment.facts(), sampler_flags.STEP.value)
         config = checkpoints.facts(step)["config"]
     output = cli.output_of(OUTPUT)
     content = exporting.serialised(experiment, averages.read(experiment, workdir, average, step), spec)
-    card = exporting.describe(experiment, spec, step=step, average=average or EMA.value, config=config, content=content)
+    card = exporting.describe(
+        experiment, spec, step=step, average=average or sampler_flags.EMA.value, config=config, content=content
+    )
     with atomic.writing(output) as file:
         file.write(content)
     atomic.write_text(f"{output}.json", json.dumps(card, indent=2) + "\n")

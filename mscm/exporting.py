@@ -12,7 +12,6 @@ nothing else depends on the device: to rounding the images are the same.
 
 import hashlib
 import importlib.util
-import math
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mscm import evaluation
+from mscm.checkpoint import num_bytes
 from mscm.config import ConfigError, run_hash
 from mscm.experiment import Experiment
 from mscm.sampling import SamplerSpec
@@ -47,11 +47,6 @@ def check(experiment: Experiment) -> None:
             f"{experiment.name}: got {size} bytes of parameters, expected at most {MAX_BYTES}, which is what one file "
             "of jax.export can hold; sample it with mscm.sample"
         )
-
-
-def num_bytes(params: Params) -> int:
-    """Of all parameters."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
 def serialised(experiment: Experiment, params: Params, spec: SamplerSpec) -> bytes:

@@ -12,8 +12,7 @@ from absl import flags
 
 from mscm import cli, run_flags
 
-for name in run_flags.REQUIRED:  # so that --help lists them
-    flags.declare_key_flag(name)
+flags.adopt_module_key_flags(run_flags)  # so that --help lists them
 
 FROM = flags.DEFINE_string(
     "from", None, "edm:FILE, where FILE is EDM's .pkl, or its state_dict() in a .pt, .pth or .npz."

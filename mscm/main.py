@@ -13,9 +13,11 @@ Where it ends because a loss or a gradient is not finite, --replay=STEP finds th
 
 from absl import flags
 
-from mscm import cli, run_flags
+from mscm import cli, process_flags, run_flags
 
-flags.adopt_module_key_flags(run_flags)  # so that --help lists them
+for module in (run_flags, process_flags):  # so that --help lists them
+    flags.adopt_module_key_flags(module)
+
 REPLAY = flags.DEFINE_integer("replay", None, "Repeat the steps before a divergence that was noticed at this one.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything, print what would happen, and write nothing.")
 
@@ -25,8 +27,7 @@ def main() -> None:
     from mscm import distributed, stopping, training_loop  # here and not above: --help must not wait for jax
     from mscm.experiment import build
 
-    if run_flags.DISTRIBUTED.value:
-        distributed.start(run_flags.DISTRIBUTED.value)
+    process_flags.start()
     experiment, workdir = build(run_flags.CONFIG.value), cli.path_of(run_flags.WORKDIR)
     if REPLAY.value is not None:
         from mscm.replay import replay

@@ -43,7 +43,7 @@ VERIFY = flags.DEFINE_bool("verify", False, "Write nothing; read a finished spli
 def main() -> None:
     """Lists, transforms, writes; or verifies."""
     from mscm.config import ConfigError
-    from mscm.data import records
+    from mscm.data import records, t5
 
     if TEXT_ENCODER.value is not None and not CAPTIONS.value:
         raise ConfigError("--text_encoder: got it without --captions, expected both")
@@ -54,7 +54,7 @@ def main() -> None:
         if TEXT_ENCODER.value is None:
             _prepare()
             return
-        encoder = _text_encoder()
+        encoder = t5.load(TEXT_ENCODER.value, length=TEXT_LENGTH.value)
         # Of a split that is there already, or was when this was killed.
         if not records.card_path(cli.given(OUTPUT), _split_name()).exists():
             _prepare()
@@ -87,14 +87,8 @@ def _prepare() -> None:
         what = f"{len(files.class_names)} classes"
     logging.info("%d images and %s in %s", len(files.entries), what, files.path)
     with terminal.Progress(f"{OUTPUT.value}/{_split_name()}", len(files.entries)) as progress:
-
-        def report(done: int, total: int, seconds: float, done_now: int) -> None:
-            del total, seconds
-            progress.reach(done, before=done - done_now)
-
         card = preparation.prepare(
-            files, output, settings, split=_split_name(), num_workers=WORKERS.value, report=report,
-            report_every_seconds=1.0,
+            files, output, settings, split=_split_name(), num_workers=WORKERS.value, report=progress.reach
         )
     counts = card.class_counts
     of_classes = "" if CAPTIONS.value else f" of {len(counts)} classes ({min(counts)} to {max(counts)} in each)"
@@ -104,12 +98,6 @@ def _prepare() -> None:
     )
     for broken in card.broken:
         print(f"broken: {broken}")
-
-
-def _text_encoder() -> Any:
-    from mscm.data import t5
-
-    return t5.load(cli.given(TEXT_ENCODER), length=TEXT_LENGTH.value)
 
 
 def _embed(encoder: Any) -> None:
@@ -122,16 +110,8 @@ def _embed(encoder: Any) -> None:
         raise ValueError(f"{OUTPUT.value}: got split {_split_name()!r} without captions; prepare it again with them")
     captions = [text for said in source.captions for text in said]
     with terminal.Progress(f"{OUTPUT.value}/{_split_name()}", len(captions), "captions") as progress:
-        before: int | None = None  # shards that an earlier run has made are reported too
-
-        def report(done: int, total: int) -> None:
-            del total
-            nonlocal before
-            before = done if before is None else before
-            progress.reach(done, before=before)
-
         card = embeddings.write(
-            output, _split_name(), captions, source.card.captions_sha256, encoder, report=report
+            output, _split_name(), captions, source.card.captions_sha256, encoder, report=progress.reach
         )
     print(f"{card.num_captions} captions as {card.encoder} reads them, {card.features} features: {OUTPUT.value}")
 

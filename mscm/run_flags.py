@@ -5,7 +5,4 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits_cd4.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, scores, pictures.")
-DISTRIBUTED = flags.DEFINE_string(
-    "distributed", None, "One of several processes: auto (TPU pod, SLURM, Kubernetes), or HOST:PORT,PROCESSES,INDEX."
-)
 REQUIRED = ("config", "workdir")

@@ -17,13 +17,13 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
-from mscm import atomic, evaluation, failures, terminal
+from mscm import atomic, distributed, evaluation, failures, terminal
 from mscm.arrays import read_npz
 from mscm.checkpoint import reading
 from mscm.config import ConfigError, flat, read_config
 from mscm.report import charts, events, page
 
-_MAX_SCORES_BYTES, _MAX_SAMPLES_BYTES, _MAX_GRID_BYTES = 2**26, 2**26, 500_000
+_MAX_SCORES_BYTES, _MAX_SAMPLES_BYTES = 2**26, 2**26
 _MAX_SESSIONS, _MAX_PHASES, _MAX_METRICS = 60, 16, 12
 _GRIDS, _IMAGES, _IMAGE_SIDE = 8, 10, 64  # checkpoints, images of each, pixels
 _SMALLEST_SIDE = 32  # pixels of an image on the page
@@ -71,7 +71,12 @@ def write(workdir: str) -> str:
 
 
 def update(workdir: str) -> None:
-    """The same at the end of other work, which must not fail for a page: a warning says what was in the way."""
+    """The same at the end of other work, which must not fail for a page: a warning says what was in the way.
+
+    Of several processes the main one writes.
+    """
+    if not distributed.is_main():
+        return
     try:
         logging.info("Report: %s", write(workdir))
     except Exception as error:
@@ -158,22 +163,24 @@ class _Scores:
             model = images[-1]["model"]
         own = [row for row in images if row["model"] == model]
         self.model, self.own, self.newest, self.others, self.real = model, [], [], [], None
-        self.metrics: list[str] = []
         last = own[-1] if own else {}
-        self.metrics = [name for name in evaluation.metrics_of(last) if not name.endswith("_std")][:_MAX_METRICS]
+        self.metrics = evaluation.metric_names(last)[:_MAX_METRICS]
         if not self.metrics:
             return
+        images = [row for row in images if self._has_numbers(row)]
         same = [row for row in images if all(row[key] == last[key] for key in ("identity", "num_images", "labels"))]
         self.own = [row for row in same if row["model"] == model and row["run"] == last["run"]]
-        step = max(row["step"] for row in self.own)
-        self.newest = [row for row in self.own if row["step"] == step]
+        self.newest = evaluation.newest_rows(self.own)
         for other in dict.fromkeys(row["model"] for row in same if row["model"] != model):
-            rows = [row for row in same if row["model"] == other]
-            rows = [row for row in rows if row["run"] == rows[-1]["run"]]
-            newest = max(row["step"] for row in rows)
-            self.others += sorted((row for row in rows if row["step"] == newest), key=lambda row: row["nfe"])
+            rows = evaluation.newest_rows([row for row in same if row["model"] == other])
+            self.others += sorted(rows, key=lambda row: row["nfe"])
         real = [row for row in self.rows if row["labels"] is None and row["identity"] == last["identity"]]
+        real = [row for row in real if self._has_numbers(row)]
         self.real = real[-1] if real else None
+
+    def _has_numbers(self, row: dict[str, Any]) -> bool:
+        """Whether the metrics that a row has are numbers."""
+        return all(isinstance(row.get(name, 0.0), float) for name in self.metrics)
 
     @property
     def metric(self) -> str:
@@ -203,10 +210,7 @@ class _Scores:
         by_nfe = _lines(shown, _method_of, "nfe", self.metric)
         yield page.columns(
             charts.chart(f"{self.metric} by training step", by_step, x_label="step", marks=True, level=level),
-            charts.chart(
-                f"{self.metric} by number of function evaluations", by_nfe, x_label="function evaluations (NFE)",
-                log2_x=True, marks=True, level=level,
-            ),
+            charts.by_nfe(self.metric, by_nfe, level=level),
         )
         last = self.newest[-1]
         yield page.table(
@@ -321,12 +325,8 @@ def _samples(workdir: str, scores: _Scores) -> Iterator[str]:
         )
         yield page.columns(*figures)
     grid = os.path.join(workdir, "report", "samples.png")
-    if 0 < _size(grid) <= _MAX_GRID_BYTES:
-        try:
-            data = epath.Path(grid).read_bytes()
-            yield page.png(data, title="At the end of training", alt="A grid of samples, the teacher's beside them")
-        except ValueError as error:
-            logging.warning("%s is not in the report: %s", grid, error)
+    if _size(grid):
+        yield page.picture(grid, title="At the end of training", alt="A grid of samples, the teacher's beside them")
 
 
 def _read_samples(workdir: str, row: dict[str, Any]) -> UInt8[np.ndarray, "n h w c"] | None:

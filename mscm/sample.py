@@ -14,20 +14,13 @@ from typing import Any
 
 from absl import flags
 
-from mscm import cli, run_flags, terminal
+from mscm import cli, run_flags, sampler_flags, terminal
 
-flags.adopt_module_key_flags(run_flags)  # so that --help lists them
+for module in (run_flags, sampler_flags):  # so that --help lists them
+    flags.adopt_module_key_flags(module)
 
 OUTPUT = flags.DEFINE_string("output", None, "FILE.png, FILE.npz or a folder. Default: WORKDIR/samples.png")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 50, "Number of images.", lower_bound=1)
-NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps. Default: a student's own; a teacher's largest.")
-SAMPLER = flags.DEFINE_string(
-    "sampler", None, "Such as ddim:eta=0.5, see README. Default: ddim for a student, a teacher's last in config.eval."
-)
-STEP = flags.DEFINE_integer("step", None, "Checkpoint to read. Default: the newest.")
-EMA = flags.DEFINE_string(
-    "ema", "main", "Average of the parameters: main, a name in config.ema.further, or a sigma_rel."
-)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**31 - 1)
 LABELS = flags.DEFINE_list("labels", None, "Class indices, repeated as needed. Default: all classes in turn.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; several times for several, which are repeated as needed.")
@@ -36,7 +29,6 @@ TEXT_ENCODER = flags.DEFINE_string(
     "text_encoder", None, "Directory of the text encoder, where the model was trained on what one makes of captions."
 )
 TEACHER = flags.DEFINE_bool("teacher", False, "In a grid, a student's teacher beside it, from the same noise.")
-FORCE = flags.DEFINE_bool("force", False, "Sample a student with a sampler that it was not trained for.")
 
 
 def main() -> None:
@@ -49,8 +41,7 @@ def main() -> None:
     from mscm.report import grid
 
     experiment, workdir = build(run_flags.CONFIG.value).for_evaluation(), cli.path_of(run_flags.WORKDIR)
-    spec = evaluation.chosen_sampler(experiment, SAMPLER.value, NUM_STEPS.value, force=FORCE.value)
-    (average,) = averages.chosen(experiment, [EMA.value])
+    spec, average = sampler_flags.chosen(experiment)
     if OUTPUT.value is None:
         output = os.path.join(workdir, "samples.png")
     else:
@@ -61,7 +52,7 @@ def main() -> None:
         )
     shown = _what_to_show(experiment)
 
-    models = [(experiment, averages.read(experiment, workdir, average, STEP.value), spec)]
+    models = [(experiment, averages.read(experiment, workdir, average, sampler_flags.STEP.value), spec)]
     if TEACHER.value:
         teacher, directory, _ = experiment.lineage(workdir)[0]
         of_teacher = evaluation.diffusion_samplers(experiment)[-1]

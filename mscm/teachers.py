@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 from flax.traverse_util import unflatten_dict
 
 from mscm import atomic
 from mscm.arrays import read_npz
-from mscm.checkpoint import Checkpoints, reading
+from mscm.checkpoint import Checkpoints, is_there, reading
 from mscm.config import ConfigError
 from mscm.experiment import Experiment
 from mscm.models import unet
@@ -80,7 +79,7 @@ def import_teacher(experiment: Experiment, origin: str, path: str, workdir: str)
     """
     if origin not in ORIGINS:
         raise ConfigError(f"--from: got origin {origin!r}, expected one of {', '.join(ORIGINS)}, as in edm:FILE.pkl")
-    if (epath.Path(workdir) / "checkpoints").is_dir():
+    if is_there(workdir):
         with reading(workdir) as checkpoints:
             if checkpoints.steps() or checkpoints.damaged:
                 raise ConfigError(f"--workdir: got {workdir!r}, which has checkpoints, expected another directory")
@@ -148,7 +147,8 @@ def _check_arguments(experiment: Experiment, class_name: str, arguments: dict[st
             "begins with edm-, not with baseline-"
         )
     given: dict[str, Any] = _DEFAULTS["EDMPrecond"] | arguments
-    given = _DEFAULTS.get(given["model_type"], {}) | given
+    of_type = next((values for name, values in _DEFAULTS.items() if name == given["model_type"]), {})
+    given = of_type | given
     given = {name: value for name, value in given.items() if name not in _OF_TRAINING}
     ours = _arguments(experiment)
     differing = [
@@ -164,7 +164,8 @@ def _check_arguments(experiment: Experiment, class_name: str, arguments: dict[st
 
 
 def _comparable(name: str, value: Any) -> Any:
-    return sorted(value) if name == "attn_resolutions" and isinstance(value, list) else value
+    # As texts: a file may hold what cannot be sorted.
+    return sorted(map(repr, value)) if name == "attn_resolutions" and isinstance(value, list) else value
 
 
 def _arguments(experiment: Experiment) -> dict[str, Any]:

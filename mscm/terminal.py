@@ -108,7 +108,7 @@ class Progress(Line):
         self._done += count
         self._log()
 
-    def reach(self, done: int, *, before: int) -> None:
+    def reach(self, done: int, before: int) -> None:
         """So many are done in all, `before` of them before this work began; the log says the end too."""
         self._done, self._before = done, before
         self._log(always=done >= self._total)

@@ -15,7 +15,16 @@ from clu import parameter_overview
 from etils import epath
 
 from mscm import atomic, distributed, evaluation, failures, planning, run_report, stopping, terminal
-from mscm.checkpoint import SNAPSHOTS, CheckpointError, Checkpoints, reading, set_damaged_aside, snapshots
+from mscm.checkpoint import (
+    CHECKPOINTS,
+    SNAPSHOTS,
+    CheckpointError,
+    Checkpoints,
+    is_there,
+    reading,
+    set_damaged_aside,
+    snapshots,
+)
 from mscm.config import ConfigError, differences
 from mscm.data import pipeline, sources
 from mscm.evaluation_loop import Evaluation
@@ -63,11 +72,9 @@ def reporting(workdir: str) -> Iterator[None]:
     try:
         yield
     except (stopping.Stopped, FloatingPointError):
-        if distributed.is_main():
-            run_report.update(workdir)
-        raise
-    if distributed.is_main():
         run_report.update(workdir)
+        raise
+    run_report.update(workdir)
 
 
 def make_directory(workdir: str) -> None:
@@ -77,7 +84,7 @@ def make_directory(workdir: str) -> None:
       ConfigError: it cannot be one.
     """
     folder = epath.Path(workdir)
-    for path in (folder, folder / "checkpoints"):
+    for path in (folder, folder / CHECKPOINTS):
         if path.exists() and not path.is_dir():
             raise ConfigError(f"--workdir: got {str(path)!r}, which is a file, expected a directory to write to")
     try:
@@ -98,12 +105,12 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
                 checkpoints.check(member.experiment.facts())
             continue
         member.experiment.read_features()  # refuses what is not there
-        if (epath.Path(member.workdir) / "checkpoints").is_dir():
+        if is_there(member.workdir):
             with reading(member.workdir) as checkpoints:
                 if checkpoints.steps() or checkpoints.damaged:
                     check_config(member, checkpoints)
                     checkpoints.check(checkpoint_facts(member.experiment, source))
-        if (epath.Path(member.workdir) / SNAPSHOTS).is_dir():  # of this training, or they would be mixed with its own
+        if is_there(member.workdir, SNAPSHOTS):  # of this training, or they would be mixed with its own
             with reading(member.workdir, SNAPSHOTS) as taken:
                 if taken.steps():
                     check_config(member, taken)
@@ -394,7 +401,7 @@ class Progress(terminal.Line):
         now = time.monotonic()
         rate = self.rate = (step - self._step) / (now - self._time)
         scalars |= {
-            "steps_per_second": rate,
+            RATE: rate,
             "images_per_second": rate * spec.batch_size,
             "data_wait_fraction": self._waited / (now - self._time),
         }

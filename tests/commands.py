@@ -28,9 +28,10 @@ def run(name: str, *words: str) -> int:
         patch.setattr(sys, "argv", [module, *words])
         patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back
         patch.setattr(stopping, "_asked", None)
-        for other in (module, "mscm.run_flags"):  # they define flags
-            patch.delitem(sys.modules, other, raising=False)
-        patch.delattr(mscm, "run_flags", raising=False)
+        patch.delitem(sys.modules, module, raising=False)
+        for other in ("run_flags", "process_flags", "sampler_flags"):  # they define flags, as the command does
+            patch.delitem(sys.modules, f"mscm.{other}", raising=False)
+            patch.delattr(mscm, other, raising=False)
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as ended:

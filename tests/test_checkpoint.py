@@ -171,3 +171,14 @@ def test_a_copy_of_the_average_alone_has_checksums(tmp_path):
     path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
     with reading(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="has other bytes than it was written"):
         checkpoints.restore_ema(jax.eval_shape(lambda: state.ema))
+
+
+def test_a_changed_snapshot_may_be_removed(tmp_path):
+    """Training does not move it aside, and no flag names another."""
+    state = _state(6)
+    with snapshots(tmp_path) as taken:
+        taken.save_snapshot(6, {"short": state.ema}, _facts(state))
+    path = max((tmp_path / SNAPSHOTS / "6" / "ema_short").rglob("d/*"), key=lambda file: file.stat().st_size)
+    path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+    with reading(tmp_path, SNAPSHOTS) as taken, pytest.raises(CheckpointError, match="; bring back .* or remove it: "):
+        taken.restore_ema(jax.eval_shape(lambda: state.ema), name="short")

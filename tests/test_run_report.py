@@ -150,6 +150,9 @@ def test_files_of_any_origin(tmp_path):
         ROW | {"model": HOSTILE, "labels": "../../../../outside", "fd_classifier": 2.0},
         ROW | {"model": HOSTILE, "fd_classifier": float("nan"), HOSTILE: float("inf")},
         REAL | {"model": [HOSTILE], "fd_classifier": 1.0},
+        ROW | {"model": HOSTILE, "step": 300, "fd_classifier": HOSTILE},
+        ROW | {"model": HOSTILE, "fd_classifier": 3.0},
+        REAL | {"fd_classifier": [1.0]},
     ]
     (workdir / "eval" / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (workdir / "report" / "samples.png").write_bytes(b"<svg onload=alert(1)>" + bytes(99))

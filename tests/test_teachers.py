@@ -212,6 +212,11 @@ def test_another_network_is_refused_with_all_that_differs(experiment_of):
         }),
         (dict(new_kind="x"), {"new_kind: got 'x', expected 'nothing' (config.model.name)"}),
         (dict(sigma_data=1.0), {"sigma_data: got 1.0, expected 0.5 (config.prediction)"}),
+        # What cannot be sorted or be a name.
+        (dict(attn_resolutions=["a", 1, None]), {
+            "attn_resolutions: got ['a', 1, None], expected [4] (config.model.attention_resolutions)"
+        }),
+        (dict(model_type=["x"]), {"model_type: got ['x'], expected 'SongUNet' (config.model.name)"}),
     ):
         with open("net.pkl", "wb") as file:
             file.write(pickled({"model.w": np.zeros(1)}, **arguments | changes))

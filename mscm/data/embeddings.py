@@ -29,7 +29,7 @@ _AT_A_TIME = 64  # captions that the encoder is given
 
 # Captions -> what each becomes, `tokens features` with its own number of tokens
 Encode = Callable[[Sequence[str]], list[Float16[np.ndarray, "_ e"]]]
-ReportFn = Callable[[int, int], None]  # captions done, captions in all
+ReportFn = Callable[[int, int], None]  # captions done, and those of them that were done before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +83,17 @@ def write(
         raise ValueError(f"{card_path(directory, split)} exists already; remove it to embed the captions again")
     count = -(-len(captions) // _PER_SHARD)
     of_all = [encoder.name, encoder.fingerprint, encoder.length, captions_sha256, count]
-    notes = []
+    notes, before = [], 0
     for i in range(count):
         start, stop = i * _PER_SHARD, min(len(captions), (i + 1) * _PER_SHARD)
         path = Path(directory) / f"{split}-text-{i:05d}-of-{count:05d}.array_record"
         note = _read_note(path, of_all)
         if note is None:
             note = _write_shard(path, of_all, captions[start:stop], encoder)
+        else:
+            before += stop - start
         notes.append(note)
-        report(stop, len(captions))
+        report(stop, before)
     card = Card(
         encoder=encoder.name,
         encoder_fingerprint=encoder.fingerprint,

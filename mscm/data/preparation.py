@@ -32,8 +32,8 @@ from mscm.data.folders import ImageFiles
 from mscm.data.shards import writing_shard
 from mscm.data.tfds_source import TfdsFiles
 
-# (images done, images in all, seconds of this run, images done in this run)
-ReportFn = Callable[[int, int, float, int], None]
+# Images done, and those of them that were done before.
+ReportFn = Callable[[int, int], None]
 
 # Images in a shard: so many shards that all cores have work, each large enough to be worth a file.
 _NUM_SHARDS, _MIN_SHARD, _MAX_SHARD = 64, 256, 8192
@@ -88,7 +88,7 @@ def prepare(
     split: str,
     num_workers: int,
     report: ReportFn,
-    report_every_seconds: float = 10.0,
+    report_every_seconds: float = 1.0,
 ) -> records.Card:
     """Writes the split `split` of `output`, or what is missing of it.
 
@@ -122,8 +122,8 @@ def _prepare(
         leftover.unlink()
     notes = {shard: note for shard in shards if (note := _read_note(shard, settings)) is not None}
     waiting = [shard for shard in shards if shard not in notes]
-    total, before = len(files.entries), sum(shard.stop - shard.start for shard in notes)
-    started = reported = time.monotonic()
+    before = sum(shard.stop - shard.start for shard in notes)
+    reported = time.monotonic()
     # spawn: a fork of a process that has threads can hang.
     context = multiprocessing.get_context("spawn")
     counter, stop = context.Value("q", 0), context.Event()
@@ -140,7 +140,7 @@ def _prepare(
                     notes[running.pop(future)] = future.result()
                 now = time.monotonic()
                 if not running or now - reported >= report_every_seconds:
-                    report(before + counter.value, total, now - started, counter.value)
+                    report(before + counter.value, before)
                     reported = now
         except concurrent.futures.process.BrokenProcessPool as error:
             raise processes.Died(

@@ -15,13 +15,14 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from mscm import cli
+from mscm import cli, process_flags
+
+flags.adopt_module_key_flags(process_flags)  # so that --help lists it
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/imagenet64_cd8.py.")
 OUTPUT = flags.DEFINE_string("output", None, "File to write, .npz.")
 IMPORT = flags.DEFINE_string("import", None, "File of ADM's or pytorch-fid's form to take the statistics from.")
 COUNT = flags.DEFINE_integer("count", None, "Number of images behind an imported file.", lower_bound=2)
-DISTRIBUTED = flags.DEFINE_string("distributed", None, "One of several processes, as of mscm.main.")
 TRANSFORM = flags.DEFINE_string("transform", None, "How the images behind an imported file were resized, if known.")
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     """Computes or imports, and writes."""
     import os  # here and not above: --help must not wait for jax
 
-    from mscm import distributed, evaluation
+    from mscm import evaluation
     from mscm.config import ConfigError
     from mscm.experiment import build
     from mscm.metrics import reference_statistics
@@ -42,8 +43,7 @@ def main() -> None:
     if IMPORT.value is not None and COUNT.value is None:
         raise ConfigError("--count: got none, expected the number of images behind the imported file")
     output = cli.output_of(OUTPUT)
-    if DISTRIBUTED.value:
-        distributed.start(DISTRIBUTED.value)
+    process_flags.start()
     experiment = build(CONFIG.value)
     try:
         network = evaluation.make_network(experiment, os.path.dirname(output))

@@ -85,6 +85,14 @@ def chart(
     return f"<figure><figcaption>{escape(title)}</figcaption>{picture}{legend}{note}</figure>"
 
 
+def by_nfe(metric: str, lines: Sequence[Line], *, level: tuple[str, float] | None) -> str:
+    """The figure that compares samplers and methods: a metric over what an image costs."""
+    return chart(
+        f"{metric} by number of function evaluations", lines, x_label="function evaluations (NFE)", log2_x=True,
+        marks=True, level=level,
+    )
+
+
 def _finite(line: Line) -> Line:
     spreads = line.spread or [None] * len(line.x)
     points = [point for point in zip(line.x, line.y, spreads, strict=True) if abs(point[0]) + abs(point[1]) < _LARGEST]

@@ -76,7 +76,7 @@ def read(folder: str | os.PathLike) -> Events:
             sessions.append(
                 Session(times[0], max(times), min(steps, default=None), max(steps, default=None), hardware)
             )
-    return Events(scalars, sorted(sessions))
+    return Events(scalars, sorted(sessions, key=lambda session: session.started))
 
 
 def _events(data: bytes) -> Iterator[Event]:

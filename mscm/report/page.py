@@ -14,12 +14,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
 from mscm.report.table import is_numeric
 
-_MAX_TEXT = 300  # characters of one text
+_MAX_TEXT, _MAX_PARAGRAPH = 300, 4000  # characters of one text
+_MAX_PICTURE_BYTES = 2_000_000
 _MAX_ROWS = 400
 
 # Okabe and Ito's colours, which people tell apart however they see colours, darker or lighter against the background.
@@ -72,11 +74,11 @@ th { color: var(--soft); font-weight: 600 }
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def escape(text: Any) -> str:
+def escape(text: Any, *, limit: int = _MAX_TEXT) -> str:
     """Text as it may stand in a page and in an attribute, cut where it is very long."""
     text = str(text)
-    if len(text) > _MAX_TEXT:
-        text = f"{text[:_MAX_TEXT]} ..."
+    if len(text) > limit:
+        text = f"{text[:limit]} ..."
     # Not what no file may hold: control characters, and halves of a character.
     text = "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
     return html.escape(text)
@@ -121,7 +123,7 @@ def columns(*parts: str) -> str:
 
 def text(words: str) -> str:
     """A paragraph."""
-    return f"<p>{escape(words)}</p>"
+    return f"<p>{escape(words, limit=_MAX_PARAGRAPH)}</p>"
 
 
 def facts(values: Mapping[str, Any]) -> str:
@@ -158,14 +160,14 @@ def image(pixels: UInt8[np.ndarray, "h w c"], *, title: str, alt: str) -> str:
     return _figure("pixels", file.getvalue(), title, alt)
 
 
-def png(data: bytes, *, title: str, alt: str) -> str:
-    """The bytes of a PNG file, on which there may be letters, as a part of the page itself.
-
-    Raises:
-      ValueError: they are of something else.
-    """
+def picture(path: str, *, title: str, alt: str) -> str:
+    """A PNG file, on which there may be letters, as a part of the page itself; one that is too large is named."""
+    file = epath.Path(path)
+    if file.stat().length > _MAX_PICTURE_BYTES:
+        return text(f"{title}: see {path}")
+    data = file.read_bytes()
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 33:
-        raise ValueError("got bytes that are no PNG")
+        return text(f"{title}: {path} is no PNG")
     return _figure("wide", data, title, alt)
 
 

@@ -1,6 +1,7 @@
 """Event files for TensorBoard, with the method names of clu's metric writers (which import TensorFlow)."""
 
 import os
+import re
 import time
 from collections.abc import Mapping
 
@@ -65,6 +66,8 @@ class Writer:
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Scalars by name at `step`."""
         for name, value in scalars.items():
+            # As tensorboardX does, which would log a line for each.
+            name = re.sub(r"[^-/\w.]", "_", name).lstrip("/")
             self._write(step, summary=summary.scalar(name, float(value)))
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:

@@ -90,8 +90,22 @@ def test_an_image_is_in_the_page(channels):
     with Image.open(io.BytesIO(data)) as image:
         np.testing.assert_array_equal(np.asarray(image).reshape(5, 7, channels), pixels)
     assert 'width="7" height="5" alt="a"' in text
-    with pytest.raises(ValueError, match="no PNG"):
-        page.png(b"\x89PNG", title="t", alt="a")
+
+
+def test_a_file_is_in_the_page_or_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.zeros((5, 7), np.uint8)).save(path)
+    assert 'class="wide"' in page.picture(str(path), title="t", alt="a")
+    with monkeypatch.context() as patch:
+        patch.setattr(page, "_MAX_PICTURE_BYTES", 60)
+        assert page.picture(str(path), title="t", alt="a") == f"<p>t: see {path}</p>"
+    path.write_bytes(b"\x89PNG")
+    assert page.picture(str(path), title="t", alt="a") == f"<p>t: {path} is no PNG</p>"
+
+
+def test_a_paragraph_is_longer_than_a_cell():
+    assert page.text("a" * 1000) == f"<p>{'a' * 1000}</p>"
+    assert len(page.text("a" * 99999)) < 5000 and "a" * 301 not in page.table(["n"], [["a" * 1000]], title="t")
 
 
 def test_nothing_is_shown_of_nothing():

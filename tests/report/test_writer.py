@@ -20,6 +20,13 @@ def test_scalars_and_images_are_in_the_event_file(tmp_path):
     assert all(value in content for value in values)
 
 
+def test_names_are_those_that_tensorboard_takes(tmp_path, caplog):
+    """Without a line of tensorboardX for each."""
+    with caplog.at_level("INFO"), Writer(tmp_path) as writer:
+        writer.write_scalars(3, {"fid/digits_teacher, guidance 1_ddim:eta=0.5": 0.5})
+    assert scalars(tmp_path) == [(3, "fid/digits_teacher__guidance_1_ddim_eta_0.5", 0.5)] and not caplog.records
+
+
 def test_close_writes_what_is_left(tmp_path):
     """For those who hold a writer without a block; twice is as good as once."""
     writer = Writer(tmp_path)

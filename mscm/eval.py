@@ -14,11 +14,14 @@ fit the devices, each of them has a copy of the parameters.
 """
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from mscm import cli, process_flags, run_flags
+
+if TYPE_CHECKING:
+    from mscm.experiment import Experiment
 
 for module in (run_flags, process_flags):  # so that --help lists them
     flags.adopt_module_key_flags(module)
@@ -88,7 +91,7 @@ def _refuse_flags_without_effect() -> None:
         raise ConfigError("--images: got an empty name, expected a folder, zip or tar of images, or an .npz")
 
 
-def _score_images(experiment: Any, workdir: str) -> None:
+def _score_images(experiment: "Experiment", workdir: str) -> None:
     """Prints a table of one line, and writes the line to a file beside the other scores."""
     from mscm import distributed, evaluation
     from mscm.config import ConfigError

@@ -13,11 +13,14 @@ Uses all cores; killed, it continues where it was when it is run again. Then tra
 """
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
 from mscm import cli, terminal
+
+if TYPE_CHECKING:
+    from mscm.data.embeddings import Encoder
 
 SOURCE = flags.DEFINE_string("source", None, "Folder, zip or tar of images, or tfds:NAME.")
 OUTPUT = flags.DEFINE_string("output", None, "Directory to write to.")
@@ -100,7 +103,7 @@ def _prepare() -> None:
         print(f"broken: {broken}")
 
 
-def _embed(encoder: Any) -> None:
+def _embed(encoder: "Encoder") -> None:
     """Of all captions of a finished split."""
     from mscm.data import embeddings, records
 

@@ -10,11 +10,15 @@ any other name is a folder with one PNG per image. Image i depends on --seed, i 
 """
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from mscm import cli, run_flags, sampler_flags, terminal
+
+if TYPE_CHECKING:
+    from mscm.evaluation import Shown
+    from mscm.experiment import Experiment
 
 for module in (run_flags, sampler_flags):  # so that --help lists them
     flags.adopt_module_key_flags(module)
@@ -105,7 +109,7 @@ def _lines(path: str | None) -> list[str]:
     return [line for line in lines if line]
 
 
-def _what_to_show(experiment: Any) -> Any:  # of types that are imported late
+def _what_to_show(experiment: "Experiment") -> "Shown":
     """The labels or captions of the images that the flags ask for.
 
     Raises:

@@ -10,12 +10,15 @@ know it). The result says data set, split, transform, resolution, count and netw
 images: --config.eval.reference=imagenet64.npz. Killed, it continues where it was.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
 
 from mscm import cli, process_flags
+
+if TYPE_CHECKING:
+    from mscm.metrics.reference_statistics import Reference
 
 flags.adopt_module_key_flags(process_flags)  # so that --help lists it
 
@@ -61,7 +64,7 @@ def main() -> None:
         raise ConfigError(f"{error.filename or output}: {error.strerror or error}") from error
 
 
-def _write(reference: Any, output: str) -> None:
+def _write(reference: "Reference", output: str) -> None:
     """By one process, and says so."""
     from mscm import distributed
     from mscm.metrics import reference_statistics

@@ -8,13 +8,22 @@ import math
 import os
 import zipfile
 from collections.abc import Collection
-from typing import IO
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
 
 MAX_GROWTH = 100  # compressed images of one colour
 _PIECE = 2**24  # bytes: an archive's member is read through a copy
+
+
+@runtime_checkable
+class _Readable(Protocol):
+    """A file, or a member of an archive."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def tell(self) -> int: ...
 
 
 def read_npz(path: str | os.PathLike, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
@@ -71,7 +80,7 @@ def read_npy(path: str | os.PathLike) -> np.ndarray:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def _read(file: IO[bytes], size: int) -> np.ndarray:
+def _read(file: _Readable, size: int) -> np.ndarray:
     """The array at the start of a file of `size` bytes."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):

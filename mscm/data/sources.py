@@ -253,7 +253,7 @@ def _synthetic(*, split: str, resolution: int | None, channels: int | None, num_
     if num_bytes > _MAX_SYNTHETIC:
         raise ValueError(f"source 'synthetic': got {num_bytes} bytes of pixels, expected at most {_MAX_SYNTHETIC}")
     rng = np.random.RandomState(0)
-    pixels = rng.randint(0, 256, (1024, resolution, resolution, channels), np.uint8)
+    pixels = rng.randint(0, 256, (1024, resolution, resolution, channels), dtype=np.uint8)
     labels = (np.arange(len(pixels)) % num_classes).astype(np.int32)
     return ArraySource("synthetic", split, pixels, labels, tuple(str(i) for i in range(num_classes)))
 

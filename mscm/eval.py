@@ -23,8 +23,8 @@ from mscm import cli, process_flags, run_flags
 if TYPE_CHECKING:
     from mscm.experiment import Experiment
 
-for module in (run_flags, process_flags):  # so that --help lists them
-    flags.adopt_module_key_flags(module)
+flags.adopt_module_key_flags(run_flags)  # so that --help lists them
+flags.adopt_module_key_flags(process_flags)
 
 ONCE = flags.DEFINE_bool("once", False, "Score the checkpoints that are there, and end.")
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Score the checkpoint of this step, and nothing else.")

@@ -12,8 +12,8 @@ from absl import flags
 
 from mscm import cli, run_flags, sampler_flags
 
-for module in (run_flags, sampler_flags):  # so that --help lists them
-    flags.adopt_module_key_flags(module)
+flags.adopt_module_key_flags(run_flags)  # so that --help lists them
+flags.adopt_module_key_flags(sampler_flags)
 
 OUTPUT = flags.DEFINE_string("output", None, "File to write; what it is goes to FILE.json.")
 

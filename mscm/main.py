@@ -15,8 +15,8 @@ from absl import flags
 
 from mscm import cli, process_flags, run_flags
 
-for module in (run_flags, process_flags):  # so that --help lists them
-    flags.adopt_module_key_flags(module)
+flags.adopt_module_key_flags(run_flags)  # so that --help lists them
+flags.adopt_module_key_flags(process_flags)
 
 REPLAY = flags.DEFINE_integer("replay", None, "Repeat the steps before a divergence that was noticed at this one.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything, print what would happen, and write nothing.")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mscm.evaluation import Shown
     from mscm.experiment import Experiment
 
-for module in (run_flags, sampler_flags):  # so that --help lists them
-    flags.adopt_module_key_flags(module)
+flags.adopt_module_key_flags(run_flags)  # so that --help lists them
+flags.adopt_module_key_flags(sampler_flags)
 
 OUTPUT = flags.DEFINE_string("output", None, "FILE.png, FILE.npz or a folder. Default: WORKDIR/samples.png")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 50, "Number of images.", lower_bound=1)

@@ -53,6 +53,9 @@ ALIGNMENTS = ("digits", "clip")
 FEATURE_NETWORKS = ("classifier", "pixels", *weights.SCORING)
 MAIN_AVERAGE = "main"  # what the others may not be called
 _ATTENDING = uvit.UViT | unet.UNet  # networks with a choice of kernels
+# What does not ask a teacher may be trained from nothing, but for multistep consistency training: as in its paper.
+STARTS_FROM_TEACHER = ("multistep_consistency", "tract", "progressive", "guided")
+NO_TEACHER = "config.teacher: got None, expected a section naming the diffusion model to start from"
 _EVAL_NUMBERS = {"num_images": 4, "batch_size": 1, "num_kept": 4}  # and the least that each may be
 
 
@@ -556,6 +559,8 @@ def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experim
         guidance_range=None if teacher is None else teacher.experiment.method.guidance_range,
     )
     method = make_method(objective, parts)
+    if teacher is None and method.distil:
+        raise ConfigError(NO_TEACHER)
     if method.guidance_range is not None and not method.distil:
         raise ConfigError(
             "config.objective.distil: got False, expected True: what the weight of guidance means only its teacher says"
@@ -848,10 +853,10 @@ def _check_teacher(config: ConfigDict, teacher: TeacherSpec | None) -> None:
     if name == "diffusion" and teacher is not None:
         raise ConfigError("config.teacher: got a teacher, expected None because config.objective is 'diffusion'")
     if teacher is None:
-        # A consistency model may be trained from nothing; all else starts from the weights of a diffusion model.
-        if name == "diffusion" or (name == "consistency" and not config.objective.get("distil")):
-            return
-        raise ConfigError("config.teacher: got None, expected a section naming the diffusion model to start from")
+        # Before the method is made: it would ask the teacher what is not there.
+        if name in STARTS_FROM_TEACHER or config.objective.get("distil"):
+            raise ConfigError(NO_TEACHER)
+        return
     if teacher.experiment.student_steps is not None and teacher.phase is None:
         got = teacher.experiment.name
         raise ConfigError(f"config.teacher.config: got {got!r}, expected the config of a diffusion model")

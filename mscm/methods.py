@@ -1,7 +1,7 @@
 """Objectives by their names in a config: what each reads of its section, and the loss that it makes of it.
 
-A new objective is one builder here, `(section, parts) -> Method`, in `OBJECTIVES`; its mathematics is a function of
-denoisers in `mscm/objectives/`.
+A new objective is one builder, `(section, parts) -> Method`, in `OBJECTIVES`: here, with its mathematics as a function
+of denoisers in `mscm/objectives/`, or in a file of its own (docs/extend/objective.md).
 """
 
 import dataclasses
@@ -162,7 +162,8 @@ def network(
     return apply
 
 
-def _example(parts: Parts, guidance_range: tuple[float, float] | None, batch: Batch, key: Key) -> Example:
+def example_of(parts: Parts, guidance_range: tuple[float, float] | None, batch: Batch, key: Key) -> Example:
+    """A batch as float images, flipped at random where the data is, with weights of guidance drawn from their range."""
     k_flip, k_dropout, *keys, k_guidance = jax.random.split(key, 5)
     x = transforms.to_float(batch["image"])
     x = transforms.random_flip(x, k_flip) if parts.flip else x
@@ -173,13 +174,13 @@ def _example(parts: Parts, guidance_range: tuple[float, float] | None, batch: Ba
     return Example(x, condition_of(batch), guidance, k_dropout, tuple(keys))
 
 
-def _denoiser(parts: Parts, params: Params, example: Example) -> Denoiser:
-    """In training: with dropout."""
+def denoiser_of(parts: Parts, params: Params, example: Example) -> Denoiser:
+    """`params` as a denoiser of the example, in training: with dropout, the same units in every call."""
     function = network(parts.model, params, guidance=example.guidance, dropout_key=example.k_dropout)
     return denoisers.make_denoiser(function, parts.schedule, parts.prediction, condition=example.condition)
 
 
-def _scaled(section: Section, distance: Distance, parts: Parts) -> Distance:
+def scaled(section: Section, distance: Distance, parts: Parts) -> Distance:
     """`distance`, on several scales where the section says so."""
     if section.take("multiscale") is None:
         return distance
@@ -193,21 +194,21 @@ def _scaled(section: Section, distance: Distance, parts: Parts) -> Distance:
 
 
 def _diffusion(section: Section, parts: Parts) -> Method:
-    distance = _scaled(section, section.choose("loss", DIFFUSION_LOSSES), parts)
+    distance = scaled(section, section.choose("loss", DIFFUSION_LOSSES), parts)
     label_dropout = section.number("label_dropout", minimum=0.0, below=1.0)
     noise = section.optional_section("noise")
     times = noise and noise.bind(functools.partial(lognormal_times, parts.schedule))
 
     def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
         del target, frozen, step
-        example = _example(parts, None, batch, key)
+        example = example_of(parts, None, batch, key)
         k_label, k_loss = example.keys
         if label_dropout:
             dropped = jax.random.bernoulli(k_label, label_dropout, example.x.shape[:1])
             null = parts.null_condition(len(example.x))
             example = example._replace(condition=_choose(dropped, null, example.condition))
         return diffusion_loss(
-            _denoiser(parts, params, example), parts.schedule, example.x, k_loss, times=times, distance=distance
+            denoiser_of(parts, params, example), parts.schedule, example.x, k_loss, times=times, distance=distance
         )
 
     return Method(loss_fn)
@@ -218,7 +219,7 @@ def _multistep_consistency(section: Section, parts: Parts) -> Method:
     distance = functools.partial(
         section.choose("distance", CONSISTENCY_DISTANCES), epsilon=section.number("huber_epsilon", minimum=0.0)
     )
-    distance = _scaled(section, distance, parts)
+    distance = scaled(section, distance, parts)
     grows = section.section("teacher_steps")
     teacher_steps = functools.partial(
         curriculum.teacher_steps,
@@ -230,10 +231,10 @@ def _multistep_consistency(section: Section, parts: Parts) -> Method:
 
     def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
         del target
-        example = _example(parts, parts.guidance_range, batch, key)
+        example = example_of(parts, parts.guidance_range, batch, key)
         current_steps = teacher_steps(step)
         loss, metrics = consistency_loss(
-            _denoiser(parts, params, example),
+            denoiser_of(parts, params, example),
             parts.teacher(frozen.teacher, example.condition, example.guidance) if distil else None,
             parts.schedule,
             example.x,
@@ -265,13 +266,13 @@ def _progressive(section: Section, parts: Parts) -> Method:
             f"config.objective.phase_steps: got {student_steps} steps after {teacher_steps}, expected half of them: "
             "progressive distillation makes one step of two"
         )
-    distance, solver = _scaled(section, section.choose("distance", SQUARED), parts), _solver(section)
+    distance, solver = scaled(section, section.choose("distance", SQUARED), parts), _solver(section)
 
     def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
         del target, step
-        example = _example(parts, parts.guidance_range, batch, key)
+        example = example_of(parts, parts.guidance_range, batch, key)
         return progressive_loss(
-            _denoiser(parts, params, example),
+            denoiser_of(parts, params, example),
             parts.teacher(frozen.teacher, example.condition, example.guidance),
             parts.schedule,
             example.x,
@@ -286,16 +287,16 @@ def _progressive(section: Section, parts: Parts) -> Method:
 
 def _tract(section: Section, parts: Parts) -> Method:
     teacher_steps, student_steps = _phase(section)
-    distance, solver = _scaled(section, section.choose("distance", SQUARED), parts), _solver(section)
+    distance, solver = scaled(section, section.choose("distance", SQUARED), parts), _solver(section)
     decay = section.number("self_teacher_decay", minimum=0.0, below=1.0)
 
     def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
         del step
-        example = _example(parts, parts.guidance_range, batch, key)
+        example = example_of(parts, parts.guidance_range, batch, key)
         return tract_loss(
-            _denoiser(parts, params, example),
+            denoiser_of(parts, params, example),
             parts.teacher(frozen.teacher, example.condition, example.guidance),
-            _denoiser(parts, target, example),
+            denoiser_of(parts, target, example),
             parts.schedule,
             example.x,
             example.keys[0],
@@ -328,16 +329,16 @@ def _consistency(section: Section, parts: Parts) -> Method:
     target_decay = decays and _consistency_target_decay(decays, grid, points_at)
 
     def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
-        example = _example(parts, parts.guidance_range, batch, key)
+        example = example_of(parts, parts.guidance_range, batch, key)
         points = points_at(step)
         loss, metrics = consistency_model_loss(
-            _denoiser(parts, params, example),
+            denoiser_of(parts, params, example),
             parts.teacher(frozen.teacher, example.condition, example.guidance) if distil else None,
             parts.schedule,
             example.x,
             example.keys[0],
             grid_points=points,
-            reference=_denoiser(parts, target, example) if target_decay else None,
+            reference=denoiser_of(parts, target, example) if target_decay else None,
             solver=solver,
             log_weights=draw(points) if draw else None,
             weight=weight,
@@ -390,7 +391,7 @@ def _consistency_target_decay(section: Section, grid: Section, points_at: Callab
 
 def _guided(section: Section, parts: Parts) -> Method:
     low, high = section.number("guidance_low", minimum=0.0), section.number("guidance_high", minimum=0.0)
-    distance = _scaled(section, section.choose("distance", SQUARED), parts)
+    distance = scaled(section, section.choose("distance", SQUARED), parts)
     if not parts.has_null:
         raise ConfigError(
             "config.teacher: got a teacher that was trained with objective.label_dropout = 0.0, expected one that "
@@ -399,10 +400,10 @@ def _guided(section: Section, parts: Parts) -> Method:
 
     def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Int[Array, ""]):
         del target, step
-        example = _example(parts, (low, high), batch, key)
+        example = example_of(parts, (low, high), batch, key)
         null = parts.null_condition(len(example.x))
         return guidance_loss(
-            _denoiser(parts, params, example),
+            denoiser_of(parts, params, example),
             parts.teacher(frozen.teacher, example.condition, None),
             parts.teacher(frozen.teacher, null, None),
             parts.schedule,

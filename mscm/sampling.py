@@ -39,16 +39,19 @@ class Plan(NamedTuple):
     evaluated: samplers.Grid
 
 
-class _Option(NamedTuple):
+class Option(NamedTuple):
+    """Of a sampler's text: `name=value`."""
+
     default: Any
     expected: str
     parse: Callable[[str], Any]  # ValueError: the text is not what is expected
     needs: str | None = None  # an option without which this one would do nothing
 
 
-def _number(
+def number(
     default: float, *, above: float | None = None, least: float = -math.inf, most: float = math.inf, needs=None
-) -> _Option:
+) -> Option:
+    """An option whose value is a number: above `above`, or from `least` to `most`."""
     if above is not None:
         limits = f" above {above:g}"
     else:
@@ -61,16 +64,18 @@ def _number(
             raise ValueError
         return value
 
-    return _Option(default, f"a number{limits}", parse, needs)
+    return Option(default, f"a number{limits}", parse, needs)
 
 
-def _choice(default: str, choices: tuple[str, ...]) -> _Option:
+def choice(default: str, choices: tuple[str, ...]) -> Option:
+    """An option whose value is one of `choices`."""
+
     def parse(text: str) -> str:
         if text not in choices:
             raise ValueError
         return text
 
-    return _Option(default, f"one of {', '.join(choices)}", parse)
+    return Option(default, f"one of {', '.join(choices)}", parse)
 
 
 def _parse_variance(text: str) -> float:
@@ -87,35 +92,18 @@ def _parse_sigmas(text: str) -> tuple[float, ...]:
     return sigmas
 
 
-_OF_ALL = {
-    "guidance": _number(0.0, least=0.0),
-    "guidance_low": _number(-math.inf, needs="guidance"),
-    "guidance_high": _number(math.inf, needs="guidance"),
-    "clip": _choice("none", tuple(CLIPS)),
+OPTIONS_OF_ALL = {
+    "guidance": number(0.0, least=0.0),
+    "guidance_low": number(-math.inf, needs="guidance"),
+    "guidance_high": number(math.inf, needs="guidance"),
+    "clip": choice("none", tuple(CLIPS)),
 }
-_GRID = {
-    "grid": _choice("uniform", ("uniform", "karras")),
-    "sigma_min": _number(0.002, above=0.0, needs="grid"),
-    "sigma_max": _number(80.0, above=0.0, needs="grid"),
-    "rho": _number(7.0, above=0.0, needs="grid"),
-} | _OF_ALL
-
-_OPTIONS: dict[str, dict[str, _Option]] = {
-    "ddim": {"eta": _number(0.0, least=0.0, most=1.0)} | _GRID,
-    "addim": _GRID,
-    "noisy_ddim": _GRID,
-    "ancestral": {"variance": _Option(0.0, "small, large, or a number from 0 to 1 between them", _parse_variance)}
-    | _GRID,
-    "heun": {
-        "s_churn": _number(0.0, least=0.0),
-        "s_min": _number(0.0, least=0.0, needs="s_churn"),
-        "s_max": _number(math.inf, least=0.0, needs="s_churn"),
-        "s_noise": _number(1.0, above=0.0, needs="s_churn"),
-    }
-    | _GRID,
-    "dpm_solver_pp_2m": _GRID,
-    "consistency": {"sigmas": _Option((), "falling numbers above 0, such as 2.5/0.8", _parse_sigmas)} | _OF_ALL,
-}
+GRID_OPTIONS = {
+    "grid": choice("uniform", ("uniform", "karras")),
+    "sigma_min": number(0.002, above=0.0, needs="grid"),
+    "sigma_max": number(80.0, above=0.0, needs="grid"),
+    "rho": number(7.0, above=0.0, needs="grid"),
+} | OPTIONS_OF_ALL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +149,7 @@ class SamplerSpec:
     def _values(self) -> dict[str, Any]:
         """Of all options, the defaults too."""
         name, given = _parse(self.sampler)
-        return {key: given.get(key, option.default) for key, option in _OPTIONS[name].items()}
+        return {key: given.get(key, option.default) for key, option in SAMPLERS[name].options.items()}
 
     @property
     def guidance(self) -> float:
@@ -226,7 +214,7 @@ class SamplerSpec:
 @functools.lru_cache(maxsize=256)  # every row of scores asks for its NFE
 def _plan(spec: SamplerSpec, schedule: Schedule) -> Plan:
     try:
-        return _PLANS[spec.name](schedule, spec._times(schedule), spec._values)
+        return SAMPLERS[spec.name].plan(schedule, spec._times(schedule), spec._values)
     except ValueError as error:
         raise ConfigError(f"sampler {spec.sampler!r}: {error}") from error
 
@@ -244,9 +232,9 @@ def own_steps(sampler: str) -> int | None:
 def _parse(sampler: str) -> tuple[str, dict[str, Any]]:
     """Name, and the options that are not the default, in the order of their table."""
     name, colon, rest = sampler.partition(":")
-    if name not in _OPTIONS:
-        raise ConfigError(f"got sampler {name!r}{nearest(name, _OPTIONS)}, expected one of {', '.join(_OPTIONS)}")
-    options, given = _OPTIONS[name], {}
+    if name not in SAMPLERS:
+        raise ConfigError(f"got sampler {name!r}{nearest(name, SAMPLERS)}, expected one of {', '.join(SAMPLERS)}")
+    options, given = SAMPLERS[name].options, {}
     for part in rest.split(",") if colon else ():
         key, equals, text = part.partition("=")
         if not equals or key in given:
@@ -300,16 +288,39 @@ def _plan_heun(schedule: Schedule, times: samplers.Grid, values: dict[str, Any])
     return Plan(sample, np.stack([raised, np.roll(times, -1)], axis=1).ravel()[:-1])
 
 
-def _plain(sample: Callable[..., Images]) -> Callable[..., Plan]:
+def plain(sample: Callable[..., Images]) -> Callable[..., Plan]:
+    """The plan of a sampler that asks the denoiser once at each of `times`, and takes nothing else."""
     return lambda schedule, times, values: Plan(functools.partial(sample, times=times), times)
 
 
-_PLANS: dict[str, Callable[[Schedule, samplers.Grid, dict[str, Any]], Plan]] = {
-    "ddim": _plan_ddim,
-    "addim": _plain(samplers.addim),
-    "noisy_ddim": _plain(samplers.noisy_ddim),
-    "ancestral": _plan_ancestral,
-    "heun": _plan_heun,
-    "dpm_solver_pp_2m": _plain(samplers.dpm_solver_pp_2m),
-    "consistency": _plain(samplers.consistency),
+class Kind(NamedTuple):
+    """A sampler: its plan for times on a schedule and values of its options."""
+
+    plan: Callable[[Schedule, samplers.Grid, dict[str, Any]], Plan]
+    options: dict[str, Option] = GRID_OPTIONS
+
+
+SAMPLERS: dict[str, Kind] = {
+    "ddim": Kind(_plan_ddim, {"eta": number(0.0, least=0.0, most=1.0)} | GRID_OPTIONS),
+    "addim": Kind(plain(samplers.addim)),
+    "noisy_ddim": Kind(plain(samplers.noisy_ddim)),
+    "ancestral": Kind(
+        _plan_ancestral,
+        {"variance": Option(0.0, "small, large, or a number from 0 to 1 between them", _parse_variance)} | GRID_OPTIONS,
+    ),
+    "heun": Kind(
+        _plan_heun,
+        {
+            "s_churn": number(0.0, least=0.0),
+            "s_min": number(0.0, least=0.0, needs="s_churn"),
+            "s_max": number(math.inf, least=0.0, needs="s_churn"),
+            "s_noise": number(1.0, above=0.0, needs="s_churn"),
+        }
+        | GRID_OPTIONS,
+    ),
+    "dpm_solver_pp_2m": Kind(plain(samplers.dpm_solver_pp_2m)),
+    "consistency": Kind(
+        plain(samplers.consistency),
+        {"sigmas": Option((), "falling numbers above 0, such as 2.5/0.8", _parse_sigmas)} | OPTIONS_OF_ALL,
+    ),
 }

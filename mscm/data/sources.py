@@ -1,7 +1,7 @@
 """Sources: a data set as labelled uint8 images with random access by index.
 
 Everything downstream (the pipeline, the feature network, the references of the metrics) sees a data set only through
-`Source`, so a new kind of storage is one class and one line in `open_source`.
+`Source`, so a new kind of storage is one class and one line in `open_source`, a new data set one function in `SOURCES`.
 
     source = open_source("digits", split="all")
     batch = source.load(np.array([3, 1, 4]))  # {"image": uint8 "3 8 8 1", "label": int32 "3"}
@@ -22,7 +22,7 @@ import hashlib
 import os
 import statistics
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -268,6 +268,14 @@ def _mixture(split: str) -> ArraySource:
     return ArraySource("mixture", split, levels.reshape(-1, 1, 1, 1), np.zeros(len(levels), np.int32), ("mixture",))
 
 
+# Data sets that need no path, by their names in a config: from a split to the source.
+SOURCES: dict[str, Callable[[str], Source]] = {
+    "digits": _digits,
+    "captioned_digits": _captioned_digits,
+    "mixture": _mixture,
+}
+
+
 def open_source(
     name: str,
     *,
@@ -292,14 +300,10 @@ def open_source(
         if resolution is None:
             raise ValueError(f"{path}: got a folder or archive of images, expected a resolution to resize them to")
         return FileSource(name, _files_of(path, split, captioned), resolution=resolution, channels=channels or 3)
-    if name == "digits":
-        return _digits(split)
-    if name == "captioned_digits":
-        return _captioned_digits(split)
+    if name in SOURCES:
+        return SOURCES[name](split)
     if name == "synthetic":
         return _synthetic(split=split, resolution=resolution, channels=channels, num_classes=num_classes)
-    if name == "mixture":
-        return _mixture(split)
     return tfds_source.open_tfds(name, split=split)
 
 

@@ -119,7 +119,7 @@ def ddim(denoiser: Denoiser, schedule: Schedule, z_1: Images, keys: Keys | None 
     def step(z_t: Images, at: Step) -> Images:
         return steps.ddim(denoiser(z_t, at.t), z_t, at.lvl_t, at.lvl_s)
 
-    return _run(step, denoiser, schedule, z_1, times)
+    return run(step, denoiser, schedule, z_1, times)
 
 
 def stochastic_ddim(
@@ -131,7 +131,7 @@ def stochastic_ddim(
         xi = _noise(keys, at.index, z_t)
         return steps.stochastic_ddim(denoiser(z_t, at.t), z_t, at.lvl_t, at.lvl_s, xi, eta=eta)
 
-    return _run(step, denoiser, schedule, z_1, times)
+    return run(step, denoiser, schedule, z_1, times)
 
 
 def addim(
@@ -166,7 +166,7 @@ def addim(
 
     if not denoise_final:
         return _scan(step, schedule, _start(schedule, z_1, times), np.append(times, np.float32(0)), table)
-    return _run(step, denoiser, schedule, z_1, times, table[:-1])
+    return run(step, denoiser, schedule, z_1, times, table[:-1])
 
 
 def noisy_ddim(
@@ -184,7 +184,7 @@ def noisy_ddim(
         x_hat, xi = denoiser(z_t, at.t), _noise(keys, at.index, z_t)
         return steps.noisy_ddim(x_hat, x_var(at.lvl_t), z_t, at.lvl_t, at.lvl_s, xi)
 
-    return _run(step, denoiser, schedule, z_1, times)
+    return run(step, denoiser, schedule, z_1, times)
 
 
 def ancestral(
@@ -202,7 +202,7 @@ def ancestral(
         x_hat, xi = denoiser(z_t, at.t), _noise(keys, at.index, z_t)
         return steps.ancestral(x_hat, z_t, at.lvl_t, at.lvl_s, xi, log_variance_mix=log_variance_mix)
 
-    return _run(step, denoiser, schedule, z_1, times)
+    return run(step, denoiser, schedule, z_1, times)
 
 
 def heun(denoiser: Denoiser, schedule: Schedule, z_1: Images, keys: Keys | None = None, *, times: Grid) -> Images:
@@ -212,7 +212,7 @@ def heun(denoiser: Denoiser, schedule: Schedule, z_1: Images, keys: Keys | None 
     def step(z_t: Images, at: Step) -> Images:
         return steps.heun(denoiser, z_t, at.t, at.s, at.lvl_t, at.lvl_s)
 
-    return _run(step, denoiser, schedule, z_1, times)
+    return run(step, denoiser, schedule, z_1, times)
 
 
 def churned_heun(
@@ -274,7 +274,7 @@ def consistency(denoiser: Denoiser, schedule: Schedule, z_1: Images, keys: Keys,
         lvl_0 = schedule(jnp.zeros_like(at.t))
         return steps.renoise(denoiser(z_t, at.t), at.lvl_s, lvl_0, _noise(keys, at.index, z_t))
 
-    return _run(step, denoiser, schedule, z_1, times)
+    return run(step, denoiser, schedule, z_1, times)
 
 
 # ------------------------------------------------------------------------------------------------------------ the scan
@@ -291,7 +291,7 @@ class Step(NamedTuple):
     entries: tuple[Times, ...]  # of the tables of the scan
 
 
-def _run(
+def run(
     step: Callable[[Images, Step], Images],
     denoiser: Denoiser,
     schedule: Schedule,

@@ -3,7 +3,7 @@
 Command:   python -m mscm.main --config=configs/digits_averaged.py --workdir=DIR
 Hardware:  two CPU cores
 Cost:      as digits_teacher, and 43 MB of snapshots
-Expected:  fd_classifier of the README, section Averages
+Expected:  fd_classifier of the table of docs/howto/averages.md
 """
 
 from configs import digits

@@ -6,7 +6,7 @@ Command:   python -m mscm.main --config=configs/toy_mixture.py:teacher --workdir
 Hardware:  two CPU cores
 Cost:      40 to 50 seconds each, beside another run: start-up, compiling, 5 s of training, the scores
 Expected:  fd_pixels, the Frechet distance of the values themselves, below 1e-3 for every student (0.24 for one step
-           of the teacher); the figures of the README
+           of the teacher); the figures of docs/howto/compare.md
 
 Variants: teacher, cd1, cd2, cd4 (distilled, 1, 2 and 4 steps), ct1, ct2, ct4 (trained on the data).
 """

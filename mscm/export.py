@@ -4,8 +4,8 @@
   python -m mscm.export --config=configs/digits_teacher.py --workdir=DIR --sampler=heun --num_steps=18 --output=FILE
 
 FILE runs on CPUs, NVIDIA GPUs and TPUs, with any number of images in a call; FILE.json says what it is and what its
-inputs are. Its images are those of mscm.sample: image i of a seed with its label or caption. README has a program that
-loads it. JAX can run it for six months of its own releases; to keep a model longer, keep the work directory.
+inputs are. Its images are those of mscm.sample: image i of a seed with its label or caption. docs/howto/export.md has a
+program that loads it. JAX can run it for six months of its own releases; to keep a model longer, keep the work directory.
 """
 
 from absl import flags

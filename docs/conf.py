@@ -15,6 +15,8 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 autodoc_default_options = {"members": True, "member-order": "bysource", "ignore-module-all": True}
 
+highlight_language = "text"  # of what names no language: equations in docstrings
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "mscm"
 html_static_path = ["_static"]

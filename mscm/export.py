@@ -5,7 +5,7 @@
 
 FILE runs on CPUs, NVIDIA GPUs and TPUs, with any number of images in a call; FILE.json says what it is and what its
 inputs are. Its images are those of mscm.sample: image i of a seed with its label or caption. docs/howto/export.md has a
-program that loads it. JAX can run it for six months of its own releases; to keep a model longer, keep the work directory.
+program that loads it. JAX can run it for six months of its own releases; to keep a model longer, keep its directory.
 """
 
 from absl import flags

@@ -149,13 +149,12 @@ def _keys_in_the_source() -> set[str]:
 
 def test_every_key_that_the_code_reads_has_a_sentence(reference):
     keys, texts, page = reference.read_keys(), reference.sentences(), (DOCS / "reference" / "config.md").read_text()
-    below = {path.rpartition(".")[0] for path in keys}
-    leaves = {path: read for path, read in keys.items() if path not in below}
+    leaves = reference.leaves(keys)
     lacking = [(path, variant) for path, read in leaves.items() for variant in read.variants or {""}
                if not reference.sentence_of(path, variant, texts)]
     assert lacking == []
     of_variants = {re.sub(r"\[.*\]", "", path) for path in texts}
-    assert of_variants - leaves.keys() == set(), "sentences about keys that nothing reads"
+    assert of_variants - leaves.keys() == set()  # sentences about keys that nothing reads
     for section in {path.partition(".")[0] if "." in path else "top" for path in leaves}:
         assert f"```{{config-keys}} {section}\n" in page
     assert _paths_of_configs() - keys.keys() == set()

@@ -171,6 +171,17 @@ def read_keys(configs=CONFIGS):
     return found
 
 
+def leaves(keys):
+    """Those keys that are no sections, with the variants for which they are none."""
+    found = {}
+    for path, read in keys.items():
+        inner = [other.variants for name, other in keys.items() if name.startswith(path + ".")]
+        rest = read.variants.difference(*inner)
+        if not inner or rest:
+            found[path] = read._replace(variants=rest) if inner else read
+    return found
+
+
 def shared_defaults():
     """The values that all families of configs share, by path."""
     from configs import base
@@ -196,11 +207,10 @@ def _cell(text):
 
 def key_table(section, keys, texts, defaults):
     """Tables in Markdown of the keys of a section, one for each variant."""
-    below = {path.rpartition(".")[0] for path in keys}
     of_section = {
         path: read
-        for path, read in keys.items()
-        if path not in below and (path.partition(".")[0] if "." in path else "top") == section
+        for path, read in leaves(keys).items()
+        if (path.partition(".")[0] if "." in path else "top") == section
     }
     variants = sorted({variant for read in of_section.values() for variant in read.variants}) or [""]
     lines = []

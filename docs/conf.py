@@ -13,6 +13,7 @@ exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
+autodoc_typehints = "none"  # signatures are those of the source
 autodoc_default_options = {"members": True, "member-order": "bysource", "ignore-module-all": True}
 
 highlight_language = "text"  # of what names no language: equations in docstrings

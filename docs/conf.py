@@ -18,6 +18,9 @@ autodoc_default_options = {"members": True, "member-order": "bysource", "ignore-
 
 highlight_language = "text"  # of what names no language: equations in docstrings
 html_math_renderer = "mathml"
+# Names of types in signatures are those of the source, where two modules may each have a Plan.
+suppress_warnings = ["ref.python"]
+
 html_theme = "furo"
 html_title = "mscm"
 html_static_path = ["_static"]

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps. Default: a student's own; a teacher's largest.")
 SAMPLER = flags.DEFINE_string(
-    "sampler", None, "Such as ddim:eta=0.5, see README. Default: ddim for a student, a teacher's last in config.eval."
+    "sampler",
+    None,
+    "Such as ddim:eta=0.5: docs/howto/sample.md. Default: ddim for a student, a teacher's last in config.eval.",
 )
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read. Default: the newest.")
 EMA = flags.DEFINE_string(

@@ -18,7 +18,8 @@ def inline(text):
     """One line of plain text as reStructuredText."""
     parts = re.split(r"`([^`]+)`", text)
     plain = [re.sub(r"([\\*|_`<>])", r"\\\1", part) for part in parts[::2]]
-    code = [f"``{part}``" for part in parts[1::2]]
+    # The end of code must be seen: `name`s would go on.
+    code = [f"``{part}``" + "\\ " * after[:1].isalnum() for part, after in zip(parts[1::2], parts[2::2], strict=True)]
     return "".join(a + b for a, b in zip(plain, [*code, ""], strict=True))
 
 
@@ -109,8 +110,10 @@ def _process_docstring(app, what, name, obj, options, lines):
 
 
 def _process_signature(app, what, name, obj, options, signature, returns):
+    if not getattr(obj, "__module__", "").startswith("mscm"):
+        return None
     if what == "class":
-        return "", None
+        return "", None  # its fields stand below
     node = _tree(inspect.unwrap(obj) if callable(obj) else obj)
     if not isinstance(node, ast.FunctionDef):
         return None

@@ -275,12 +275,13 @@ def command_flags(module):
     path = source_of(module)
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "mscm":  # flags that commands share
+            found += [flag for name in node.names if name.name.endswith("_flags")
+                      for flag in command_flags(f"mscm.{name.name}")]
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
-        if name.endswith("adopt_module_key_flags"):
-            found += command_flags(f"mscm.{ast.unparse(node.args[0])}")
-        elif name.rpartition(".")[2].startswith("DEFINE_") and node.args and isinstance(node.args[0], ast.Constant):
+        if name.rpartition(".")[2].startswith("DEFINE_") and node.args and isinstance(node.args[0], ast.Constant):
             arguments = [ast.literal_eval(arg) for arg in node.args if isinstance(arg, ast.Constant | ast.List)]
             values = [ast.unparse(arg) for arg in node.args]
             texts = [text for text in arguments[1:] if isinstance(text, str)]

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -27,7 +27,8 @@ from mscm.config import ConfigError
 
 _KEY = "mscm/error"
 _ALIVE = "mscm/alive"
-_POLL_SECONDS = 1.0
+_POLL_SECONDS, _LAST = 1.0, 5  # that many polls later the main process ends, after the others
+_ending = threading.Lock()  # of the thread that has something to say: one word, one status
 # A process of which the main one has not heard for so long is dead. Less than the 100 s after which JAX ends those that
 # are left with a stack trace, more than a machine stands still while it is moved. Where the main one is dead, it is JAX
 # that ends the others: at once, or after its 100 s where the machine is gone too.
@@ -147,10 +148,21 @@ def end_all(sentence: str, status: int) -> None:
     if global_state.client is None or jax.process_count() == 1:
         return
     message = f"process {jax.process_index()} of {jax.process_count()}: {' '.join(sentence.split())}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first
-        _client().key_value_set(_KEY, f"{status} {message}")
-        time.sleep(3 * _POLL_SECONDS)  # the others read it from process 0, which may be this one
+    with _ending:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first
+            _client().key_value_set(_KEY, f"{status} {message}")
+            _leave(status)
+    time.sleep(_LAST * _POLL_SECONDS)  # what the other says ends this one
+    os._exit(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends this process when the others know why: the main one last, from which they hear it.
+
+    JAX aborts a process whose main one is gone.
+    """
+    time.sleep((_LAST if is_main() else 1) * _POLL_SECONDS)
     os._exit(status)  # not sys.exit, which would wait for the others at a barrier
 
 
@@ -206,8 +218,9 @@ def _listen() -> None:
                         end_with_the_silent(watch.silent(_signs(client)))
                 continue
             status, message = message.split(" ", 1)
-            print(f"error: {message}", file=sys.stderr, flush=True)
-            os._exit(int(status))
+            with _ending:
+                print(f"error: {message}", file=sys.stderr, flush=True)
+                _leave(int(status))
 
     def end_with_the_silent(other: int | None) -> None:
         if other is not None:

@@ -27,6 +27,7 @@ from mscm.config import ConfigError, Section, flat, load_config
 from mscm.data import captions, sources
 from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import schedule as schedules
+from mscm.diffusion.prediction import x_hat_of
 from mscm.methods import OBJECTIVES, Frozen, Method, Parts, network, no_teacher
 from mscm.metrics import weights
 from mscm.models import attention, mlp, text, unet, uvit
@@ -447,7 +448,7 @@ class Experiment:
 
     def denoiser(self, params: Params, condition: Condition) -> Denoiser:
         """Deterministic denoiser for sampling."""
-        return denoisers.x_hat_of(self.answer(params, condition))
+        return x_hat_of(self.answer(params, condition))
 
     def lineage(self, workdir: str) -> list[Member]:
         """This model in `workdir` and all that it comes from, oldest first: its teacher, then the phases before it.

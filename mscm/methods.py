@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from mscm.config import ConfigError, Section, nearest
 from mscm.data import transforms
 from mscm.diffusion import denoiser as denoisers
+from mscm.diffusion.prediction import x_hat_of
 from mscm.metrics import lpips
 from mscm.metrics import weights as feature_weights
 from mscm.objectives import curriculum, solvers
@@ -424,8 +425,8 @@ def _guided(section: Section, parts: Parts) -> Method:
         null = parts.null_condition(len(example.x))
         return guidance_loss(
             denoiser_of(parts, params, example),
-            denoisers.x_hat_of(parts.teacher(frozen.teacher, example.condition, None)),
-            denoisers.x_hat_of(parts.teacher(frozen.teacher, null, None)),
+            x_hat_of(parts.teacher(frozen.teacher, example.condition, None)),
+            x_hat_of(parts.teacher(frozen.teacher, null, None)),
             parts.schedule,
             example.x,
             example.guidance,

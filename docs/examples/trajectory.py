@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from mscm.config import Section
 from mscm.diffusion import sampler
+from mscm.diffusion.prediction import x_hat_of
 from mscm.methods import OBJECTIVES, SQUARED, Method, Parts, denoiser_of, example_of, scaled
 from mscm.objectives import distance as distances
-from mscm.types import Denoiser, Distance, Guided, Images, Metrics, PerExample, Schedule, Teacher, Times
+from mscm.types import Denoiser, Distance, Images, Metrics, PerExample, Schedule, Teacher
 
 
 def trajectory_loss(
@@ -27,12 +28,8 @@ def trajectory_loss(
     distance: Distance = distances.v_mse,
 ) -> tuple[PerExample, Metrics]:
     """Equation (1): one loss per example; gradient flows through the student only. Metrics: `logsnr`."""
-
-    def denoise(z_t: Images, t: Times) -> Images:
-        answer = teacher(z_t, t)
-        return answer.x_hat if isinstance(answer, Guided) else answer
-
-    z_0 = jax.lax.stop_gradient(sampler.sample(denoise, schedule, z_1, num_steps=teacher_steps))
+    z_0 = sampler.sample(x_hat_of(teacher), schedule, z_1, num_steps=teacher_steps)
+    z_0 = jax.lax.stop_gradient(z_0)
     t = jnp.ones(z_1.shape[0])
     lvl_t = schedule(t)
     return distance(student(lvl_t.sigma * z_1, t) - z_0, lvl_t), {"logsnr": lvl_t.logsnr[:, 0, 0, 0]}

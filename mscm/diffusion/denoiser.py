@@ -54,16 +54,6 @@ def make_denoiser(
     return denoiser
 
 
-def x_hat_of(teacher: Teacher) -> Denoiser:
-    """What a teacher answers, guided or not, without what it says beside it."""
-
-    def denoiser(z_t: Images, t: Times) -> Images:
-        answered = teacher(z_t, t)
-        return answered.x_hat if isinstance(answered, Guided) else answered
-
-    return denoiser
-
-
 def make_guided(
     network: Network,
     schedule: Schedule,

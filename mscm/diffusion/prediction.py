@@ -18,7 +18,7 @@ which depend on z / alpha and u alone: the same function whether the level prese
 
 import jax.numpy as jnp
 
-from mscm.types import Array, Float, Images, Level
+from mscm.types import Array, Denoiser, Float, Guided, Images, Level, Teacher, Times
 
 SIGMA_DATA = 0.5  # of the papers of (4) and (5), for images in [-1, 1]
 
@@ -71,3 +71,13 @@ def x_from_edm(
 
 def _radius(lvl_t: Level, sigma_data: float) -> Float[Array, "b 1 1 1"]:
     return jnp.hypot(lvl_t.alpha * sigma_data, lvl_t.sigma)
+
+
+def x_hat_of(teacher: Teacher) -> Denoiser:
+    """What a teacher answers, guided or not, without what it says beside it."""
+
+    def denoiser(z_t: Images, t: Times) -> Images:
+        answered = teacher(z_t, t)
+        return answered.x_hat if isinstance(answered, Guided) else answered
+
+    return denoiser

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from mscm.diffusion import steps
+from mscm.diffusion.prediction import x_hat_of
 from mscm.objectives import distance as distances
 from mscm.types import Guided, Images, Level, PerExample, Teacher, Times
 
@@ -34,7 +35,7 @@ def ddim(
 ) -> tuple[Images, PerExample]:
     """DDIM, which is Euler's step in sigma / alpha; one evaluation."""
     del x, s, lvl_t, lvl_s
-    return _x_hat(teacher, z_t, t), jnp.zeros_like(t)
+    return x_hat_of(teacher)(z_t, t), jnp.zeros_like(t)
 
 
 def clipped_ddim(
@@ -42,7 +43,7 @@ def clipped_ddim(
 ) -> tuple[Images, PerExample]:
     """DDIM with x_hat, and so eps_hat, clipped to the range [-1, 1] of the data; one evaluation."""
     del x, s, lvl_t, lvl_s
-    return jnp.clip(_x_hat(teacher, z_t, t), -1, 1), jnp.zeros_like(t)
+    return jnp.clip(x_hat_of(teacher)(z_t, t), -1, 1), jnp.zeros_like(t)
 
 
 def heun(
@@ -50,10 +51,5 @@ def heun(
 ) -> tuple[Images, PerExample]:
     """Heun's step in sigma / alpha, arXiv:2206.00364; two evaluations."""
     del x
-    x_teacher = steps.heun_prediction(lambda z, time: _x_hat(teacher, z, time), z_t, t, s, lvl_t, lvl_s)
+    x_teacher = steps.heun_prediction(x_hat_of(teacher), z_t, t, s, lvl_t, lvl_s)
     return x_teacher, jnp.zeros_like(t)
-
-
-def _x_hat(teacher: Teacher, z_t: Images, t: Times) -> Images:
-    answer = teacher(z_t, t)
-    return answer.x_hat if isinstance(answer, Guided) else answer

@@ -4,8 +4,9 @@
   python -m mscm.plan --config=configs/digits_cd4.py --topology=host
 
 A topology is CHIP:SHAPE; a name that is none lists those that are. It needs pip install -e .[aot] and no TPU; a large
-network takes minutes. host compiles for the devices of this machine and measures a few steps on them. Any key of the
-config can be overridden: --config.train.batch_size=1024.
+network takes minutes. --num_slices=2 is two of them, which the network of the data center (DCN) connects. host compiles
+for the devices of this machine and measures a few steps on them. Any key of the config can be overridden:
+--config.train.batch_size=1024.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from mscm.cost.plan import describe, does_not_fit
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/imagenet64_cd8.py.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SHAPE such as v5e:8x8, or host.")
+NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of that topology.", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "File to write the same to as JSON.")
 LARGEST_BATCH = flags.DEFINE_bool(
     "largest_batch", False, "Also search the largest batch that fits, to an eighth; compiles about six times more."
@@ -33,9 +35,14 @@ def main() -> None:
     config, topology = CONFIG.value, cli.given(TOPOLOGY)
     if LARGEST_BATCH.value and topology == planning.HOST:
         raise ConfigError("--largest_batch: got --topology=host, expected a topology, whose compiler knows what fits")
+    if NUM_SLICES.value > 1 and topology == planning.HOST:
+        raise ConfigError(f"--num_slices: got {NUM_SLICES.value} with --topology=host, expected a topology, or 1 slice")
     output = None if JSON.value is None else cli.output_of(JSON)
     with terminal.Elapsed(f"Compiling {config.name} for {topology}"):
-        plan = planning.plan_here(config) if topology == planning.HOST else planning.plan_for(config, topology)
+        if topology == planning.HOST:
+            plan = planning.plan_here(config)
+        else:
+            plan = planning.plan_for(config, topology, NUM_SLICES.value)
         if LARGEST_BATCH.value:
             plan = planning.with_largest_batch(plan, config)
     if output is not None:

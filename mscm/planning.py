@@ -50,8 +50,8 @@ _ENVIRONMENT = {
 _WARM_UP_STEPS, _MEASURED_STEPS = 1, 5
 
 
-def plan_for(config: ConfigDict, topology: str) -> Plan:
-    """Compiles for a topology such as `v5e:8x8`, in a child process.
+def plan_for(config: ConfigDict, topology: str, num_slices: int = 1) -> Plan:
+    """Compiles for a topology such as `v5e:8x8`, or several slices of it, in a child process.
 
     Raises:
       ConfigError: unknown topology, no libtpu or one that does not fit jaxlib, a config that is wrong or does not fit
@@ -63,7 +63,7 @@ def plan_for(config: ConfigDict, topology: str) -> Plan:
             f"--topology: got {topology!r}, which needs the compiler for TPUs, and no package libtpu; expected it: "
             "pip install -e .[aot], or --topology=host for the devices of this machine"
         )
-    request = {"config": json.loads(config.to_json_best_effort()), "topology": topology}
+    request = {"config": json.loads(config.to_json_best_effort()), "topology": topology, "num_slices": num_slices}
     with tempfile.TemporaryDirectory() as folder:
         reply = os.path.join(folder, "reply.json")
         command, environment = [sys.executable, "-m", "mscm.planning", reply], os.environ | _ENVIRONMENT
@@ -93,7 +93,7 @@ def plan_here(config: ConfigDict) -> Plan:
     """
     experiment = build(config)
     chip = chips.chip_of_kind(experiment.mesh.devices.flat[0].device_kind)
-    return _plan(experiment, HOST, chip, measure=True)
+    return _plan(experiment, HOST, chip, num_slices=1, measure=True)
 
 
 def with_largest_batch(plan: Plan, config: ConfigDict) -> Plan:
@@ -104,7 +104,7 @@ def with_largest_batch(plan: Plan, config: ConfigDict) -> Plan:
             return plan.fits
         changed = config.copy_and_resolve_references()
         changed.train.batch_size = batch_size
-        found = plan_for(changed, plan.topology).fits
+        found = plan_for(changed, plan.topology, plan.num_slices).fits
         logging.info("A batch of %d %s", batch_size, "fits" if found else "does not fit")
         return found
 
@@ -193,7 +193,9 @@ def random_inputs(experiment: Experiment) -> tuple[Any, Any, Any, Any]:
     return state, frozen, inputs, jax.device_put(jax.random.key(1), key.sharding)
 
 
-def _plan(experiment: Experiment, topology: str, chip: chips.Chip | None, *, measure: bool) -> Plan:
+def _plan(
+    experiment: Experiment, topology: str, chip: chips.Chip | None, *, num_slices: int, measure: bool
+) -> Plan:
     spec, mesh = experiment.train, experiment.mesh
     device = mesh.devices.flat[0]
     forward, model = model_flops(experiment)
@@ -216,6 +218,7 @@ def _plan(experiment: Experiment, topology: str, chip: chips.Chip | None, *, mea
         fits=True,
         peak_hbm_bytes=None,
         hbm_capacity_bytes=chip.hbm_bytes // chip.devices if chip else None,
+        num_slices=num_slices,
     )
     try:
         compiled = traced.lower().compile()
@@ -225,7 +228,8 @@ def _plan(experiment: Experiment, topology: str, chip: chips.Chip | None, *, mea
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return dataclasses.replace(plan, fits=False, peak_hbm_bytes=used_bytes(str(error)))
-    cost = hlo.Cost().plus(hlo.cost(hlo.parse(_text(compiled, topology))), 1 / spec.steps_per_dispatch)
+    module = hlo.parse(_text(compiled, topology), num_slices)
+    cost = hlo.Cost().plus(hlo.cost(module), 1 / spec.steps_per_dispatch)
     # A kernel's operations are in the jaxpr only, work that devices repeat in the compiled program only.
     device_flops = max(cost.flops, executed / mesh.size)
     plan = dataclasses.replace(
@@ -256,7 +260,9 @@ def _text(compiled: jax.stages.Compiled, topology: str) -> str:
 
 
 def _with_bounds(plan: Plan, chip: chips.Chip, device_flops: float, cost: hlo.Cost) -> Plan:
-    seconds = chips.least_seconds(chip, flops=device_flops, hbm_bytes=cost.hbm_bytes, sent_bytes=cost.sent_bytes)
+    seconds = chips.least_seconds(
+        chip, flops=device_flops, hbm_bytes=cost.hbm_bytes, sent_bytes=cost.sent_bytes, dcn_bytes=cost.dcn_bytes
+    )
     bound_by = max(seconds, key=seconds.__getitem__)
     return dataclasses.replace(
         plan,
@@ -299,10 +305,13 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     topology = request["topology"]
     try:
         chip = _chip(topology)
-        options = {} if chip.config is None else {"chip_config_name": chip.config}
+        options: dict[str, Any] = {} if chip.config is None else {"chip_config_name": chip.config}
+        num_slices = request["num_slices"]
+        if num_slices > 1:
+            options["num_slices"] = num_slices
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
         experiment = build(ConfigDict(request["config"])).on(devices)
-        return dataclasses.asdict(_plan(experiment, topology, chip, measure=False))
+        return dataclasses.asdict(_plan(experiment, topology, chip, num_slices=num_slices, measure=False))
     except ConfigError as error:
         return {"error": str(error)}
 

@@ -786,6 +786,8 @@ TABLES = [
     ("plan --config=teacher.py --topology=v9:2x2", "--topology: .*'v9"),
     ("plan --config=teacher.py --topology=v5e:2xx", "--topology: .*v5e:2xx"),
     ("plan --config=teacher.py --topology=host --largest_batch", "--largest_batch: got --topology=host"),
+    ("plan --config=teacher.py --topology=host --num_slices=2", "--num_slices: got 2 with --topology=host"),
+    ("plan --config=teacher.py --topology=v5e:2x2 --num_slices=0", "--num_slices.*0"),
     ("plan --config=teacher.py --topology=host --json=f/x.json", "--json: got 'f/x.json', expected a file", write("f")),
     ("plan --config=teacher.py --topology=host --config.mesh.data=7", "mesh: got data=7"),
 ]

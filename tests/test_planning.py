@@ -157,6 +157,7 @@ def test_the_search_changes_the_batch_and_nothing_else(tiny, monkeypatch, start)
         topology="v5e:2x2",
         device_kind="TPU v5 lite",
         num_devices=8,
+        num_slices=2,
         mesh={"data": 2, "fsdp": 2, "tensor": 2},
         global_batch_size=start,
         num_steps=1,
@@ -169,8 +170,8 @@ def test_the_search_changes_the_batch_and_nothing_else(tiny, monkeypatch, start)
         hbm_capacity_bytes=1,
     )
 
-    def plan_for(config, topology):
-        assert topology == "v5e:2x2" and config.train.batch_size % 4 == 0
+    def plan_for(config, topology, num_slices):
+        assert topology == "v5e:2x2" and num_slices == 2 and config.train.batch_size % 4 == 0
         assert config.model == tiny.model
         return dataclasses.replace(first, fits=config.train.batch_size <= 40)
 
@@ -192,6 +193,7 @@ def test_a_topology(tiny, tmp_path):
     assert 0 < plan["peak_hbm_bytes"] < plan["hbm_capacity_bytes"] == 16 * 2**30
     assert plan["bound_by"] in ("compute", "memory", "interconnect")
     seconds = plan["seconds_at_least"]
+    assert set(seconds) == {"compute", "memory", "interconnect"}
     assert plan["steps_per_second_bound"] == pytest.approx(1 / seconds[plan["bound_by"]])
     assert seconds["memory"] == pytest.approx(plan["bytes_per_step"] / 819e9)
     # Every gradient, in float32, is summed over the chips; of sums a chip sends its parts twice.
@@ -201,6 +203,28 @@ def test_a_topology(tiny, tmp_path):
     assert plan["loops_of_unknown_length"] == 0
     assert plan["device_flops_per_step"] * 4 == pytest.approx(plan["model_flops_per_step"], rel=0.05)
     assert f"{plan['bound_by']} binds" in run.stdout
+
+
+@needs_libtpu
+def test_two_slices():
+    """Gradients are summed within a slice, each chip's quarter of them between the slices, and that binds."""
+    plan = planning.plan_for(load("digits_cd4.py", batch_size=8, steps_per_dispatch=1), "v5e:2x2", num_slices=2)
+    assert (plan.num_devices, plan.num_slices) == (8, 2)
+    assert plan.mesh == {"data": 8, "fsdp": 1, "tensor": 1}
+    sent = plan.collectives["dcn all-reduce"].sent_bytes
+    # A sum of two is sent once, 4 bytes each by four chips; small ones are not cut, and large ones filled up.
+    assert plan.parameters <= sent < 1.5 * plan.parameters
+    assert plan.seconds_at_least["dcn"] == pytest.approx(sent / 3.125e9)
+    assert plan.bound_by == "dcn" and "on 2 slices of v5e:2x2" in plans.describe(plan)
+    assert plan.device_flops_per_step * 8 == pytest.approx(plan.model_flops_per_step, rel=0.05)
+
+
+@needs_libtpu
+def test_only_data_goes_across_slices(tiny):
+    config = tiny.copy_and_resolve_references()
+    config.mesh.data, config.mesh.fsdp = 1, 8
+    with pytest.raises(ConfigError, match="got data=1 on 2 slices, expected a multiple of 2"):
+        planning.plan_for(config, "v5e:2x2", 2)
 
 
 @needs_libtpu

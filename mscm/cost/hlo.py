@@ -18,7 +18,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+# Between slices: a host takes an array from its chip, and the hosts of all slices do what the transfer's type says.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_DCN = "dcn "  # begins the names of such collectives
+
+_OF_PARTS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
+COLLECTIVES = (*_OF_PARTS, "collective-permute", "collective-broadcast")
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}  # other names of types end in, or begin with, their bits
 _SLICES = ("dynamic-slice", "slice", "gather")
@@ -111,7 +116,7 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A compiled program of one device of several.
+    """A compiled program of one device of several, `num_devices` to a slice.
 
     The compiler for TPUs lets a collective run beside fusions: one starts it, others, also in loops, hand its arrays
     on, one ends it, and each has the collective's instruction in it. `handed_on` are the names of all but the first.
@@ -120,6 +125,7 @@ class Module:
     computations: Mapping[str, Computation]
     entry: Computation
     num_devices: int
+    num_slices: int
     handed_on: frozenset[str]
 
 
@@ -143,8 +149,17 @@ class Cost:
 
     @property
     def sent_bytes(self) -> float:
-        """What a device sends, in all collectives."""
-        return math.fsum(messages.sent_bytes for messages in self.collectives.values())
+        """What a device sends to others of its slice, in all collectives."""
+        return self._sent(between_slices=False)
+
+    @property
+    def dcn_bytes(self) -> float:
+        """What a device sends to other slices."""
+        return self._sent(between_slices=True)
+
+    def _sent(self, *, between_slices: bool) -> float:
+        kinds = self.collectives.items()
+        return math.fsum(messages.sent_bytes for kind, messages in kinds if kind.startswith(_DCN) == between_slices)
 
     def plus(self, other: "Cost", times: float = 1.0) -> "Cost":
         """With `times` runs of something else."""
@@ -161,7 +176,7 @@ class Cost:
         )
 
 
-def parse(text: str) -> Module:
+def parse(text: str, num_slices: int = 1) -> Module:
     """The module of `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     entry: Computation | None = None
@@ -178,7 +193,7 @@ def parse(text: str) -> Module:
     devices = re.search(r"num_partitions=(\d+)", header)
     if entry is None:
         raise ValueError("hlo: got text without an ENTRY computation, expected that of a compiled program")
-    return Module(computations, entry, int(devices[1]) if devices else 1, _handed_on(computations))
+    return Module(computations, entry, int(devices[1]) if devices else 1, num_slices, _handed_on(computations))
 
 
 def cost(module: Module) -> Cost:
@@ -267,6 +282,10 @@ def _of_computation(module: Module, computation: Computation, *, is_scheduled: b
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES and instruction.name not in module.handed_on:
             total = total.plus(_message(kind, instruction, computation, module.num_devices, is_scheduled=is_scheduled))
+        if kind == "send" and (transfer := _BETWEEN_SLICES.search(instruction.attributes)):
+            kind = transfer[1].lower().replace("_", "-")
+            size = computation.instructions[instruction.operands[0]].bytes()
+            total = total.plus(_messages(_DCN + kind, kind, size, module.num_slices))
         if is_scheduled:
             total = total.plus(Cost(hbm_bytes=_moved(instruction, computation, module)))
         if instruction.opcode in ("dot", "convolution"):
@@ -366,14 +385,18 @@ def _message(
         kind = "reduce-scatter"  # in one fusion a TPU's compiler writes it so: a sum, and the slices that are kept
     operands = (computation.instructions[name] for name in instruction.operands)
     size = math.fsum(operand.bytes() for operand in operands)
-    devices = _group_size(instruction.attributes, num_devices)
+    return _messages(kind, kind, size, _group_size(instruction.attributes, num_devices))
+
+
+def _messages(name: str, kind: str, size: float, devices: int) -> Cost:
+    """Of one collective of so many devices, each of which gives `size` bytes."""
     whole = size * devices if kind == "all-gather" else size
-    if kind in ("collective-permute", "collective-broadcast"):
-        sent = whole
-    else:
+    if kind in _OF_PARTS:
         # By a ring, which sends least: every device passes on all parts but one; a sum is scattered, then gathered.
         sent = whole * (devices - 1) / devices * (2 if kind == "all-reduce" else 1)
-    return Cost(collectives={kind: Messages(1.0, whole, sent)})
+    else:
+        sent = whole
+    return Cost(collectives={name: Messages(1.0, whole, sent)})
 
 
 def _group_size(attributes: str, num_devices: int) -> int:
@@ -398,6 +421,8 @@ def _moved(instruction: Instruction, computation: Computation, module: Module) -
     if opcode in _BOTH_IN_RESULT:
         return instruction.hbm_bytes()
     operands = [computation.instructions[name] for name in instruction.operands]
+    if opcode == "send":
+        return math.fsum(operand.hbm_bytes() for operand in operands)
     if opcode in _SLICE_STARTS:
         part = list(_ARRAY.finditer(instruction.shape))[-2]  # operands, result, context
         return _stored_bytes(part) * (bool(operands[0].hbm_bytes()) + (not _is_on_chip(part)))

@@ -17,7 +17,7 @@ class Plan:
     config: str
     topology: str
     device_kind: str
-    num_devices: int
+    num_devices: int  # of all slices
     mesh: Mapping[str, int]
     global_batch_size: int
     num_steps: int
@@ -28,6 +28,7 @@ class Plan:
     fits: bool
     peak_hbm_bytes: int | None  # of one device
     hbm_capacity_bytes: int | None  # of one device
+    num_slices: int = 1  # of the topology
     device_flops_per_step: float | None = None  # of one device: more than its share where devices do the same work
     bytes_per_step: float | None = None  # between one device and its HBM
     collectives: Mapping[str, Messages] | None = None  # of one device
@@ -50,7 +51,7 @@ def does_not_fit(plan: Plan) -> str:
     has = "" if plan.hbm_capacity_bytes is None else f" and {_gib(plan.hbm_capacity_bytes)} there"
     largest = "" if plan.largest_batch_size is None else f"; {plan.largest_batch_size} fits"
     return (
-        f"{plan.config} on {plan.topology}: got a program that needs {needs} HBM on each device{has}, expected one "
+        f"{plan.config} on {_where(plan)}: got a program that needs {needs} HBM on each device{has}, expected one "
         "that fits; set config.model.remat=full, cut the state with a larger config.mesh.fsdp, or lower "
         f"config.train.batch_size from {plan.global_batch_size}{largest}"
     )
@@ -67,41 +68,47 @@ def describe(plan: Plan) -> str:
     if peak is None or memory is None or traffic is None or collectives is None or device_flops is None:
         raise ValueError(does_not_fit(plan))
     lines = [
-        f"{plan.config} on {plan.topology}",
-        f"  devices       {plan.num_devices} x {plan.device_kind}, {_mesh(plan)}, batch {plan.global_batch_size}",
-        f"  parameters    {_si(plan.parameters)}",
-        f"  memory        {_memory(plan, peak)}",
-        f"  model FLOPs   {_model_flops(plan)}",
-        f"  executed      {_executed(plan, device_flops)}",
-        f"  HBM traffic   {_si(traffic)}B per step and device",
+        f"{plan.config} on {_where(plan)}",
+        f"  devices        {plan.num_devices} x {plan.device_kind}, {_mesh(plan)}, batch {plan.global_batch_size}",
+        f"  parameters     {_si(plan.parameters)}",
+        f"  memory         {_memory(plan, peak)}",
+        f"  model FLOPs    {_model_flops(plan)}",
+        f"  executed       {_executed(plan, device_flops)}",
+        f"  HBM traffic    {_si(traffic)}B per step and device",
     ]
     for kind, messages in sorted(collectives.items()):
         lines.append(
-            f"  {kind:<13} {messages.count:.4g} per step, of {_si(messages.bytes)}B; "
+            f"  {kind:<14} {messages.count:.4g} per step, of {_si(messages.bytes)}B; "
             f"each device sends {_si(messages.sent_bytes)}B"
         )
     if plan.loops_of_unknown_length:
-        lines.append(f"  warning       {plan.loops_of_unknown_length} loops of unknown length are counted once")
+        lines.append(f"  warning        {plan.loops_of_unknown_length} loops of unknown length are counted once")
     if plan.bound_by is None or plan.seconds_at_least is None:
-        lines.append(f"  bound         none: the peak rates of {plan.device_kind!r} are not known here")
+        lines.append(f"  bound          none: the peak rates of {plan.device_kind!r} are not known here")
     else:
         times = ", ".join(f"{part} {1e3 * seconds:.4g} ms" for part, seconds in plan.seconds_at_least.items())
         lines += [
-            f"  at least      {times} per step; {plan.bound_by} binds",
-            f"  at most       {plan.steps_per_second_bound:.4g} steps/s, {plan.images_per_second_bound:.4g} images/s; "
+            f"  at least       {times} per step; {plan.bound_by} binds",
+            f"  at most        {plan.steps_per_second_bound:.4g} steps/s, {plan.images_per_second_bound:.4g} images/s; "
             f"{plan.num_steps} steps take {plan.hours_at_least:.4g} hours or more",
         ]
+        if plan.num_slices > 1 and "dcn" not in plan.seconds_at_least:
+            lines.append("  warning        the bound leaves out the network between slices, whose rate is not known")
     if plan.steps_per_second_measured is not None:
         measured = plan.steps_per_second_measured
         bound = plan.steps_per_second_bound
         share = "" if bound is None else f", {100 * measured / bound:.0f} % of the bound"
         images = measured * plan.global_batch_size
-        lines.append(f"  measured      {measured:.4g} steps/s, {images:.4g} images/s{share}")
+        lines.append(f"  measured       {measured:.4g} steps/s, {images:.4g} images/s{share}")
     lines.append(
-        f"  compiled      in {plan.compile_seconds:.0f} seconds with {_gib(memory)} of this "
+        f"  compiled       in {plan.compile_seconds:.0f} seconds with {_gib(memory)} of this "
         "machine's memory"
     )
     return "\n".join(lines)
+
+
+def _where(plan: Plan) -> str:
+    return plan.topology if plan.num_slices == 1 else f"{plan.num_slices} slices of {plan.topology}"
 
 
 def _mesh(plan: Plan) -> str:

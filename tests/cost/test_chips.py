@@ -15,6 +15,15 @@ def test_a_second_of_each_part_takes_a_second():
     assert found == pytest.approx({"compute": 1, "memory": 2, "interconnect": 3})
 
 
+def test_what_goes_to_other_slices_has_a_rate_of_its_own():
+    """6.4 Tbit/s of a pod of 256 chips; nothing where nothing is sent, or nobody published a rate."""
+    work = dict(flops=1e12, hbm_bytes=2e9, sent_bytes=3e6)
+    one_slice = chips.least_seconds(V5E, **work)
+    assert chips.least_seconds(V5E, **work, dcn_bytes=6.4e12 / 8 / 256) == pytest.approx({**one_slice, "dcn": 1.0})
+    assert "dcn" not in one_slice
+    assert "dcn" not in chips.least_seconds(chips.chip_of("v4:2x2x1"), **work, dcn_bytes=1e9)
+
+
 def test_a_device_that_is_half_a_chip_takes_twice_as_long():
     half = dataclasses.replace(V5E, devices=2)
     work = dict(flops=1e12, hbm_bytes=2e9, sent_bytes=3e6)

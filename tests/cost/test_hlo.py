@@ -145,6 +145,43 @@ def test_bytes_of_messages_by_group(groups, devices, kind, whole, sent):
     assert found.sent_bytes == sent(devices)
 
 
+BETWEEN_SLICES = """\
+HloModule jit_f, num_partitions=4
+
+ENTRY %main (p.0: f32[4,16]) -> f32[4,16] {
+  %p.0 = f32[4,16]{1,0} parameter(0)
+  %after-all = token[] after-all()
+  %send = (f32[4,16]{1,0}, u32[], token[]) send(%p.0, %after-all), channel_id=2, is_host_transfer=true, ATTRIBUTES
+  %recv = (f32[4,16]{1,0}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, ATTRIBUTES
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true, ATTRIBUTES
+  %recv-done = (f32[4,16]{1,0}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true, ATTRIBUTES
+  ROOT %get-tuple-element = f32[4,16]{1,0} get-tuple-element(%recv-done), index=0
+}
+"""
+
+
+@pytest.mark.parametrize("slices", [2, 4])
+@pytest.mark.parametrize(
+    ("kind", "whole", "sent"),
+    [
+        ("all-reduce", lambda n: 256, lambda n: 512 * (n - 1) / n),
+        ("all-gather", lambda n: 256 * n, lambda n: 256 * (n - 1)),
+        ("one-to-one", lambda n: 256, lambda n: 256),
+    ],
+)
+def test_bytes_between_slices(slices, kind, whole, sent):
+    """As the compiler for TPUs writes them: a host takes the operand and gives back the result, each moved once."""
+    transfer = f'_xla_megascale_transfer_type="{kind.upper().replace("-", "_")}"'
+    attributes = f'frontend_attributes={{_xla_host_transfer_handler_name="xla_megascale_runtime",{transfer}}}'
+    found = hlo.cost(hlo.parse(BETWEEN_SLICES.replace("ATTRIBUTES", attributes), slices))
+    expected = hlo.Messages(1.0, float(whole(slices)), float(sent(slices)))
+    assert found.collectives == {f"dcn {kind}": expected}
+    assert found.dcn_bytes == sent(slices) and found.sent_bytes == 0
+    assert found.hbm_bytes == pytest.approx(2 * 256, abs=8)
+    both = found.plus(measure(MESSAGE.replace("KIND", "all-reduce").replace("GROUPS", "replica_groups={}")))
+    assert both.dcn_bytes == sent(slices) and both.sent_bytes == 2 * 256 * 7 / 8
+
+
 def test_of_branches_the_cheaper_counts():
     text = re.sub(r"\n +", "\n  ", """\
 HloModule jit_f

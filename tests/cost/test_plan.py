@@ -77,3 +77,31 @@ def test_a_plan():
         "12 seconds with 1.00 GiB",
     ):
         assert part in text, text
+    assert "on v5e:2x2\n" in text and "between slices" not in text
+
+
+def test_a_plan_of_two_slices():
+    """Says so, and whether the bound has the network between them."""
+    parts = {"compute": 1.0, "memory": 1.0, "interconnect": 1.0}
+    plan = dataclasses.replace(
+        TOO_LARGE,
+        fits=True,
+        num_slices=2,
+        peak_hbm_bytes=8 * 2**30,
+        device_flops_per_step=24e12,
+        bytes_per_step=819e9,
+        collectives={"dcn all-reduce": Messages(2.0, 8e9, 8e9)},
+        seconds_at_least=parts | {"dcn": 2.0},
+        steps_per_second_bound=0.5,
+        images_per_second_bound=4.0,
+        hours_at_least=2.0,
+        bound_by="dcn",
+        compile_seconds=12.3,
+        host_memory_bytes=2**30,
+    )
+    text = describe(plan)
+    for part in ("name on 2 slices of v5e:2x2", "dcn all-reduce 2 per step", "dcn 2000 ms per step; dcn binds"):
+        assert part in text, text
+    assert "leaves out" not in text
+    text = describe(dataclasses.replace(plan, seconds_at_least=parts, bound_by="memory"))
+    assert "leaves out the network between slices, whose rate is not known" in text

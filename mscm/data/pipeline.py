@@ -10,13 +10,17 @@ and pass batches on without a copy. Image files are decoded in Python's time: wo
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import gc
 import multiprocessing
+import queue
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing.queues import Queue
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -30,6 +34,8 @@ from mscm.data.sources import Source
 
 _AHEAD = 2  # items that each thread prepares in advance
 _LOOK_SECONDS = 0.2  # between two looks whether the workers live, while an item is waited for
+# Modules of the objects that can hold, each in the next, the queue of a worker: one may still be in a thread's future.
+_HOLDERS = ("grain", "queue", "collections", "concurrent")
 
 Item = dict[str, np.ndarray]
 
@@ -145,8 +151,38 @@ class _OfWorkers:
 
     def close(self) -> None:
         """Ends the workers."""
-        if not self._is_broken:  # Grain would wait for the one that was killed
-            self._items.close()
+        if self._is_broken:  # Grain would wait for the one that was killed
+            return
+        # A worker ends when what it had to say has been heard. Grain does not listen: it kills it after 25 s.
+        queues = _queues_of(self._items)
+        closing = threading.Thread(target=self._items.close, daemon=True)
+        closing.start()
+        for worker_queue in queues:
+            threading.Thread(target=_empty, args=(worker_queue, closing), daemon=True).start()
+        while closing.is_alive() and not any((worker.exitcode or 0) < 0 for worker in self._workers):
+            closing.join(_LOOK_SECONDS)
+
+
+def _queues_of(items: grain.DatasetIterator) -> list[Queue]:
+    """Those through which workers and Grain speak, wherever among its objects it keeps them."""
+    found: list[Queue] = []
+    seen, left = set(), [items]
+    while left:
+        for thing in gc.get_referents(left.pop()):
+            if id(thing) in seen:
+                continue
+            seen.add(id(thing))
+            if type(thing) is Queue:
+                found.append(thing)
+            elif isinstance(thing, (dict, list, tuple)) or type(thing).__module__.partition(".")[0] in _HOLDERS:
+                left.append(thing)
+    return found
+
+
+def _empty(worker_queue: Queue, closing: threading.Thread) -> None:
+    while closing.is_alive():
+        with contextlib.suppress(queue.Empty):
+            worker_queue.get(timeout=0.05)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,21 +80,25 @@ def test_workers_and_threads_change_nothing(num_workers, num_threads):
 
 
 def test_workers_leave_nothing_behind(tmp_path):
-    """Closed in the middle: no message at the end, of shared memory or of a worker."""
+    """Closed in the middle, when they have much to say: each ends by itself, and no message follows it."""
     script = tmp_path / "script.py"
     script.write_text(
+        "import multiprocessing, time\n"
         "from mscm.data import pipeline, sources\n"
         "def main():\n"
         "    source = sources.open_source('synthetic', split='train', resolution=32, channels=3, num_classes=2)\n"
         "    items = pipeline.batches(source, batch_size=64, seed=0, num_workers=2)\n"
         "    print(next(items)['image'].shape)\n"
+        "    time.sleep(2)\n"  # each has loaded more than a pipe holds
+        "    workers = multiprocessing.active_children()\n"
         "    items.close()\n"
+        "    print([worker.exitcode for worker in workers])\n"
         "if __name__ == '__main__':\n"
         "    main()\n"
     )
     env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
-    assert (result.stdout, result.stderr) == ("(64, 32, 32, 3)\n", "")
+    assert (result.stdout, result.stderr) == ("(64, 32, 32, 3)\n[0, 0]\n", "")
 
 
 def test_the_order_stays():

@@ -13,12 +13,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # another's code, and per host, because code compiled for one CPU may not run on another that shares the home directory.
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mscm" / f"jax-tests-{platform.node()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # most are small, and of several processes
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-# Small programs that run a few times: LLVM's optimisation would take a third of the suite's time. Tests of numbers hold
-# at any level, and what runs long is no test.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Thousands of small programs that run a few times: optimising them would take half of the suite's time, as would the
+# newer code generator of fusions. Tests of numbers hold at any level, and what runs long is no test.
+_QUICK = ("backend_optimization_level=0", "llvm_disable_expensive_passes=true", "cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}" for flag in _QUICK))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -52,45 +52,43 @@ def config(tmp_path):
 
 
 def test_two_processes_are_one_run(run_both, config, tmp_path):
-    """They train and score together, process 0 alone writes and prints, and one process reads what two have written."""
-    flags = [config, f"--workdir={tmp_path / 'run'}"]
+    """They train a teacher and a student and score both together; process 0 alone writes and prints.
+
+    One process reads what two have written, and two score what one would.
+    """
+    student = tmp_path / "student.py"
+    text = CONFIG.replace("digits.teacher()", "digits.student(student_steps=2, distil=True)")
+    changed = f"    config.teacher.config = {config.partition('=')[2]!r}\n    return"
+    student.write_text(text.replace("    return", changed))
+    workdir = tmp_path / "run"
+    flags = [f"--config={student}", f"--workdir={workdir}"]
     (code, output, errors), (other_code, other_output, other_errors) = run_both("main", flags, flags)
     assert (code, other_code) == (0, 0), errors + other_errors
     assert "fd_classifier" in output and "fd_classifier" not in other_output
-    assert "step 4/4" in errors and "step 4/4" not in other_errors
-    rows = json.loads((tmp_path / "run" / "report" / "scores.json").read_text())
-    assert [row["nfe"] for row in rows] == [1, 2, 0]
+    assert errors.count("step 4/4") == 2 and "step 4/4" not in other_errors
+    rows = json.loads((workdir / "report" / "scores.json").read_text())
+    models = ["digits_cd2", "digits_teacher", "real, half against half"]
+    assert [row["model"] for row in rows] == models and all(model in output for model in models)
+    assert (workdir / "report" / "samples.png").exists()
     for command in (["eval"], ["sample", f"--output={tmp_path / 'grid.png'}"]):
         alone = [sys.executable, "-m", f"mscm.{command[0]}", *flags, *command[1:]]
         result = subprocess.run(alone, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "grid.png").exists()
-    lines = (tmp_path / "run" / "eval" / "scores.jsonl").read_text().splitlines()
-    made = {(row["step"], row["nfe"]): row["fd_classifier"] for row in map(json.loads, lines)}
-    assert len(made) == len(lines) == 5  # each once: what two have scored, one has not scored again
-    (tmp_path / "run" / "eval" / "scores.jsonl").unlink()
+    scores = workdir / "eval" / "scores.jsonl"
+    made = scores_of(scores)
+    assert len(made) == len(scores.read_text().splitlines()) == 5  # each once: what two have scored, one has not again
+    scores.unlink()
     (code, output, errors), (other_code, other_output, other_errors) = run_both("eval", flags, flags)
     assert (code, other_code) == (0, 0), errors + other_errors
     assert "fd_classifier" in output and "fd_classifier" not in other_output
-    lines = (tmp_path / "run" / "eval" / "scores.jsonl").read_text().splitlines()
-    assert {(row["step"], row["nfe"]): row["fd_classifier"] for row in map(json.loads, lines)} == pytest.approx(
-        made, rel=1e-3
-    )
+    assert scores_of(scores) == pytest.approx(made, rel=1e-3)
 
 
-def test_two_processes_train_and_score_a_student_of_a_teacher(run_both, config, tmp_path):
-    """The grid shows samples of both models, which one process has written."""
-    student = tmp_path / "student.py"
-    text = CONFIG.replace("digits.teacher()", "digits.student(student_steps=2, distil=True)")
-    changes = f"config.teacher.config = {str(tmp_path / 'config.py')!r}"
-    student.write_text(text.replace("    return config", f"    {changes}\n    return config"))
-    flags = [f"--config={student}", f"--workdir={tmp_path / 'run'}"]
-    (code, output, errors), (other_code, _, other_errors) = run_both("main", flags, flags)
-    assert (code, other_code) == (0, 0), errors + other_errors
-    rows = json.loads((tmp_path / "run" / "report" / "scores.json").read_text())
-    models = ["digits_cd2", "digits_teacher", "real, half against half"]
-    assert [row["model"] for row in rows] == models and all(model in output for model in models)
-    assert (tmp_path / "run" / "report" / "samples.png").exists()
+def scores_of(file):
+    """By model, step and number of evaluations."""
+    rows = map(json.loads, file.read_text().splitlines())
+    return {(row["model"], row["step"], row["nfe"]): row["fd_classifier"] for row in rows}
 
 
 GATHER = """

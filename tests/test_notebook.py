@@ -40,10 +40,13 @@ def test_its_lines_are_like_ours(notebook):
 
 @pytest.mark.slow  # three trainings, though short ones, and a comparison
 def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
-    """With a tenth of the training: what it would show is there, and no cell prints a warning."""
-    (parameters,) = [cell for cell in code_of(notebook) if "parameters" in cell.metadata.get("tags", ())]
-    parameters.source, found = re.subn(r"LENGTH = 0\.5", "LENGTH = 0.05", parameters.source)
-    assert found == 1
+    """With a tenth of the training, and fewer steps of the teacher; what it would show is there, without a warning."""
+    shorter = {r"LENGTH = 0\.5": "LENGTH = 0.05", r"teacher_steps=\([\d,]+\)": "teacher_steps=(1,2)"}
+    for pattern, text in shorter.items():
+        found = [cell for cell in code_of(notebook) if re.search(pattern, cell.source)]
+        assert found
+        for cell in found:
+            cell.source = re.sub(pattern, text, cell.source)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("XLA_FLAGS")  # the suite's compile fast and compute slowly
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")

@@ -79,7 +79,7 @@ def test_impossible_sizes_are_refused(sizes):
 
 
 SINGLE = ["one:1x1x1:5", "data:8x1x1:5", "fsdp:1x8x1:5", "cube:2x2x2:5", "one_then_two:1x8x1:3"]
-TWO = ["two:2x4x1:5", "one_then_two:1x8x1:5", "two_then_one:1x8x1:3"]
+TWO = ["one_then_two:1x8x1:5", "two_then_one:1x8x1:3"]
 
 
 def _train(run_together, directory, jobs, *, family="digits", num_processes=1):
@@ -108,19 +108,21 @@ def _check_equal(directory, result, expected, *, rtol=1e-5):
 
 
 # One test, because two workers would each run the whole of it for their part.
-@pytest.mark.slow  # compiles the step for five meshes, in four processes
+@pytest.mark.slow  # compiles the step for four meshes, in four processes
 def test_neither_mesh_nor_processes_change_a_number(run_together, tmp_path):
     """Five steps on each mesh, by one process and by two, and by one that goes on where the other stopped.
 
     Losses, and parameters after five steps, are those of one device to 1e-5 relative; fsdp cuts the parameters.
     """
     results = _train(run_together, tmp_path, SINGLE)
-    results |= _train(run_together, tmp_path, TWO, num_processes=2)
-    results |= _train(run_together, tmp_path, ["two_then_one:1x8x1:5"])
+    two = _train(run_together, tmp_path, TWO, num_processes=2)
+    np.testing.assert_allclose(two["two_then_one"]["losses"], results["one"]["losses"][:3], rtol=1e-5)
+    results |= two | _train(run_together, tmp_path, ["two_then_one:1x8x1:5"])
     assert results.keys() == {job.split(":")[0] for job in SINGLE + TWO}
     for result in results.values():
         _check_equal(tmp_path, result, results["one"])
-    assert len(results["one"]["losses"]) == 5 and len(results["two_then_one"]["losses"]) == 2
+    lengths = {name: len(result["losses"]) for name, result in results.items()}
+    assert lengths == {"one": 5, "data": 5, "fsdp": 5, "cube": 5, "one_then_two": 2, "two_then_one": 2}
     # An eighth on each device, but for the vectors.
     assert results["data"]["local"] == results["data"]["bytes"]
     vectors = results["fsdp"]["local"] - results["fsdp"]["bytes"] / 8
@@ -133,7 +135,7 @@ def test_no_mesh_changes_a_number_of_a_text_to_image_model(run_together, tmp_pat
     jobs = ["captioned:1x1x1:4", "captioned_cube:2x2x2:4"]
     results = _train(run_together, tmp_path, jobs, family="captioned_digits")
     # Of 256 teacher steps one is short: student and target differ by a hundredth, and so their rounding counts more.
-    _check_equal(tmp_path, results["captioned_cube"], results["captioned"], rtol=1e-4)
+    _check_equal(tmp_path, results["captioned_cube"], results["captioned"], rtol=5e-4)
     cube = results["captioned_cube"]
     assert 0.25 < cube["local"] / cube["bytes"] < 0.3  # tensor and fsdp, but for vectors
 

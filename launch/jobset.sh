@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Writes a JobSet that runs one command on all hosts of a TPU slice of Google Kubernetes Engine, again when one fails.
+# Writes a JobSet that runs one command on all hosts of a TPU slice of Google Kubernetes Engine, or of several slices,
+# again when one fails.
 #
 #   IMAGE=REGISTRY/mscm CLAIM=mscm launch/jobset.sh NAME \
 #       python -m mscm.main --config=configs/imagenet64_cd8.py --workdir=/data/cd8 --distributed=auto |
@@ -13,7 +14,8 @@
 #   COPY . .
 #   RUN pip install -e .[tpu]
 #
-# Environment, with defaults: ACCELERATOR=tpu-v5-lite-podslice  TOPOLOGY=8x8  CHIPS_PER_HOST=4  MAX_RESTARTS=20
+# Environment, with defaults: ACCELERATOR=tpu-v5-lite-podslice  TOPOLOGY=8x8  CHIPS_PER_HOST=4  NUM_SLICES=1
+#   MAX_RESTARTS=20
 set -euo pipefail
 
 fail() {
@@ -34,9 +36,11 @@ shift
 [[ -n "${IMAGE:-}" ]] || fail "got no IMAGE, expected a container image with mscm installed; set it"
 [[ -n "${CLAIM:-}" ]] || fail "got no CLAIM, expected the name of a PersistentVolumeClaim; set it"
 topology="${TOPOLOGY:-8x8}" chips_per_host="${CHIPS_PER_HOST:-4}" max_restarts="${MAX_RESTARTS:-20}"
+num_slices="${NUM_SLICES:-1}"
 [[ "$topology" =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] ||
   fail "got TOPOLOGY='$topology', expected one such as 8x8 or 4x4x8"
 [[ "$chips_per_host" =~ ^[1-9][0-9]*$ ]] || fail "got CHIPS_PER_HOST='$chips_per_host', expected a number such as 4"
+[[ "$num_slices" =~ ^[1-9][0-9]*$ ]] || fail "got NUM_SLICES='$num_slices', expected a number such as 2"
 [[ "$max_restarts" =~ ^[0-9]+$ ]] || fail "got MAX_RESTARTS='$max_restarts', expected a number"
 chips=$(( ${topology//x/*} ))
 (( chips % chips_per_host == 0 )) ||
@@ -64,7 +68,7 @@ spec:
     maxRestarts: $max_restarts
   replicatedJobs:
     - name: slice
-      replicas: 1
+      replicas: $num_slices
       template:
         spec:
           completionMode: Indexed

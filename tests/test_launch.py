@@ -187,6 +187,7 @@ ON_KUBERNETES = {"IMAGE": "registry/mscm", "CLAIM": "disk"}
         ("jobset.sh", ["run", *TRAIN], {"IMAGE": "registry/mscm"}, "got no CLAIM, expected"),
         ("jobset.sh", ["run", *TRAIN], ON_KUBERNETES | {"TOPOLOGY": "64"}, "got TOPOLOGY='64', expected"),
         ("jobset.sh", ["run", *TRAIN], ON_KUBERNETES | {"TOPOLOGY": "3x3"}, "got 9 chips (3x3) of 4 on each host"),
+        ("jobset.sh", ["run", *TRAIN], ON_KUBERNETES | {"NUM_SLICES": "0"}, "got NUM_SLICES='0', expected a number"),
     ],
 )
 def test_wrong_arguments_are_one_sentence_and_status_2(fake, script, arguments, more, words):
@@ -478,6 +479,7 @@ def test_the_jobset_has_a_host_for_every_four_chips(fake):
     assert jobset["spec"]["network"] == {"enableDNSHostnames": True}
     assert jobset["spec"]["failurePolicy"] == {"maxRestarts": 20}
     (replicated,) = jobset["spec"]["replicatedJobs"]
+    assert replicated["replicas"] == 1
     job = replicated["template"]["spec"]
     assert (job["completionMode"], job["parallelism"], job["completions"]) == ("Indexed", 16, 16)
     assert job["backoffLimit"] == 0
@@ -497,9 +499,11 @@ def test_the_jobset_has_a_host_for_every_four_chips(fake):
 
 
 def test_the_topology_says_how_many_hosts(fake):
-    more = {"TOPOLOGY": "2x2x4", "ACCELERATOR": "tpu-v5p-slice", "MAX_RESTARTS": "3"}
+    more = {"TOPOLOGY": "2x2x4", "ACCELERATOR": "tpu-v5p-slice", "NUM_SLICES": "2", "MAX_RESTARTS": "3"}
     jobset = yaml.safe_load(run(fake, "jobset.sh", "cd8", *TRAIN, **ON_KUBERNETES, **more).stdout)
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 3
-    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert (job["parallelism"], job["completions"]) == (4, 4)
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    assert replicated["replicas"] == 2
+    job = replicated["template"]["spec"]
+    assert (job["parallelism"], job["completions"]) == (4, 4)  # of each slice
     assert job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5p-slice"

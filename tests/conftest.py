@@ -32,6 +32,11 @@ install_import_hook("mscm", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: at the end one worker would be busy with them and the others idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def x64():
     """Gives the test float64, for identities that float32 cannot tell from a bug."""

@@ -170,6 +170,7 @@ def states(workdir):
     return {step: [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)] for step, state in found.items()}
 
 
+@pytest.mark.slow  # six processes that train
 def test_the_death_of_one_ends_the_other_and_the_run_goes_on(run_both, run_together, config, tmp_path):
     """With kill -9. The main process says which one is silent; both started again, they come to the same bits."""
     flags = [config, "--config.eval.at_end=False"]

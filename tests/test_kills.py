@@ -18,6 +18,7 @@ SHORT = {
 }
 
 
+@pytest.mark.slow  # seven processes, each of which starts JAX and some train
 def test_five_kills_change_nothing(tmp_path):
     """Teacher, two phases and scores, killed on the way: the same checkpoints, scores and metrics as of a whole run."""
     command = kill_test.Command(tmp_path, **SHORT)

@@ -18,8 +18,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Thousands of small programs that run a few times: optimising them would take half of the suite's time, as would the
 # newer code generator of fusions. Tests of numbers hold at any level, and what runs long is no test.
-_QUICK = ("backend_optimization_level=0", "llvm_disable_expensive_passes=true", "cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}" for flag in _QUICK))
+# Of the three only the last is an extra option: as a flag of its own, newer versions of jaxlib do not start with it.
+_QUICK = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+)
+os.environ.setdefault("XLA_FLAGS", " ".join(_QUICK))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

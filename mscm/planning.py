@@ -305,13 +305,12 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     topology = request["topology"]
     try:
         chip = _chip(topology)
-        options: dict[str, Any] = {} if chip.config is None else {"chip_config_name": chip.config}
-        num_slices = request["num_slices"]
-        if num_slices > 1:
-            options["num_slices"] = num_slices
+        options: dict[str, Any] = {"num_slices": request["num_slices"]}
+        if chip.config is not None:
+            options["chip_config_name"] = chip.config
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
         experiment = build(ConfigDict(request["config"])).on(devices)
-        return dataclasses.asdict(_plan(experiment, topology, chip, num_slices=num_slices, measure=False))
+        return dataclasses.asdict(_plan(experiment, topology, chip, num_slices=request["num_slices"], measure=False))
     except ConfigError as error:
         return {"error": str(error)}
 

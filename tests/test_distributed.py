@@ -69,6 +69,7 @@ def test_two_processes_are_one_run(run_both, config, tmp_path):
     rows = json.loads((workdir / "report" / "scores.json").read_text())
     models = ["digits_cd2", "digits_teacher", "real, half against half"]
     assert [row["model"] for row in rows] == models and all(model in output for model in models)
+    assert [row["nfe"] for row in rows] == [2, 2, 0]
     assert (workdir / "report" / "samples.png").exists()
     for command in (["eval"], ["sample", f"--output={tmp_path / 'grid.png'}"]):
         alone = [sys.executable, "-m", f"mscm.{command[0]}", *flags, *command[1:]]

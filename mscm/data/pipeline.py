@@ -121,8 +121,7 @@ class _OfWorkers:
         threading.Thread(target=self._ask, args=(answer,), daemon=True).start()
         while not concurrent.futures.wait([answer], _LOOK_SECONDS).done:
             self._look()
-            killed = [worker for worker in self._workers if (worker.exitcode or 0) < 0]
-            if killed:
+            if killed := self._killed():
                 raise self._died(signal.Signals(-killed[0].exitcode).name)
         self._look()
         error = answer.exception()
@@ -133,6 +132,9 @@ class _OfWorkers:
     def _look(self) -> None:
         # With every item: later `active_children` does not name those that have died.
         self._workers |= frozenset(multiprocessing.active_children()) - self._others
+
+    def _killed(self) -> list[Any]:
+        return [worker for worker in self._workers if (worker.exitcode or 0) < 0]
 
     def _ask(self, answer: concurrent.futures.Future) -> None:
         try:
@@ -159,7 +161,7 @@ class _OfWorkers:
         closing.start()
         for worker_queue in queues:
             threading.Thread(target=_empty, args=(worker_queue, closing), daemon=True).start()
-        while closing.is_alive() and not any((worker.exitcode or 0) < 0 for worker in self._workers):
+        while closing.is_alive() and not self._killed():
             closing.join(_LOOK_SECONDS)
 
 

@@ -23,6 +23,21 @@ TOO_LARGE = Plan(
     peak_hbm_bytes=20 * 2**30,
     hbm_capacity_bytes=16 * 2**30,
 )
+FITS = dataclasses.replace(
+    TOO_LARGE,
+    fits=True,
+    peak_hbm_bytes=8 * 2**30,
+    device_flops_per_step=24e12,
+    bytes_per_step=819e9,
+    collectives={"all-gather": Messages(5.0, 8e9, 7e9)},
+    seconds_at_least={"compute": 0.5, "memory": 1.0, "interconnect": 0.035},
+    steps_per_second_bound=1.0,
+    images_per_second_bound=8.0,
+    hours_at_least=1.0,
+    bound_by="memory",
+    compile_seconds=12.3,
+    host_memory_bytes=2**30,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,23 +58,7 @@ def test_too_large_a_program(changes, parts):
 
 def test_a_plan():
     """Every number that a person plans with, in its unit."""
-    plan = dataclasses.replace(
-        TOO_LARGE,
-        fits=True,
-        peak_hbm_bytes=8 * 2**30,
-        device_flops_per_step=24e12,
-        bytes_per_step=819e9,
-        collectives={"all-gather": Messages(5.0, 8e9, 7e9)},
-        loops_of_unknown_length=1,
-        seconds_at_least={"compute": 0.5, "memory": 1.0, "interconnect": 0.035},
-        steps_per_second_bound=1.0,
-        images_per_second_bound=8.0,
-        hours_at_least=1.0,
-        bound_by="memory",
-        compile_seconds=12.3,
-        host_memory_bytes=2**30,
-        steps_per_second_measured=0.5,
-    )
+    plan = dataclasses.replace(FITS, loops_of_unknown_length=1, steps_per_second_measured=0.5)
     text = describe(plan)
     for part in (
         "4 x TPU v5 lite, data=1 x fsdp=4 x tensor=1, batch 8",
@@ -82,26 +81,16 @@ def test_a_plan():
 
 def test_a_plan_of_two_slices():
     """Says so, and whether the bound has the network between them."""
-    parts = {"compute": 1.0, "memory": 1.0, "interconnect": 1.0}
     plan = dataclasses.replace(
-        TOO_LARGE,
-        fits=True,
+        FITS,
         num_slices=2,
-        peak_hbm_bytes=8 * 2**30,
-        device_flops_per_step=24e12,
-        bytes_per_step=819e9,
         collectives={"dcn all-reduce": Messages(2.0, 8e9, 8e9)},
-        seconds_at_least=parts | {"dcn": 2.0},
-        steps_per_second_bound=0.5,
-        images_per_second_bound=4.0,
-        hours_at_least=2.0,
+        seconds_at_least={**FITS.seconds_at_least, "dcn": 2.0},
         bound_by="dcn",
-        compile_seconds=12.3,
-        host_memory_bytes=2**30,
     )
     text = describe(plan)
     for part in ("name on 2 slices of v5e:2x2", "dcn all-reduce 2 per step", "dcn 2000 ms per step; dcn binds"):
         assert part in text, text
     assert "leaves out" not in text
-    text = describe(dataclasses.replace(plan, seconds_at_least=parts, bound_by="memory"))
+    text = describe(dataclasses.replace(plan, seconds_at_least=FITS.seconds_at_least, bound_by="memory"))
     assert "leaves out the network between slices, whose rate is not known" in text

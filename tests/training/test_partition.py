@@ -79,7 +79,7 @@ def test_impossible_sizes_are_refused(sizes):
 
 
 SINGLE = ["one:1x1x1:5", "data:8x1x1:5", "fsdp:1x8x1:5", "cube:2x2x2:5", "one_then_two:1x8x1:3"]
-TWO = ["one_then_two:1x8x1:5", "two_then_one:1x8x1:3"]
+TWO = ["one_then_two:2x4x1:5", "two_then_one:1x8x1:3"]
 
 
 def _train(run_together, directory, jobs, *, family="digits", num_processes=1):
@@ -96,10 +96,10 @@ def _train(run_together, directory, jobs, *, family="digits", num_processes=1):
     return {line["name"]: line for line in lines}
 
 
-def _check_equal(directory, result, expected, *, rtol=1e-5):
-    """Losses to `rtol` relative, parameters to 1e-5 of the largest of a leaf."""
+def _check_equal(directory, result, expected):
+    """Losses to 1e-5 relative, parameters to 1e-5 of the largest of a leaf."""
     losses, name = result["losses"], result["name"]
-    np.testing.assert_allclose(losses, expected["losses"][-len(losses) :], rtol=rtol, err_msg=name)
+    np.testing.assert_allclose(losses, expected["losses"][-len(losses) :], rtol=1e-5, err_msg=name)
     got, wanted = (np.load(directory / f"{line['name']}.npz") for line in (result, expected))
     assert set(got.files) == set(wanted.files)
     for key in wanted.files:
@@ -108,9 +108,9 @@ def _check_equal(directory, result, expected, *, rtol=1e-5):
 
 
 # One test, because two workers would each run the whole of it for their part.
-@pytest.mark.slow  # compiles the step for four meshes, in four processes
+@pytest.mark.slow  # compiles the step for five meshes, in four processes
 def test_neither_mesh_nor_processes_change_a_number(run_together, tmp_path):
-    """Five steps on each mesh, by one process and by two, and by one that goes on where the other stopped.
+    """Five steps on each mesh, by one process and by two, which go on where the other stopped, also on another mesh.
 
     Losses, and parameters after five steps, are those of one device to 1e-5 relative; fsdp cuts the parameters.
     """
@@ -134,8 +134,7 @@ def test_no_mesh_changes_a_number_of_a_text_to_image_model(run_together, tmp_pat
     """The distillation of a guided teacher of captions, cut along all three axes."""
     jobs = ["captioned:1x1x1:4", "captioned_cube:2x2x2:4"]
     results = _train(run_together, tmp_path, jobs, family="captioned_digits")
-    # Of 256 teacher steps one is short: student and target differ by a hundredth, and so their rounding counts more.
-    _check_equal(tmp_path, results["captioned_cube"], results["captioned"], rtol=5e-4)
+    _check_equal(tmp_path, results["captioned_cube"], results["captioned"])
     cube = results["captioned_cube"]
     assert 0.25 < cube["local"] / cube["bytes"] < 0.3  # tensor and fsdp, but for vectors
 

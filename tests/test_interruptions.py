@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,11 +62,11 @@ def newest_state(experiment, workdir):
         return checkpoints.latest(), jax.tree.map(np.asarray, checkpoints.restore(experiment.abstract_state()))
 
 
-def assert_same_end(experiment, workdir, expected):
-    """The same last step and the same bits: parameters, average, optimiser."""
+def assert_same_end(experiment, workdir, expected, **tolerance):
+    """The same last step and, without a tolerance, the same bits: parameters, average, optimiser."""
     (step, got), (expected_step, expected) = (newest_state(experiment, path) for path in (workdir, expected))
     assert step == expected_step
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    chex.assert_trees_all_close(got, expected, **({"rtol": 0.0, "atol": 0.0} | tolerance))
 
 
 def student_file(whole, folder):
@@ -546,8 +547,9 @@ def test_a_bounded_number_of_bad_steps_is_skipped(whole, tmp_path, monkeypatch):
     assert newest_state(experiment, tmp_path / "a")[0] == 8
     with pytest.raises(FloatingPointError, match="in 3 steps in a row within the steps 5 to 6, expected at most"):
         training_loop.run(poisoned(experiment, 3, 4, 5), str(tmp_path / "b"))
-    training_loop.run(experiment, str(tmp_path / "c"))  # without any, it changes nothing
-    assert_same_end(experiment, tmp_path / "c", whole.workdir)
+    # Without any it changes nothing; but its program is another one, and code generators round what they fuse.
+    training_loop.run(experiment, str(tmp_path / "c"))
+    assert_same_end(experiment, tmp_path / "c", whole.workdir, rtol=1e-6)
 
 
 def test_bad_steps_in_a_row_are_counted_over_a_resume(whole, tmp_path):

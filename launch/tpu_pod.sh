@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs one command on all workers of a TPU pod, and again on a new pod after each preemption, until it succeeds.
+# Runs one command on all workers of a TPU pod, or of several slices that the network of the data center connects, and
+# again on new ones after each preemption, until it succeeds.
 #
 #   launch/tpu_pod.sh run NAME \
 #       python -m mscm.main --config=configs/imagenet64_cd8.py --workdir=/mnt/mscm/cd8 --distributed=auto
@@ -16,9 +17,10 @@
 # is finished by renaming its folder, which a bucket does at once only with a hierarchical namespace.
 #
 # Environment, with defaults:
-#   ZONE=us-central1-a  ACCELERATOR=v5litepod-64  TIER=spot (or on-demand, reserved)
+#   ZONE=us-central1-a  ACCELERATOR=v5litepod-64 (of each slice)  NUM_SLICES=1  TIER=spot (or on-demand, reserved)
 #   RUNTIME=v2-alpha-tpuv5-lite (v5e; v2-alpha-tpuv5 is v5p's, v2-alpha-tpuv6e v6e's)
-#   SETUP=true  LOGS=runs/logs (below it NAME/TIME/WORKER.log; worker 0 is also shown)  POLL_SECONDS=30
+#   SETUP=true  POLL_SECONDS=30
+#   LOGS=runs/logs (below it NAME/TIME/WORKER.log, of several slices NAME/TIME/SLICE/WORKER.log; the first is also shown)
 set -euo pipefail
 
 fail() {
@@ -38,8 +40,15 @@ esac
 [[ "$name" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
   fail "got the name '$name', expected at most 40 lower-case letters, digits and hyphens, the first a letter"
 zone="${ZONE:-us-central1-a}" accelerator="${ACCELERATOR:-v5litepod-64}" runtime="${RUNTIME:-v2-alpha-tpuv5-lite}"
-poll_seconds="${POLL_SECONDS:-30}" logs="${LOGS:-runs/logs}"
-request=(--node-id="$name" --accelerator-type="$accelerator" --runtime-version="$runtime")
+poll_seconds="${POLL_SECONDS:-30}" logs="${LOGS:-runs/logs}" num_slices="${NUM_SLICES:-1}"
+[[ "$num_slices" =~ ^[1-9][0-9]*$ ]] || fail "got NUM_SLICES='$num_slices', expected a number such as 2"
+request=(--accelerator-type="$accelerator" --runtime-version="$runtime")
+if (( num_slices == 1 )); then
+  nodes=("$name") request+=(--node-id="$name")
+else  # one request, and all of them or none
+  nodes=() request+=(--node-count="$num_slices" --node-prefix="$name")
+  for (( i = 0; i < num_slices; i++ )); do nodes+=("$name-$i"); done
+fi
 case "${TIER:-spot}" in
   spot | reserved) request+=("--${TIER:-spot}") ;;
   on-demand) ;;
@@ -62,13 +71,15 @@ tpus() {
   gcloud compute tpus "$@" --zone="$zone" --quiet
 }
 
-# The state of the request; of its node, where that was taken from an active request; NONE without a request.
+# The state of the request; of a node, where one was taken from an active request; NONE without a request.
 state() {
-  local request node
+  local request node of_node
   request="$(tpus queued-resources list --filter="name~/$name\$" --format="value(state.state)")" || return
   if [[ "$request" == ACTIVE ]]; then
-    node="$(tpus tpu-vm list --filter="name~/$name\$" --format="value(state)")" || return
-    case "$node" in PREEMPTED | TERMINATED) request="$node" ;; esac
+    for node in "${nodes[@]}"; do
+      of_node="$(tpus tpu-vm list --filter="name~/$node\$" --format="value(state)")" || return
+      case "$of_node" in PREEMPTED | TERMINATED) request="$of_node" ;; esac
+    done
   fi
   echo "${request:-NONE}"
 }
@@ -84,25 +95,49 @@ fi
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 temporary="$(mktemp -d)"
-trap 'rm -rf "$temporary"' EXIT
+connections=""
+trap 'for pid in $connections; do kill -- "-$pid" 2>/dev/null || :; done; rm -rf "$temporary"' EXIT
 # Not what git knows: a config that was edited for this run goes with it.
 tar -czf "$temporary/mscm.tar.gz" --exclude=__pycache__ mscm configs launch setup.cfg pyproject.toml README.md LICENSE
 # One name for all connections of this run: a worker that has finished says so again instead of starting again.
 remote="$(printf '%q ' bash tpu_worker.sh "$(date +%s)-$$" "${SETUP:-true}" "$@")"
 
-# One connection to all workers, to the end of the command. Status 255: the connection failed, not the command.
-connect() {
-  local folder="$1" line
-  tpus tpu-vm scp "$temporary/mscm.tar.gz" launch/tpu_worker.sh "$name:" --worker=all || return 255
+# One connection to all workers of a slice, to the end of the command there.
+connect_slice() {
+  local node="$1" folder="$2" shown="$3" line
+  mkdir -p "$folder"
   # Kept alive, because a machine that is taken away does not say goodbye. Not --output-directory, which has written
   # to a folder named None (Google Cloud CLI 528): each line begins with its worker instead.
-  tpus tpu-vm ssh "$name" --worker=all --command="$remote" \
+  tpus tpu-vm ssh "$node" --worker=all --command="$remote" \
     --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=6 </dev/null |
     while IFS= read -r line; do
       [[ "$line" =~ ^([0-9]+)\|(.*)$ ]] || continue
       echo "${BASH_REMATCH[2]}" >>"$folder/${BASH_REMATCH[1]}.log"
-      [[ "${BASH_REMATCH[1]}" != 0 ]] || echo "${BASH_REMATCH[2]}"
+      [[ "$shown ${BASH_REMATCH[1]}" != "true 0" ]] || echo "${BASH_REMATCH[2]}"
     done
+}
+
+# One connection to each slice. Status 255: a connection failed, and no command.
+connect() {
+  local folder="$1" status=0 one node of_slice
+  for node in "${nodes[@]}"; do  # all, before a command waits for those on the others
+    tpus tpu-vm scp "$temporary/mscm.tar.gz" launch/tpu_worker.sh "$node:" --worker=all || return 255
+  done
+  set -m  # each a process group, which the end of this script can end: a connection is more than one process
+  for node in "${nodes[@]}"; do
+    of_slice="$folder"
+    (( num_slices == 1 )) || of_slice+="/${node##*-}"
+    connect_slice "$node" "$of_slice" "$([[ "$node" != "${nodes[0]}" ]] || echo true)" &
+    connections+=" $!"
+  done
+  set +m
+  for pid in $connections; do
+    one=0
+    wait "$pid" || one=$?
+    (( one == 0 || (one == 255 && status != 0) )) || status="$one"
+  done
+  connections=""
+  return "$status"
 }
 
 state >/dev/null  # not logged in, no such project: gcloud says so, and this is the end
@@ -116,7 +151,7 @@ while true; do
         say "three requests in a row failed; is there $accelerator, and quota for it, in $zone? Giving up"
         exit 1
       fi
-      say "requesting $accelerator in $zone"
+      say "requesting $( (( num_slices == 1 )) || echo "$num_slices times ")$accelerator in $zone"
       tpus queued-resources create "$name" "${request[@]}" || sleep "$poll_seconds"
       ;;
     FAILED | SUSPENDED | PREEMPTED | TERMINATED)
@@ -126,7 +161,6 @@ while true; do
     ACTIVE)
       requests=0 started=$SECONDS status=0
       folder="$logs/$name/$(date -u +%Y%m%d-%H%M%S)"
-      mkdir -p "$folder"
       say "active; logs of all workers in $folder"
       connect "$folder" || status=$?
       if (( status == 0 )); then

@@ -1,7 +1,8 @@
 """The scripts of launch/, run against commands of the same names that record their calls and play a cluster.
 
-What is played: gcloud (requests, preemptions, two workers with homes of their own, connections that break), srun and
-scontrol, and the python of an installed environment. The scripts themselves, tar, flock and tail are the real ones.
+What is played: gcloud (requests, preemptions, slices of two workers with homes of their own, connections that break),
+srun and scontrol, and the python of an installed environment. The scripts themselves, tar, flock and tail are the real
+ones.
 """
 
 import contextlib
@@ -33,12 +34,15 @@ exit "$(sed -n "$(wc -l <"$FAKE/$worker.runs")p" "$FAKE/exits")"
 """
 
 # states: what the request will be, look by look. request: its states after a request. connection.N/: what follows the
-# N-th connection; with a file "breaks" in it, that connection breaks while the command runs.
+# N-th connection; with a file "breaks" in it, that connection breaks while the command runs. The files of a second
+# slice have "slice1" before their names.
 GCLOUD = """#!/usr/bin/env bash
 shift 2  # compute tpus
-printf '%s\\t' "$@" >>"$FAKE/calls"
-echo >>"$FAKE/calls"
-homes=("$FAKE/worker0" "$FAKE/worker1")
+printf -v call '%s\\t' "$@"
+echo "$call" >>"$FAKE/calls"
+[[ "$*" != *pod-1* ]] || slice=slice1
+mine="$FAKE/${slice:-}"
+homes=("${mine}worker0" "${mine}worker1")
 case "$1 $2" in
   "queued-resources list")
     state="$(head -n 1 "$FAKE/states")"
@@ -46,9 +50,9 @@ case "$1 $2" in
     [[ "$state" != ERROR ]] || exit 1
     [[ "$state" == NONE ]] || echo "$state"
     ;;
-  "tpu-vm list") cat "$FAKE/node" ;;
-  "queued-resources create") cp "$FAKE/request" "$FAKE/states"; echo READY >"$FAKE/node" ;;
-  "queued-resources delete") echo NONE >"$FAKE/states"; rm -rf "${homes[@]}" ;;  # the disks of a pod go with it
+  "tpu-vm list") cat "${mine}node" ;;
+  "queued-resources create") cp "$FAKE/request" "$FAKE/states"; echo READY | tee "$FAKE/node" >"$FAKE/slice1node" ;;
+  "queued-resources delete") echo NONE >"$FAKE/states"; rm -rf "$FAKE"/*worker[01] ;;  # the disks of a pod go with it
   "tpu-vm scp")
     for home in "${homes[@]}"; do
       mkdir -p "$home/mscm_venv/bin"
@@ -58,7 +62,8 @@ case "$1 $2" in
     ;;
   "tpu-vm ssh")
     for word in "$@"; do case "$word" in --command=*) command="${word#--command=}" ;; esac; done
-    connection="$FAKE/connection.$(grep -c '^tpu-vm.ssh' "$FAKE/calls")"
+    connection="${mine}connection.$(grep -c "^tpu-vm.ssh.$3" "$FAKE/calls")"
+    echo "$$" >>"$FAKE/connections"
     for home in "${homes[@]}"; do
       (cd "$home" && HOME="$home" exec bash -c "$command" >"$home/out" 2>&1) & workers+=("$!")
     done
@@ -69,9 +74,9 @@ case "$1 $2" in
     fi
     rm -f "$FAKE/wait"
     for worker in "${workers[@]}"; do wait "$worker" || status=$?; done
-    cat "$FAKE"/worker?/out
+    for home in "${homes[@]}"; do cat "$home/out"; done
     [[ ! -e "$connection/states" ]] || cp "$connection/states" "$FAKE/states"
-    [[ ! -e "$connection/node" ]] || cp "$connection/node" "$FAKE/node"
+    [[ ! -e "$connection/node" ]] || cp "$connection/node" "${mine}node"
     exit "${status:-0}"
     ;;
 esac
@@ -107,7 +112,7 @@ def fake(tmp_path):
     folder = tmp_path / "fake"
     (folder / "bin").mkdir(parents=True)
     (folder / "home").mkdir()
-    curl = '#!/usr/bin/env bash\nbasename "$HOME" | tr -d a-z\n'
+    curl = '#!/usr/bin/env bash\nbasename "$HOME" | grep -o "[0-9]*$"\n'
     new_python = "#!/usr/bin/env bash\n"
     for name, text in {
         "python3": new_python,
@@ -172,6 +177,7 @@ ON_KUBERNETES = {"IMAGE": "registry/mscm", "CLAIM": "disk"}
         ("tpu_pod.sh", ["delete", "My_Pod"], {}, "got the name 'My_Pod', expected"),
         ("tpu_pod.sh", ["run", "pod", *TRAIN[:-1]], {}, "--distributed=auto"),
         ("tpu_pod.sh", ["run", "pod", "python", "--workdir=runs/x", "--distributed=auto"], {}, "absolute path"),
+        ("tpu_pod.sh", ["run", "pod", *TRAIN], {"NUM_SLICES": "two"}, "NUM_SLICES='two', expected a number such as 2"),
         ("tpu_pod.sh", ["run", "pod", *TRAIN], {"TIER": "cheap"}, "TIER='cheap', expected one of spot, on-demand"),
         ("tpu_pod.sh", ["run", "pod", *TRAIN], {"POLL_SECONDS": "soon"}, "POLL_SECONDS='soon', expected a number"),
         ("slurm.sh", ["cuda"], ON_SLURM, "usage"),
@@ -330,9 +336,9 @@ def test_a_preempted_pod_is_requested_again_and_the_command_started_again(fake, 
     create, _, ssh, delete = calls[:4]
     assert create[2:] == [
         "pod",
-        "--node-id=pod",
         "--accelerator-type=v5litepod-64",
         "--runtime-version=v2-alpha-tpuv5-lite",
+        "--node-id=pod",
         "--spot",
         "--zone=us-central1-a",
         "--quiet",
@@ -364,6 +370,62 @@ def test_a_broken_connection_is_joined_again(fake):
         assert len((fake / f"{worker}.runs").read_text().splitlines()) == 1
     assert "the connection broke" in result.stderr
     assert result.stdout == "training worker0\n"
+
+
+def test_of_several_slices_all_are_requested_and_start_again_when_one_is_preempted(fake):
+    result, calls = pod(fake, [143, 0], ACTIVE | {"slice1connection.1/node": ["PREEMPTED"]}, NUM_SLICES="2")
+    assert result.returncode == 0, result.stderr
+    once = ["create", "scp", "scp", "ssh", "ssh", "delete"]  # nobody waits for a slice that has no command yet
+    assert verbs(calls) == once * 2
+    assert {"--node-count=2", "--node-prefix=pod"} < set(calls[0]) and not any("--node-id" in word for word in calls[0])
+    assert [call[4] for call in calls[1:3]] == ["pod-0:", "pod-1:"]
+    assert sorted(call[2] for call in calls[3:5]) == ["pod-0", "pod-1"]
+    for worker in ("worker0", "worker1", "slice1worker0", "slice1worker1"):
+        assert (fake / f"{worker}.runs").read_text().splitlines() == [" ".join(TRAIN[1:])] * 2
+        files = f"{int('slice1' in worker)}/{worker[-1]}.log"
+        logs = [path.read_text() for path in (fake / "logs/pod").glob(f"*/{files}")]
+        assert "".join(logs).count(f"training {worker}\n") == "".join(logs).count("training") == 2, files
+    assert result.stdout.count("training worker0\n") == result.stdout.count("training") == 2
+
+
+@pytest.mark.parametrize("breaks", ["", "slice1"], ids=["of the first slice", "of the second slice"])
+def test_of_several_slices_a_broken_connection_is_joined_again(fake, breaks):
+    """And the commands that ended well meanwhile say so again; one that failed is what counts."""
+    files = ACTIVE | {f"{breaks}connection.1/breaks": []}
+    result, calls = pod(fake, [0], files, NUM_SLICES="2")
+    assert result.returncode == 0, result.stderr
+    assert verbs(calls) == ["create", "scp", "scp", "ssh", "ssh"] + ["scp", "scp", "ssh", "ssh", "delete"]
+    assert all(len(path.read_text().splitlines()) == 1 for path in fake.glob("*worker?.runs"))
+    shutil.rmtree(fake / "logs")
+    for path in [fake / "calls", *fake.glob("*worker?.runs")]:
+        path.unlink()
+    result, calls = pod(fake, [3], files, NUM_SLICES="2")
+    assert result.returncode == 3 and verbs(calls) == ["create", "scp", "scp", "ssh", "ssh"], result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_end_of_the_script_ends_its_connections(fake, number):
+    for name, line in {"states": "ACTIVE", "node": "READY", "slice1node": "READY", "exits": "0", "wait": ""}.items():
+        (fake / name).write_text(line + "\n")
+    text = (fake / "bin/gcloud").read_text()
+    write(fake / "bin/gcloud", text.replace('rm -f "$FAKE/wait"', "sleep 60"))  # a command that goes on
+    command = ["env", "--default-signal", ROOT / "launch/tpu_pod.sh", "run", "pod", *TRAIN]
+    more = environment(fake, LOGS=str(fake / "logs"), NUM_SLICES="2")
+    job = subprocess.Popen(command, env=more, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        while not (connections := fake / "connections").exists() or len(connections.read_text().split()) < 2:
+            assert job.poll() is None
+            time.sleep(0.02)
+        job.send_signal(number)
+        _, stderr = job.communicate(timeout=30)
+    finally:
+        job.kill()
+    assert job.returncode in (-number, 128 + number), stderr
+    for pid in connections.read_text().split():
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+            assert time.monotonic() < deadline, f"connection {pid} goes on"
+            time.sleep(0.05)
 
 
 def test_a_pod_that_is_there_is_used_and_a_failed_look_is_no_missing_pod(fake):

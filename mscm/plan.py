@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mscm import atomic, cli, terminal
-from mscm.cost.plan import describe, does_not_fit
+from mscm.cost.plan import describe, does_not_fit, where
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/imagenet64_cd8.py.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SHAPE such as v5e:8x8, or host.")
@@ -38,7 +38,7 @@ def main() -> None:
     if NUM_SLICES.value > 1 and topology == planning.HOST:
         raise ConfigError(f"--num_slices: got {NUM_SLICES.value} with --topology=host, expected a topology, or 1 slice")
     output = None if JSON.value is None else cli.output_of(JSON)
-    with terminal.Elapsed(f"Compiling {config.name} for {topology}"):
+    with terminal.Elapsed(f"Compiling {config.name} for {where(topology, NUM_SLICES.value)}"):
         if topology == planning.HOST:
             plan = planning.plan_here(config)
         else:

@@ -45,13 +45,19 @@ class Plan:
     smallest_batch_size_that_does_not_fit: int | None = None
 
 
+def where(topology: str, num_slices: int) -> str:
+    """What a program is compiled for, in words."""
+    return topology if num_slices == 1 else f"{num_slices} slices of {topology}"
+
+
 def does_not_fit(plan: Plan) -> str:
     """One sentence: what the program needs, what there is, what to change."""
     needs = "more" if plan.peak_hbm_bytes is None else f"{_gib(plan.peak_hbm_bytes)} of"
     has = "" if plan.hbm_capacity_bytes is None else f" and {_gib(plan.hbm_capacity_bytes)} there"
     largest = "" if plan.largest_batch_size is None else f"; {plan.largest_batch_size} fits"
+    place = where(plan.topology, plan.num_slices)
     return (
-        f"{plan.config} on {_where(plan)}: got a program that needs {needs} HBM on each device{has}, expected one "
+        f"{plan.config} on {place}: got a program that needs {needs} HBM on each device{has}, expected one "
         "that fits; set config.model.remat=full, cut the state with a larger config.mesh.fsdp, or lower "
         f"config.train.batch_size from {plan.global_batch_size}{largest}"
     )
@@ -68,7 +74,7 @@ def describe(plan: Plan) -> str:
     if peak is None or memory is None or traffic is None or collectives is None or device_flops is None:
         raise ValueError(does_not_fit(plan))
     lines = [
-        f"{plan.config} on {_where(plan)}",
+        f"{plan.config} on {where(plan.topology, plan.num_slices)}",
         f"  devices        {plan.num_devices} x {plan.device_kind}, {_mesh(plan)}, batch {plan.global_batch_size}",
         f"  parameters     {_si(plan.parameters)}",
         f"  memory         {_memory(plan, peak)}",
@@ -105,10 +111,6 @@ def describe(plan: Plan) -> str:
         "machine's memory"
     )
     return "\n".join(lines)
-
-
-def _where(plan: Plan) -> str:
-    return plan.topology if plan.num_slices == 1 else f"{plan.num_slices} slices of {plan.topology}"
 
 
 def _mesh(plan: Plan) -> str:

@@ -477,8 +477,13 @@ def _with_spread(mean: float, spread: float | None) -> str:
 
 
 def _panels(points: Sequence[Point]) -> list[tuple[str, int, Point]]:
-    """Of models of the mixture: title, number of steps and model of each panel, students first."""
+    """Of models of the mixture: title, number of steps and model of each panel, students first.
+
+    On the levels of the first: the exact paths are the same in all panels.
+    """
     points = [point for point in points if point.model.experiment.data.name == "mixture"]
+    levels = [point.model.experiment.config["schedule"] for point in points]
+    points = [point for point, own in zip(points, levels, strict=True) if own == levels[0]]
     students = {
         (point.method, point.nfe): (f"{point.method}, {point.nfe} step" + "s" * (point.nfe > 1), point.nfe, point)
         for point in points

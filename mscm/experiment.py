@@ -36,7 +36,7 @@ from mscm.training import ema as ema_lib
 from mscm.training import optimizer as optimizers
 from mscm.training import partition
 from mscm.training.step import LossFn, TrainState, init_state, make_train_steps
-from mscm.types import Condition, Denoiser, Key, Params, Schedule, Teacher, Text, Times
+from mscm.types import Condition, Denoiser, Guided, Key, Params, Schedule, Teacher, Text, Times
 
 
 def _on_any_schedule(prediction: denoisers.Prediction) -> Callable[[Schedule], denoisers.Prediction]:
@@ -390,24 +390,28 @@ class Experiment:
     def answer(self, params: Params, condition: Condition, weights: Times | None = None) -> Teacher:
         """Without dropout; with its guidance, and then beside the conditional output.
 
-        `weights`: of guidance, where they are an input of the network; None there: its guidance, or 0.
+        `weights`: of guidance, where they are an input of the network; the conditional output is that of weights 0.
         """
-        (rows,) = jax.tree.leaves(condition)[0].shape[:1]
-        takes_weights = self.method.guidance_range is not None
-        if takes_weights and weights is None:
-            weights = jnp.full((rows,), self.guidance)
-        function = network(self.model, params, guidance=weights)
-        if takes_weights or not self.guidance:
-            return denoisers.make_denoiser(function, self.schedule, self.prediction, condition=condition)
+        if weights is None and not self.guidance:
+            return self.denoiser(params, condition)
+        if self.method.guidance_range is not None:
+            weights = jnp.full(_rows(condition), self.guidance) if weights is None else weights
+            guided, conditional = (self._at(params, condition, w) for w in (weights, jnp.zeros_like(weights)))
+            return lambda z_t, t: Guided(guided(z_t, t), conditional(z_t, t))
         return denoisers.make_guided(
-            function,
+            network(self.model, params),
             self.schedule,
             self.prediction,
             condition=condition,
-            null=self.data.null_condition(rows),
+            null=self.data.null_condition(_rows(condition)),
             guidance=self.guidance,
             interval=self.guided_times,
         )
+
+    def _at(self, params: Params, condition: Condition, weights: Times | None) -> Denoiser:
+        """The network's one answer, with weights of guidance where these are an input of it."""
+        function = network(self.model, params, guidance=weights)
+        return denoisers.make_denoiser(function, self.schedule, self.prediction, condition=condition)
 
     def guided(self, guidance: float, times: tuple[float, float] | None = None) -> "Experiment":
         """The same with classifier-free guidance; `times`: only from the first to the last of them.
@@ -448,7 +452,9 @@ class Experiment:
 
     def denoiser(self, params: Params, condition: Condition) -> Denoiser:
         """Deterministic denoiser for sampling."""
-        return x_hat_of(self.answer(params, condition))
+        if self.method.guidance_range is not None:
+            return self._at(params, condition, jnp.full(_rows(condition), self.guidance))
+        return x_hat_of(self.answer(params, condition)) if self.guidance else self._at(params, condition, None)
 
     def lineage(self, workdir: str) -> list[Member]:
         """This model in `workdir` and all that it comes from, oldest first: its teacher, then the phases before it.
@@ -463,6 +469,11 @@ class Experiment:
                 below = home = spec.workdir or os.path.join(home, "teacher")
             members.append(Member(spec.experiment, below, is_given=spec.workdir is not None))
         return members[::-1]
+
+    def diffusion_teacher(self, workdir: str) -> Member | None:
+        """The diffusion model by which this one, or the first of its phases, is taught; None: it is one itself."""
+        *older, _ = self.lineage(workdir)
+        return next((member for member in reversed(older) if member.experiment.student_steps is None), None)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint says of its model."""
@@ -479,6 +490,10 @@ class Experiment:
             "parameters": parameter_shapes(self.abstract_params()),
             "config": self.config,
         }
+
+
+def _rows(condition: Condition) -> int:
+    return jax.tree.leaves(condition)[0].shape[0]
 
 
 def build(config: ConfigDict, *, heirs: tuple[str, ...] = ()) -> Experiment:

@@ -50,17 +50,19 @@ def main() -> None:
         output = os.path.join(workdir, "samples.png")
     else:
         output = cli.output_of(OUTPUT, "file" if OUTPUT.value.endswith((".png", ".npz")) else "folder")
-    if TEACHER.value and (experiment.teacher is None or not output.endswith(".png")):
+    teacher = experiment.diffusion_teacher(workdir) if TEACHER.value else None
+    if TEACHER.value and (teacher is None or not output.endswith(".png")):
         raise ConfigError(
             f"--teacher: got {experiment.name!r} and {output!r}, expected a student and a grid, whose name ends in .png"
         )
     shown = _what_to_show(experiment)
 
     models = [(experiment, averages.read(experiment, workdir, average, sampler_flags.STEP.value), spec)]
-    if TEACHER.value:
-        teacher, directory, _ = experiment.lineage(workdir)[0]
+    if teacher is not None:
         of_teacher = evaluation.diffusion_samplers(experiment)[-1]
-        models.append((teacher, evaluation.read_ema(teacher, directory), of_teacher))
+        if spec.guidance:  # an input of both
+            of_teacher = of_teacher.guided(spec.guidance)
+        models.append((teacher.experiment, evaluation.read_ema(teacher.experiment, teacher.workdir), of_teacher))
     panels = {}
     for model, params, of_model in models:
         title = f"{model.name}, {of_model}" + (f", ema {average}" if average and model is experiment else "")

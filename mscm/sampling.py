@@ -161,6 +161,11 @@ class SamplerSpec:
         """Classifier-free guidance; 0 is none."""
         return self._values["guidance"]
 
+    def guided(self, weight: float) -> "SamplerSpec":
+        """The same with this weight of guidance."""
+        name, given = _parse(self.sampler)
+        return SamplerSpec(_print(name, given | {"guidance": weight}), self.num_steps)
+
     @property
     def is_plain_ddim(self) -> bool:
         """Whether it is Algorithm 2, but for clipping and for the weight that a guided student takes as an input."""

@@ -62,7 +62,7 @@ def run(experiment: Experiment, workdir: str) -> None:
                     logging.info("Training %s in %s", member.experiment.name, member.workdir)
                     train(member.experiment, member.workdir, source, teacher_params, check_ours=check_ours)
                 params = evaluation.read_ema(member.experiment, member.workdir)
-            finish(experiment, workdir, teacher_params)
+            finish(experiment, workdir)
     logging.info("Done in %s", terminal.duration(time.monotonic() - started))
 
 
@@ -427,15 +427,16 @@ class Progress(terminal.Line):
         self._pending, self._step, self._time, self._waited = [], step, now, 0.0
 
 
-def finish(experiment: Experiment, workdir: str, teacher_params: Params) -> None:
+def finish(experiment: Experiment, workdir: str) -> None:
     """Scores, sample grid, and the table that ends a run; or the grid alone."""
     report = os.path.join(workdir, "report")
     grid_path = os.path.join(report, "samples.png")
-    teacher, specs = experiment.teacher, evaluation.default_samplers(experiment)
+    teacher, specs = experiment.diffusion_teacher(workdir), evaluation.default_samplers(experiment)
     if not experiment.eval.at_end:
         models = [(experiment, evaluation.read_ema(experiment, workdir), specs[-1])]
         if teacher is not None:
-            models.append((teacher.experiment, teacher_params, evaluation.short_teacher_samplers(experiment)[-1]))
+            of_teacher = evaluation.short_teacher_samplers(experiment)[-1]
+            models.append((teacher.experiment, evaluation.read_ema(teacher.experiment, teacher.workdir), of_teacher))
         _write_grid(report, experiment, evaluation.sample_grid(models, experiment.eval.batch_size))
         logging.info("samples: %s; python -m mscm.eval gives the scores", grid_path)
         return
@@ -448,7 +449,7 @@ def finish(experiment: Experiment, workdir: str, teacher_params: Params) -> None
         if teacher is not None:
             ancestors = job.ancestor_rows(evaluation.short_teacher_samplers(experiment))
             rows += ancestors
-            shown += [row for row in ancestors if row["model"] == ancestors[0]["model"]][-1:]
+            shown += [row for row in ancestors if row["model"] == teacher.experiment.name][-1:]
         if shown and distributed.is_main():  # the others need not see its files
             _write_grid(report, experiment, job.grid(shown))
         if not rows:

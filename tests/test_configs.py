@@ -294,6 +294,25 @@ def test_a_lineage_begins_with_what_the_config_names():
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "teacher", "workdir"),
+    [
+        ("digits_cd4", "digits_teacher", "DIR/teacher"),
+        ("imagenet64_pd", "imagenet64_teacher", "DIR/teacher"),
+        ("digits_guided_cd4", "digits_guided", "DIR/teacher"),  # which has a teacher itself
+        ("digits_guided", "digits_guidable", "DIR/teacher"),
+    ],
+)
+def test_what_a_model_is_taught_by(name, teacher, workdir):
+    """No phase, and nothing that is older than it."""
+    found = build(load(f"configs/{name}.py")).diffusion_teacher("DIR")
+    assert (found.experiment.name, found.workdir) == (teacher, workdir)
+
+
+def test_a_teacher_is_taught_by_none():
+    assert build(load("configs/digits_teacher.py")).diffusion_teacher("DIR") is None
+
+
 def test_imagenet_schedules_and_teacher():
     for side in (64, 128):
         config = load(f"configs/imagenet{side}_teacher.py")

@@ -188,7 +188,7 @@ def test_a_run_without_any_score_says_so(tiny, monkeypatch):
     monkeypatch.setattr(evaluation_loop.Evaluation, "score", lambda *args, **kwargs: [])
     monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.0)
     with pytest.raises(CheckpointError, match="got no score, because step 4 was deleted before it had one"):
-        training_loop.finish(tiny.experiment, str(tiny.workdir), {})
+        training_loop.finish(tiny.experiment, str(tiny.workdir))
 
 
 def test_a_run_waits_for_an_evaluation_under_way(tiny, monkeypatch):
@@ -201,7 +201,7 @@ def test_a_run_waits_for_an_evaluation_under_way(tiny, monkeypatch):
 
     monkeypatch.setattr(lease, "holding", holding)
     with pytest.raises(_Interrupted):
-        training_loop.finish(tiny.experiment, str(tiny.workdir), {})
+        training_loop.finish(tiny.experiment, str(tiny.workdir))
     assert held == [(str(tiny.workdir / "eval" / "owner.json"), True)]
 
 

@@ -18,6 +18,7 @@ from mscm.evaluation import SamplerSpec, check_sampler, make_sample_fn, num_eval
 from mscm.experiment import build
 from mscm.models import layers
 from mscm.objectives.multistep_consistency import consistency_loss
+from mscm.types import Guided
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 256
@@ -189,7 +190,10 @@ def test_a_guided_student_is_sampled_with_the_weight_of_its_sampler(guided_stude
 
 
 def test_one_weight_is_drawn_for_student_and_teacher(guided_student, monkeypatch):
-    """Each example's weight is an input of all three calls of the loss: student, its reference, teacher."""
+    """Each example's weight is an input of the loss's calls of student, its reference and teacher.
+
+    A fourth is the teacher's with weights of 0, from which x_var is.
+    """
     experiment, params = guided_student
     seen = []
     apply = type(experiment.model).apply
@@ -201,10 +205,31 @@ def test_one_weight_is_drawn_for_student_and_teacher(guided_student, monkeypatch
     monkeypatch.setattr(type(experiment.model), "apply", spy)
     experiment.loss_fn(params, {}, methods.Frozen(params), _batch(), jax.random.key(0), jnp.int32(0))
     monkeypatch.setattr(type(experiment.model), "apply", apply)
-    assert len(seen) == 3
-    for weights in seen:
+    assert len(seen) == 4
+    *same, none = sorted(seen, key=np.max, reverse=True)
+    for weights in same:
         np.testing.assert_array_equal(weights, seen[0])
+    np.testing.assert_array_equal(none, np.zeros(BATCH))
     assert 0 <= seen[0].min() < 0.2 and 3.8 < seen[0].max() <= 4 and len(np.unique(seen[0])) == BATCH
+
+
+@pytest.mark.parametrize("weights", [None, (0.0, 0.5, 2.0, 4.0)])
+def test_a_teacher_with_weights_answers_beside_the_conditional_output(guided_student, weights):
+    """At the weight of each example, or at its own, 2 here; x_var is of the output without guidance."""
+    experiment, params = guided_student
+    teacher = experiment.teacher.experiment
+    labels, z_t, t = jnp.arange(4), jax.random.normal(jax.random.key(5), (4, 8, 8, 1)), jnp.linspace(0.2, 0.9, 4)
+    of_weight = {w: teacher.guided(w).denoiser(params, labels)(z_t, t) for w in (0.0, 0.5, 2.0, 4.0)}
+    if weights is None:
+        answered = teacher.guided(2.0).answer(params, labels)(z_t, t)
+        expected = of_weight[2.0]
+    else:
+        answered = teacher.answer(params, labels, jnp.array(weights))(z_t, t)
+        expected = jnp.stack([of_weight[w][i] for i, w in enumerate(weights)])
+    assert isinstance(answered, Guided)
+    np.testing.assert_allclose(answered.x_hat, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(answered.x_cond, of_weight[0.0], rtol=1e-4, atol=1e-5)
+    assert np.abs(expected - of_weight[0.0]).max() > 1e-3
 
 
 def test_a_guided_model_begins_as_its_teacher_and_asks_for_both_outputs(guided_student, monkeypatch):

@@ -1,5 +1,6 @@
 """Phased training: one work directory and one command, killed in any phase and continued, and scored as a whole."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from mscm import training_loop
+from mscm import evaluation, training_loop
 from mscm.checkpoint import CheckpointError, reading
 from mscm.config import load_config
 from mscm.experiment import build
@@ -68,6 +69,19 @@ def test_each_phase_is_a_model_with_its_steps(whole):
     for before, after in ((teacher.ema, first.params), (first.ema, last.params), (last.target, last.params)):
         assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, before, after)))
     assert teacher.target == {}
+
+
+def test_without_scores_the_grid_has_the_last_phase_beside_the_diffusion_model(whole, monkeypatch):
+    """With a sampler that it was trained for, and its parameters."""
+    at_end = dataclasses.replace(whole.experiment.eval, at_end=False)
+    drawn = []
+    monkeypatch.setattr(evaluation, "sample_grid", lambda models, batch_size: drawn.extend(models))
+    monkeypatch.setattr(training_loop, "_write_grid", lambda *args: None)
+    training_loop.finish(dataclasses.replace(whole.experiment, eval=at_end), str(whole.workdir))
+    names = [(model.name, str(spec)) for model, _, spec in drawn]
+    assert names == [("digits_tract2", "ddim 2 steps"), ("digits_teacher", "addim 3 steps")]
+    for (_, params, _), state in zip(drawn, _states(whole.experiment, whole.workdir)[::-2], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, params, state.ema)
 
 
 def test_scores_are_of_all_phases(whole):

@@ -14,7 +14,7 @@ from mscm.types import Array, Denoiser, Float, Images, Schedule
 def ddim_path(denoiser: Denoiser, schedule: Schedule, z_1: Images, *, num_steps: int) -> Float[Array, "n b h w c"]:
     """States of `sampler.sample` at t = 1, (num_steps - 1) / num_steps, ..., 0, noise first; n = num_steps + 1.
 
-    The last is x_hat of the last step, as there.
+    As there, `z_1` is standard noise, which the schedule scales, and the last state is x_hat of the last step.
     """
     if num_steps < 1:
         raise ValueError(f"got num_steps={num_steps}, expected at least 1 step")
@@ -26,5 +26,6 @@ def ddim_path(denoiser: Denoiser, schedule: Schedule, z_1: Images, *, num_steps:
         z_s = jnp.where(times[1] > 0, steps.ddim(x_hat, z_t, schedule(t), schedule(s)), x_hat)
         return z_s, z_s
 
-    _, states = jax.lax.scan(step, z_1, (grid[:-1], grid[1:]))
-    return jnp.concatenate([z_1[None], states])
+    first = schedule(jnp.ones(z_1.shape[:1])).sigma * z_1
+    _, states = jax.lax.scan(step, first, (grid[:-1], grid[1:]))
+    return jnp.concatenate([first[None], states])

@@ -93,7 +93,7 @@ def ancestral(
     the variance have other reverse steps.
     """
     c = _added_noise(lvl_t, lvl_s)
-    mean = (1 - c) * (lvl_s.alpha / lvl_t.alpha) * z_t + c * lvl_s.alpha * x
+    mean = _kept_noise(lvl_t, lvl_s) * (lvl_s.alpha / lvl_t.alpha) * z_t + c * lvl_s.alpha * x
     std = jnp.sqrt(c) * lvl_s.sigma ** (1 - log_variance_mix) * lvl_t.sigma**log_variance_mix
     return mean + std * xi
 
@@ -104,7 +104,8 @@ def stochastic_ddim(x: Images, z_t: Images, lvl_t: Level, lvl_s: Level, xi: Imag
     eta = 0 is DDIM exactly, eta = 1 the true posterior of equation (4).
     """
     renewed = jnp.square(eta) * _added_noise(lvl_t, lvl_s)
-    correction = -lvl_s.sigma * renewed / (1 + jnp.sqrt(1 - renewed))  # sigma_s (sqrt(1 - renewed) - 1)
+    kept = (1 - jnp.square(eta)) + jnp.square(eta) * _kept_noise(lvl_t, lvl_s)  # 1 - renewed
+    correction = -lvl_s.sigma * renewed / (1 + jnp.sqrt(kept))  # sigma_s (sqrt(kept) - 1)
     deterministic = ddim(x, z_t, lvl_t, lvl_s) + correction * eps_from_x(x, z_t, lvl_t)
     return deterministic + lvl_s.sigma * jnp.sqrt(renewed) * xi
 
@@ -112,6 +113,11 @@ def stochastic_ddim(x: Images, z_t: Images, lvl_t: Level, lvl_s: Level, xi: Imag
 def _added_noise(lvl_t: Level, lvl_s: Level) -> Float[Array, "b 1 1 1"]:
     """c = 1 - SNR_t / SNR_s: the part of the variance of z_t's noise that was added after s."""
     return -jnp.expm1(lvl_t.logsnr - lvl_s.logsnr)
+
+
+def _kept_noise(lvl_t: Level, lvl_s: Level) -> Float[Array, "b 1 1 1"]:
+    """1 - c, also where c is so nearly 1 that the difference has no digits."""
+    return jnp.square(lvl_t.alpha * lvl_s.sigma / (lvl_s.alpha * lvl_t.sigma))
 
 
 def churn(z_t: Images, lvl_t: Level, lvl_hat: Level, xi: Images, *, s_noise: float = 1.0) -> Images:

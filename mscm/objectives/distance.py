@@ -1,12 +1,13 @@
 """Distances between a target and a prediction of x, one value per example.
 
-A `Distance` takes the residual in x and the level at which it was predicted. The v-space residual is diff / sigma, so
-mean(diff^2 / sigma^2) = (SNR + 1) mean diff^2 = mean (v - v_hat)^2 for a variance-preserving level ("v-loss").
+A `Distance` takes the residual in x and the level at which it was predicted. With r = hypot(alpha, sigma), which is 1
+for a variance-preserving level, the residual of v is r diff / sigma, and its mean square (SNR + 1) mean diff^2 at any
+level ("v-loss").
 
-  (H1) sqrt(mean (diff / sigma)^2 + epsilon^2) - epsilon             default: pseudo-Huber on the v-space rms
+  (H1) sqrt(mean (r diff / sigma)^2 + epsilon^2) - epsilon           default: pseudo-Huber on the v-space rms
   (H2) (SNR + 1) (sqrt(mean diff^2 + epsilon^2) - epsilon)           the paper's sentence read literally
-  (H3) mean(sqrt((diff / sigma)^2 + epsilon^2) - epsilon)            Charbonnier, element by element
-  (SQ) mean (diff / sigma)^2                                         squared error: ordinary v-MSE
+  (H3) mean(sqrt((r diff / sigma)^2 + epsilon^2) - epsilon)          Charbonnier, element by element
+  (SQ) mean (r diff / sigma)^2                                       squared error: ordinary v-MSE
   (EP) SNR mean diff^2                                               squared error of eps
   (TR) max(SNR, 1) mean diff^2                                       truncated SNR: PD, TRACT
   (ED) (SNR + 1 / sigma_data^2) mean diff^2                          EDM; TRACT's EDM variant
@@ -46,9 +47,13 @@ def _softened(square: jax.Array, epsilon: float) -> jax.Array:
     return jnp.where(is_zero, 0.0, square / (root + epsilon))
 
 
+def _in_v(diff: Images, lvl_t: Level) -> Images:
+    return diff * (jnp.hypot(lvl_t.alpha, lvl_t.sigma) / lvl_t.sigma)
+
+
 def pseudo_huber(diff: Images, lvl_t: Level, *, epsilon: float) -> PerExample:
     """(H1): pseudo-Huber of the root mean square residual in v space."""
-    return _softened(mean_square(diff / lvl_t.sigma), epsilon)
+    return _softened(mean_square(_in_v(diff, lvl_t)), epsilon)
 
 
 def pseudo_huber_weighted(diff: Images, lvl_t: Level, *, epsilon: float) -> PerExample:
@@ -58,12 +63,12 @@ def pseudo_huber_weighted(diff: Images, lvl_t: Level, *, epsilon: float) -> PerE
 
 def charbonnier(diff: Images, lvl_t: Level, *, epsilon: float) -> PerExample:
     """(H3): mean over the elements of the pseudo-Huber of each v-space residual."""
-    return jnp.mean(_softened(jnp.square(diff / lvl_t.sigma), epsilon), axis=_PIXELS)
+    return jnp.mean(_softened(jnp.square(_in_v(diff, lvl_t)), epsilon), axis=_PIXELS)
 
 
 def v_mse(diff: Images, lvl_t: Level) -> PerExample:
     """(SQ): mean squared error in v space, weight SNR + 1 on x."""
-    return mean_square(diff / lvl_t.sigma)
+    return mean_square(_in_v(diff, lvl_t))
 
 
 def eps_mse(diff: Images, lvl_t: Level) -> PerExample:

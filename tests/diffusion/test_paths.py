@@ -11,19 +11,20 @@ from mscm.diffusion import denoiser, paths, sampler, schedule
 MEANS, STDS, WEIGHTS = np.array([-0.5, 0.6]), np.array([0.12, 0.2]), np.array([0.4, 0.6])
 
 
-def oracle():
+def oracle(levels=schedule.cosine):
     components = dict(means=MEANS.tolist(), variances=(STDS**2).tolist(), weights=WEIGHTS.tolist())
-    return denoiser.mixture_oracle(schedule.cosine, **components)
+    return denoiser.mixture_oracle(levels, **components)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
-def test_a_path_ends_where_the_sampler_ends(num_steps):
+@pytest.mark.parametrize("levels", [schedule.cosine, schedule.karras])
+def test_a_path_ends_where_the_sampler_ends(levels, num_steps):
     """Its first state is the noise, its last the sample; a path of images that differ."""
     z_1 = jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
-    states = paths.ddim_path(oracle(), schedule.cosine, z_1, num_steps=num_steps)
+    states = paths.ddim_path(oracle(levels), levels, z_1, num_steps=num_steps)
     assert states.shape == (num_steps + 1, 3, 2, 2, 1)
-    np.testing.assert_array_equal(states[0], z_1)
-    expected = sampler.sample(oracle(), schedule.cosine, z_1, num_steps=num_steps)
+    np.testing.assert_array_equal(states[0], levels(jnp.ones(3)).sigma * z_1)
+    expected = sampler.sample(oracle(levels), levels, z_1, num_steps=num_steps)
     np.testing.assert_allclose(states[-1], expected, rtol=0, atol=1e-6)
 
 

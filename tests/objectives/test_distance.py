@@ -73,7 +73,7 @@ def test_formulas(x64, epsilon):
     """The three printed formulas in float64, term by term."""
     diff = np.asarray(DIFF, np.float64)
     lvl = Level(*(jnp.asarray(level, jnp.float64) for level in LVL))
-    sigma = np.asarray(lvl.sigma)
+    sigma = np.asarray(lvl.sigma / jnp.hypot(*lvl))  # which float32 left 1 +- 1e-7
     formulas = {
         "pseudo_huber": np.sqrt(mean((diff / sigma) ** 2) + epsilon**2) - epsilon,
         "pseudo_huber_weighted": (mean(np.asarray(lvl.alpha / lvl.sigma) ** 2) + 1)
@@ -123,10 +123,22 @@ def test_gradient_is_bounded(scale):
     assert 0 < float(slope) <= 1 + 1e-6
 
 
-@pytest.mark.parametrize("name", ["v_mse", "eps_mse", "truncated_snr_mse", "edm_mse", *ROBUST])
+ALL = {name: getattr(distance, name) for name in ("v_mse", "eps_mse", "truncated_snr_mse", "edm_mse")} | {
+    name: functools.partial(robust, epsilon=0.1) for name, robust in ROBUST.items()
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_level_counts_by_its_snr(name):
+    """Whether it preserves the variance or not: z / alpha is the same image."""
+    exploding = Level(jnp.ones_like(PHI), jnp.tan(PHI))
+    np.testing.assert_allclose(ALL[name](DIFF, exploding), ALL[name](DIFF, LVL), rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_one_number_per_example(name):
     """Other examples change nothing."""
-    robust = functools.partial(ROBUST[name], epsilon=0.1) if name in ROBUST else getattr(distance, name)
+    robust = ALL[name]
     mates = DIFF.at[1:].mul(10.0)
     assert robust(DIFF, LVL).shape == (3,)
     np.testing.assert_allclose(robust(mates, LVL)[0], robust(DIFF, LVL)[0], rtol=1e-6)

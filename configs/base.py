@@ -3,7 +3,7 @@
 A family file says the rest: `base.with_shared(data=dict(...), ...)` merges its sections over the ones here.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 
@@ -123,6 +123,7 @@ def progressive(
 
     With the aDDIM teacher and the v-loss of the baseline in arXiv:2403.06807v3.
     """
+    _without_dropout(config)
     config.objective = dict(
         name="progressive",
         phase_steps=phase_steps,
@@ -148,6 +149,7 @@ def tract(
     teacher: str = "teacher",
 ) -> ConfigDict:
     """TRACT in phases of `train.num_steps` each; arXiv:2303.04248."""
+    _without_dropout(config)
     config.objective = dict(
         name="tract",
         phase_steps=phase_steps,
@@ -157,8 +159,9 @@ def tract(
         distance="truncated_snr_mse",
         multiscale=multiscale or placeholder(tuple),
     )
-    # Over a phase the average forgets all but a thousandth of where it began.
-    config.ema.update(dict(decay=1e-3 ** (1 / config.train.num_steps), warmup=False))
+    # Over a phase, however long it is, the average forgets all but a thousandth of where it began.
+    config.ema.decay = FieldReference(1e-3) ** (1.0 / config.train.get_ref("num_steps").to_float())
+    config.ema.warmup = False
     return _of_teacher(config, family=family, run=run, variant=variant, teacher=teacher)
 
 
@@ -188,6 +191,7 @@ def consistency_distillation(
     Not with Heun's, as the paper on EDM's levels: on a cosine schedule sigma / alpha falls in the first step from a
     thousand to ten, and the slopes at its ends say nothing of what is between.
     """
+    _without_dropout(config)
     config.objective = dict(
         name="consistency",
         distil=True,
@@ -217,6 +221,7 @@ def consistency_training(
 
     On EDM's noise levels, as the next.
     """
+    _without_dropout(config)
     config.objective = dict(
         name="consistency",
         distil=False,
@@ -267,6 +272,13 @@ def guided(config: ConfigDict, *, family: str, variant: str = "") -> ConfigDict:
     )
     config.model.guidance_input = True
     return _of_teacher(config, family=family, run="guided", variant=variant, teacher="guidable")
+
+
+def _without_dropout(config: ConfigDict) -> None:
+    """As PD, TRACT and CM train their students: arXiv:2202.00512, 2303.04248, 2303.01469."""
+    if "middle" in config.model:  # a U-ViT; the students of EDM's networks have none
+        for level in (*config.model.stages.values(), config.model.middle):
+            level.dropout = 0.0
 
 
 def _on_edm_levels(config: ConfigDict, prediction: str, *, num_steps: int | None = None) -> None:

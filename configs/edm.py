@@ -81,8 +81,13 @@ def _of_edm(config: ConfigDict, *, teacher_steps: tuple[int, ...]) -> ConfigDict
     return config
 
 
-def _teacher(config: ConfigDict, *, family: str, num_steps: int, dropout: float, variant: str = "") -> ConfigDict:
+def _teacher(
+    config: ConfigDict, *, family: str, num_steps: int, dropout: float, half_life: float, variant: str = ""
+) -> ConfigDict:
+    """With the warm-up of 10 million images, and an average that has half forgotten after `half_life` images."""
     config.model.dropout = dropout
+    config.optimizer.warmup_steps = math.ceil(10e6 / config.train.batch_size)
+    config.ema.decay = 0.5 ** (config.train.batch_size / half_life)
     config = base.edm(config, family=family, run="teacher", num_steps=num_steps, variant=variant)
     config.eval.teacher_samplers = _SAMPLERS  # base.edm's is for one number of steps
     return config
@@ -91,9 +96,9 @@ def _teacher(config: ConfigDict, *, family: str, num_steps: int, dropout: float,
 def cifar10_teacher(*, variant: str) -> ConfigDict:
     """One of edm-cifar10-32x32-*.pkl, on the levels of its sampler in 18 steps."""
     config = _cifar10(variant=variant)
-    config.optimizer.update(dict(learning_rate=1e-3, warmup_steps=20_000))
+    config.optimizer.learning_rate = 1e-3
     config.train.num_steps = 390_000
-    return _teacher(config, family="edm_cifar10", num_steps=18, dropout=0.13, variant=variant)
+    return _teacher(config, family="edm_cifar10", num_steps=18, dropout=0.13, half_life=0.5e6, variant=variant)
 
 
 def cifar10_student(*, student_steps: int, variant: str) -> ConfigDict:
@@ -124,9 +129,12 @@ def cifar10_progressive(*, variant: str) -> ConfigDict:
 
 def cifar10_tract(*, variant: str) -> ConfigDict:
     """TRACT of EDM's model, from 40 steps to 1 in one phase; arXiv:2303.04248."""
+    config = _cifar10(variant=variant)
+    config.optimizer.learning_rate = 1e-3
+    config.train.num_steps = 187_500  # 96 million images, the paper's shorter training
     return base.tract_of_edm(
-        _cifar10(variant=variant), family="edm_cifar10", teacher_steps=40, student_steps=1, run="tract1",
-        variant=variant, teacher="teacher",
+        config, family="edm_cifar10", teacher_steps=40, student_steps=1, run="tract1", variant=variant,
+        teacher="teacher",
     )
 
 
@@ -134,7 +142,7 @@ def imagenet64_teacher() -> ConfigDict:
     """edm-imagenet-64x64-cond-adm.pkl, on the levels of its sampler in 256 steps."""
     config = _imagenet64()
     config.train.update(dict(num_steps=610_000, batch_size=4096))
-    return _teacher(config, family="edm_imagenet64", num_steps=256, dropout=0.1)
+    return _teacher(config, family="edm_imagenet64", num_steps=256, dropout=0.1, half_life=50e6)
 
 
 def imagenet64_student(*, student_steps: int) -> ConfigDict:

@@ -2,7 +2,7 @@
 
 Command:   python -m mscm.main --config=configs/edm_cifar10_tract1.py --workdir=DIR --config.teacher.workdir=TEACHER
 Hardware:  one GPU
-Cost:      100,000 steps of 512 images; the time is not measured yet
+Cost:      187,500 steps of 512 images; the time is not measured yet
 Expected:  fd_classifier not measured yet; a Frechet distance with Inception of 3.78 in the paper's numbers
            (arXiv:2303.04248; not reproduced here)
 

@@ -11,6 +11,7 @@ from ml_collections.config_dict import placeholder
 from configs import base
 
 _GUIDANCE = {"": 0.5, "high": 3.0}
+_SAMPLER = "ancestral:variance=large,clip=static"  # simple diffusion's, for text to image
 _SCALES = (512, 256, 128, 64, 32)
 
 
@@ -57,7 +58,7 @@ def _base() -> ConfigDict:
             labels="captions",
             alignment="clip",
             alignment_weights=placeholder(str),  # a directory such as that of openai/clip-vit-base-patch32
-            teacher_samplers=("ancestral:variance=large",),
+            teacher_samplers=(_SAMPLER,),
             teacher_steps=(256,),
             network="inception",
             at_end=False,
@@ -69,6 +70,7 @@ def teacher() -> ConfigDict:
     """The diffusion model that the students start from; it can be guided."""
     config = base.teacher(_base(), family="t2i512", multiscale=_SCALES)
     config.objective.label_dropout = 0.1
+    config.eval.teacher_samplers = tuple(f"{_SAMPLER},guidance={weight}" for weight in _GUIDANCE.values())
     config.train.num_steps = 700_000
     return config
 

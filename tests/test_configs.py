@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from mscm import evaluation
 from mscm.checkpoint import parameter_shapes
 from mscm.config import ConfigError
 from mscm.experiment import build
@@ -228,6 +229,9 @@ def test_student_differs_from_its_teacher_only_in_the_method(name):
     if student.name.startswith("edm_"):  # which are asked on any schedule, and are not trained here
         assert (student.model.dropout, student.prediction) == (0.0, "edm") and teacher.model.dropout > 0
         teacher.schedule, teacher.model.dropout = student.schedule, 0.0
+    elif student.objective.name in ("progressive", "tract", "consistency"):  # C4, D and E3 of the papers' tables
+        for level in (teacher.model.middle, *teacher.model.stages.values()):
+            level.dropout = 0.0
     for part in ("data", "model", "schedule", "prediction"):
         assert student[part] == teacher[part]
 
@@ -266,6 +270,35 @@ def test_improved_consistency_training_is_the_papers(name, numbers):
     assert config.objective.distance.scale == 0.00054 and config.objective.weight == "inverse_gap"
     assert config.objective.target_decay is None and config.teacher is None
     assert config.optimizer.name == "radam" and config.model.fourier_scale == 0.02
+
+
+def test_tracts_average_is_as_long_as_its_phases():
+    """Of what it began with, a thousandth is left: also where a command changes how long they are."""
+    config = load("configs/digits_tract2.py")
+    for num_steps in (config.train.num_steps, 200):
+        config.train.num_steps = num_steps
+        for member in build(config).lineage("DIR")[1:]:
+            assert member.experiment.ema_decay ** member.experiment.train.num_steps == pytest.approx(1e-3)
+            assert member.experiment.train.num_steps == num_steps and not member.experiment.ema_warmup
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "half_life"), [("edm_cifar10_teacher", 200e6, 0.5e6), ("edm_imagenet64_teacher", 2500e6, 50e6)]
+)
+def test_the_teachers_of_edm_are_the_papers(name, images, half_life):
+    config = load(f"configs/{name}.py")
+    batch = config.train.batch_size
+    assert config.train.num_steps * batch == pytest.approx(images, rel=0.01)
+    assert config.optimizer.warmup_steps * batch == pytest.approx(10e6, rel=0.01)
+    assert config.ema.decay ** (half_life / batch) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("t2i512_teacher", [0.5, 3.0]), ("t2i512_cd8", [0.0])])
+def test_a_teacher_of_text_to_image_is_scored_as_its_students_learn_from_it(name, guidance):
+    """With the two weights of Table 6 by itself; as a teacher it is guided already."""
+    samplers = evaluation.diffusion_samplers(build(load(f"configs/{name}.py")))
+    assert [spec.guidance for spec in samplers] == guidance
+    assert {(spec.name, spec.num_steps) for spec in samplers} == {("ancestral", 256)}
 
 
 def test_progressive_distillation_is_the_papers():

@@ -49,6 +49,10 @@ class Lease:
 
     def check(self) -> None:
         """Raises LeaseError if another has taken over, because this process was not heard of for too long."""
+        try:
+            self._look()  # after a sleep of the whole machine the renewals have not noticed it yet
+        except Exception as error:  # each storage has its own; what is written next says more
+            logging.warning("%s: could not read it: %s", self._path, error)
         if self._lost_to is not None:
             raise LeaseError(
                 f"{self._path}: this process was not heard of for {STALE_SECONDS:.0f} s, and {_name(self._lost_to)} "
@@ -68,13 +72,17 @@ class Lease:
         atomic.write_text(self._path, json.dumps(self._record, indent=1))
 
     def _renew(self) -> None:
-        """The next sign of life; notes where another has taken over."""
+        """The next sign of life, unless another has taken over."""
+        self._look()
+        if self._lost_to is None:
+            self._record["renewals"] += 1
+            self._write()
+
+    def _look(self) -> None:
+        """Notes where another has taken over."""
         holder = _read(self._path)
         if holder is not None and not self._is_ours(holder):
             self._lost_to = holder
-            return
-        self._record["renewals"] += 1
-        self._write()
 
     def _keep(self) -> None:
         while not self._stop.wait(RENEW_SECONDS) and self._lost_to is None:

@@ -25,10 +25,13 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything, print what woul
 def main() -> None:
     """Builds, checks, trains, scores."""
     from mscm import distributed, stopping, training_loop  # here and not above: --help must not wait for jax
+    from mscm.config import ConfigError
     from mscm.experiment import build
 
     process_flags.start()
     experiment, workdir = build(run_flags.CONFIG.value), cli.path_of(run_flags.WORKDIR)
+    if REPLAY.value is not None and DRY_RUN.value:
+        raise ConfigError("--replay: got it with --dry_run, expected one of them")
     if REPLAY.value is not None:
         from mscm.replay import replay
 

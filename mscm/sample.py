@@ -13,6 +13,7 @@ import os
 from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 
 from mscm import cli, run_flags, sampler_flags, terminal
 
@@ -56,6 +57,8 @@ def main() -> None:
             f"--teacher: got {experiment.name!r} and {output!r}, expected a student and a grid, whose name ends in .png"
         )
     shown = _what_to_show(experiment)
+    if not output.endswith((".png", ".npz")):
+        _refuse_others(output)
 
     models = [(experiment, averages.read(experiment, workdir, average, sampler_flags.STEP.value), spec)]
     if teacher is not None:
@@ -90,9 +93,27 @@ def main() -> None:
             np.savez(file, images=images, **of_images)
     else:
         for i, image in enumerate(images):
-            grid.save_png(os.path.join(output, f"{i:06d}.png"), image)
+            grid.save_png(os.path.join(output, _name_of(i)), image)
     nfe = evaluation.num_evaluations(experiment, spec)
     print(f"{len(images)} images of {title}, NFE {nfe}: {output}", flush=True)
+
+
+def _name_of(i: int) -> str:
+    return f"{i:06d}.png"
+
+
+def _refuse_others(folder: str) -> None:
+    """Images that this command does not write over would be scored with those that it writes."""
+    from mscm.config import ConfigError
+
+    own = {_name_of(i) for i in range(NUM_IMAGES.value)}
+    names = (path.name for path in epath.Path(folder).iterdir())
+    others = sorted(name for name in names if name.endswith(".png") and name not in own)
+    if others:
+        raise ConfigError(
+            f"--output: got {folder!r} with {len(others)} other images, such as {others[0]}, expected an empty folder, "
+            f"or one of up to {NUM_IMAGES.value} images of this command; name another, or empty it"
+        )
 
 
 def _lines(path: str | None) -> list[str]:

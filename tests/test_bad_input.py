@@ -284,6 +284,7 @@ CONFIGS = [
     ("main --config=teachr.py --workdir=run", r"config file 'teachr.py' \(did you mean 'teacher'\?\)"),
     ("main --config=. --workdir=run", "got config file '.', expected an existing file"),
     ("main --workdir=run", "Flag --config must have a value"),
+    (f"{MAIN} {NEW} --replay=4 --dry_run", "--replay: got it with --dry_run, expected one of them"),
     ("main --config=teacher.py", "Flag --workdir must have a value"),
     ("main --config=c.py --workdir=run", "c.py' without get_config", write("c.py", "x = 1")),
     ("main --config=c.py --workdir=run", "c.py' without get_config", write("c.py", "get_config = 3")),

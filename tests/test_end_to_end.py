@@ -227,6 +227,20 @@ def test_sample_writes_arrays_a_grid_and_a_folder(tiny, flags, tmp_path):
         np.testing.assert_array_equal(np.asarray(image), images[7, ..., 0])
 
 
+def test_sample_does_not_mix_its_images_with_others(flags, tmp_path, capfd):
+    """Which would be scored together; its own it writes over."""
+    for i in range(6):
+        Image.new("L", (8, 8)).save(tmp_path / f"{i:06d}.png")
+    more = (f"--output={tmp_path}", "--num_images=4")
+    assert f"got '{tmp_path}' with 2 other images, such as 000004.png" in refusal(capfd, "sample", *flags, *more)
+    for i in (4, 5):
+        (tmp_path / f"{i:06d}.png").unlink()
+    result = command("sample", *flags, *more)
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / "000003.png") as image:
+        assert np.asarray(image).any()
+
+
 def test_sample_refuses_what_the_student_was_not_trained_for(tiny, flags, tmp_path, capfd):
     """Another number of steps is refused in a sentence that names the student's, and --force takes it."""
     output = f"--output={tmp_path / 'x.npz'}"

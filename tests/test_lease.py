@@ -144,13 +144,15 @@ def test_of_two_who_write_at_once_the_last_has_it(path, clock):
     assert json.loads(path.read_text())["token"] == "theirs"
 
 
-def test_who_was_replaced_is_told_and_touches_nothing(path):
+@pytest.mark.parametrize("renews", [True, False])  # or is asked before it does
+def test_who_was_replaced_is_told_and_touches_nothing(path, renews):
     with lease.holding(path, "evaluation") as held:
         held._renew()
         assert json.loads(path.read_text())["renewals"] == 1
         held.check()
         elsewhere(path)
-        held._renew()
+        if renews:
+            held._renew()
         with pytest.raises(lease.LeaseError, match="not heard of for 90 s, and process .* on node7 .* has taken over"):
             held.check()
     assert json.loads(path.read_text()) | {"token": "theirs", "renewals": 0} == json.loads(path.read_text())

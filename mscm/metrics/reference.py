@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 from ml_collections import config_flags
 
-from mscm import cli, process_flags
+from mscm import cli, failures, process_flags
 
 if TYPE_CHECKING:
     from mscm.metrics.reference_statistics import Reference
@@ -61,6 +61,8 @@ def main() -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except OSError as error:  # of the data, or of what is kept on the way
+        if error.errno in (*failures.CANNOT_WRITE, *failures.TRANSIENT):  # the machine's, which has exit codes
+            raise
         raise ConfigError(f"{error.filename or output}: {error.strerror or error}") from error
 
 

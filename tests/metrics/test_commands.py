@@ -1,5 +1,7 @@
 """The commands beside the metrics, each in a process of its own: what they print, and one sentence for a mistake."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mscm import failures
 from mscm.metrics import dinov2, files, reference_statistics, weights
+from tests import commands
 from tests.commands import refusal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +80,15 @@ def test_what_cannot_be_written_is_named(tmp_path, capfd):
     weights_file.touch()
     said = refusal(capfd, "metrics.convert", f"--source={weights_file}")
     assert f"error: --source: {weights_file}: got" in said
+
+
+def test_a_reference_on_a_full_disk_has_the_exit_code_of_one(tmp_path, capfd, monkeypatch):
+    def save(path, reference):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr(reference_statistics, "save", save)
+    code = commands.run("metrics.reference", CONFIG, "--config.eval.network=pixels", f"--output={tmp_path / 'x.npz'}")
+    assert code == failures.EX_CANTCREAT and "x.npz: got no room" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

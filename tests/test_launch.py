@@ -292,7 +292,7 @@ def test_a_signal_to_the_script_is_passed_on_and_ends_it_with_the_command(fake, 
 def test_a_signal_between_two_starts_ends_the_script(fake):
     """Within the pause after a stop that was somebody else's."""
     write(fake / "venv/bin/python", PYTHON)
-    write(fake / "bin/sleep", '#!/usr/bin/env bash\n[[ "$1" != 10 ]] || touch "$FAKE/pauses"\nexec /bin/sleep "$@"\n')
+    write(fake / "bin/sleep", '#!/usr/bin/env bash\n[[ "$1" != 10 ]] || touch "$FAKE/pauses"\nexec /bin/sleep 1\n')
     (fake / "exits").write_text("75\n0\n")
     with running(fake, "pauses") as job:
         job.terminate()

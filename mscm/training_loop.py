@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -109,7 +110,7 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
             with reading(member.workdir) as checkpoints:
                 if checkpoints.steps() or checkpoints.damaged:
                     check_config(member, checkpoints)
-                    checkpoints.check(checkpoint_facts(member.experiment, source))
+                    check_dispatches(member, checkpoints.check(checkpoint_facts(member.experiment, source)))
         if is_there(member.workdir, SNAPSHOTS):  # of this training, or they would be mixed with its own
             with reading(member.workdir, SNAPSHOTS) as taken:
                 if taken.steps():
@@ -128,13 +129,24 @@ def check_config(member: Member, checkpoints: Checkpoints) -> None:
     """
     config, remembered, done = member.experiment.config, checkpoints.facts()["config"], checkpoints.latest()
     differing = differences(config, remembered)
-    # Not fewer steps than are done; the checkpoint has more than its config's where the last dispatch went beyond.
+    # Not fewer steps than are done; old checkpoints have more than their config's, a dispatch having gone beyond.
     if config["train"]["num_steps"] >= done:
         differing.pop("train.num_steps", None)
     if differing:
         raise ConfigError(
             f"{member.workdir}: got another config than its checkpoint of step {done} was trained with: "
             f"{'; '.join(differing.values())}; use that config, or another work directory"
+        )
+
+
+def check_dispatches(member: Member, done: int) -> None:
+    """Refuses dispatches that from step `done` on would pass over the steps to save, to report and to end at."""
+    spec = member.experiment.train
+    if done < spec.num_steps and done % spec.steps_per_dispatch:
+        raise ConfigError(
+            f"{member.workdir}: config.train.steps_per_dispatch: got {spec.steps_per_dispatch}, expected a divisor of "
+            f"{done}, the step of the newest checkpoint, or no dispatch would end at a step to save at; use "
+            f"{math.gcd(done, spec.steps_per_dispatch)}"
         )
 
 
@@ -186,7 +198,7 @@ def train(
             state, averages = run_steps(state, frozen, batch, root)
             step += spec.steps_per_dispatch
             progress.add(averages)
-            done = step >= spec.num_steps  # more, where another number of steps per dispatch made the checkpoint
+            done = step >= spec.num_steps
             stops = stopping.reached()
             saves = step % spec.save_every_steps == 0 or done or stops
             takes = every is not None and step % every == 0

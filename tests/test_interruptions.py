@@ -20,7 +20,7 @@ import pytest
 
 from benchmarks import kill_test
 from mscm import lease, planning, stopping, terminal, training_loop
-from mscm.checkpoint import CheckpointError, reading
+from mscm.checkpoint import CheckpointError, Checkpoints, reading
 from mscm.config import ConfigError, differences, load_config
 from mscm.cost import chips
 from mscm.dry_run import dry_run
@@ -158,14 +158,41 @@ def test_the_number_of_steps_may_change_if_they_are_not_done(whole, workdir, num
         training_loop.check(changed(whole, train__num_steps=num_steps), str(workdir))
 
 
-def test_steps_beyond_the_last_are_no_difference(whole, workdir):
-    """From step 8, five steps a dispatch end at 13 of 10; the same command again finds them done."""
-    experiment = changed(
-        whole, train__num_steps=10, train__steps_per_dispatch=5, train__log_every_steps=5, train__save_every_steps=5
+@pytest.mark.parametrize(("dispatch", "use"), [(6, 2), (5, 1)])
+def test_dispatches_that_would_miss_the_steps_to_save_at_are_refused(whole, workdir, dispatch, use):
+    """From step 8, six steps a dispatch meet no multiple of six; before anything is written, with one that does."""
+    before = listing(workdir)
+    changes = {f"train__{key}": 6 * dispatch for key in ("num_steps", "log_every_steps", "save_every_steps")}
+    said = f"steps_per_dispatch: got {dispatch}, expected a divisor of 8, the step of the newest .*; use {use}$"
+    with pytest.raises(ConfigError, match=said):
+        training_loop.run(changed(whole, train__steps_per_dispatch=dispatch, **changes), str(workdir))
+    assert listing(workdir) == before
+    training_loop.check(changed(whole, train__steps_per_dispatch=use, **changes), str(workdir))
+
+
+def test_dispatches_do_not_matter_where_all_is_done(whole, workdir):
+    """Also where an earlier version has gone beyond the last step."""
+    train = {f"train__{key}": 5 for key in ("num_steps", "steps_per_dispatch", "log_every_steps", "save_every_steps")}
+    for path in workdir.glob("checkpoints/*/files.json"):
+        path.unlink()  # no list of files: the facts may be altered
+    for path in workdir.glob("checkpoints/*/facts/metadata"):
+        facts = json.loads(path.read_text())
+        facts["config"]["train"]["num_steps"] = 5
+        path.write_text(json.dumps(facts))
+    before = newest_state(changed(whole), workdir)
+    training_loop.run(changed(whole, **train), str(workdir))
+    chex.assert_trees_all_equal(newest_state(changed(whole), workdir), before)
+
+
+def test_another_number_of_steps_a_dispatch_saves_and_ends_where_it_should(whole, workdir, monkeypatch):
+    """From step 8, four at a time."""
+    saved, save = [], Checkpoints.save
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, state, facts: saved.append(int(state.step)) or save(self, state, facts)
     )
-    for _ in range(2):
-        training_loop.run(experiment, str(workdir))
-        assert newest_state(experiment, workdir)[0] == 13
+    experiment = changed(whole, train__num_steps=20, train__steps_per_dispatch=4, train__log_every_steps=4)
+    training_loop.run(experiment, str(workdir))
+    assert saved == [12, 16, 20]
 
 
 @pytest.mark.parametrize(

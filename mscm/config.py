@@ -229,6 +229,14 @@ def run_hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(decides(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
+def run_of(facts: Mapping[str, Any]) -> str:
+    """The run of a checkpoint, by its facts: the hash of the config with which its training began.
+
+    Not of its own, whose `train.num_steps` may be another since. Older checkpoints do not say it: of their own, then.
+    """
+    return facts.get("run") or run_hash(facts["config"])
+
+
 def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of a config as JSON by their dotted paths."""
     found: dict[str, Any] = {}

@@ -3,7 +3,7 @@
     WORKDIR/eval/scores.jsonl        one line for each checkpoint, sampler and seed: written once, never changed
     WORKDIR/eval/partial.npz         the evaluation under way
     WORKDIR/eval/samples/...         the first images of each, .png and .npz
-    WORKDIR/eval/best/STEP           a work directory with the best checkpoint so far
+    WORKDIR/eval/best/STEP           a work directory with the best checkpoint so far; STEP-RUN: of a run before
     WORKDIR/eval/events...           the scores by step (TensorBoard)
     WORKDIR/eval/owner.json          which process does this: one at a time
 """
@@ -22,7 +22,7 @@ from etils import epath
 from mscm import atomic, averages, cli, distributed, evaluation, run_report, stopping, terminal
 from mscm.arrays import read_npz
 from mscm.checkpoint import CheckpointError, Checkpoints, UnreadableCheckpoint, reading
-from mscm.config import run_hash
+from mscm.config import run_of
 from mscm.evaluation import SamplerSpec, Scorer
 from mscm.experiment import Experiment
 from mscm.metrics import gathering
@@ -164,7 +164,7 @@ class Evaluation:
         facts = distributed.agree(self._unless_deleted(workdir, step, lambda: _facts_of(workdir, step)))
         if facts is None:
             return []
-        run = run_hash(facts["config"])
+        run = run_of(facts)
         mismatch = self.scorer.differences(evaluation.reference_facts(self.experiment, facts))
         said = {}
         for average in self._averages if model is self.experiment else (None,):
@@ -345,25 +345,28 @@ class Evaluation:
         return not self._has_copy(run, step)
 
     def _has_copy(self, run: str, step: int) -> bool:
-        try:
-            with reading(self.best_workdir(step)) as checkpoints:
-                return step in checkpoints.steps() and run_hash(checkpoints.facts(step)["config"]) == run
-        except CheckpointError:
-            return False
+        return _run_of_copy(self.best_workdir(step)) == run
 
     def _keep_best(self, params: Params, step: int, facts: dict[str, Any]) -> None:
-        """Copies a checkpoint that is better than all before, because training keeps only its newest."""
+        """Copies a checkpoint that is better than all before, because training keeps only its newest.
+
+        A copy of another run stays: there may be no other of it.
+        """
         self._check_ours()
-        where = self.best_workdir(step)
-        if distributed.is_main() and epath.Path(where).exists():  # of another run, or of a copy that was cut
-            epath.Path(where).rmtree()
+        where, run = self.best_workdir(step), run_of(facts)
+        if distributed.is_main() and epath.Path(where).exists():
+            other_run = _run_of_copy(where)
+            if other_run in (None, run):
+                epath.Path(where).rmtree()
+            else:
+                epath.Path(where).rename(f"{where}-{other_run}")
         distributed.barrier()
         with Checkpoints(where, keep=1) as checkpoints:
             checkpoints.save_ema(step, params, facts)
         logging.info("Best so far by %s: step %d, kept in %s", self.scorer.metric, step, where)
         if distributed.is_main():
             for other in epath.Path(where).parent.iterdir():
-                if other.name != str(step):
+                if other.name != str(step) and _run_of_copy(other) in (None, run):
                     other.rmtree()
 
     def best_workdir(self, step: int) -> str:
@@ -404,6 +407,15 @@ def _facts_of(workdir: str, step: int) -> dict[str, Any]:
     """What a checkpoint says of its model and its data."""
     with reading(workdir) as checkpoints:
         return checkpoints.facts(step)
+
+
+def _run_of_copy(workdir: str | os.PathLike) -> str | None:
+    """Of the copy of a best checkpoint; None where there is none that is whole."""
+    try:
+        with reading(workdir) as checkpoints:
+            return run_of(checkpoints.facts())
+    except CheckpointError:
+        return None
 
 
 def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:

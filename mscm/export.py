@@ -24,6 +24,7 @@ def main() -> None:
 
     from mscm import atomic, averages, exporting
     from mscm.checkpoint import reading
+    from mscm.config import run_of
     from mscm.experiment import build
 
     experiment, workdir = build(run_flags.CONFIG.value).for_evaluation(), cli.path_of(run_flags.WORKDIR)
@@ -31,11 +32,11 @@ def main() -> None:
     exporting.check(experiment)
     with reading(workdir) as checkpoints:
         step = checkpoints.check(experiment.facts(), sampler_flags.STEP.value)
-        config = checkpoints.facts(step)["config"]
+        run = run_of(checkpoints.facts(step))
     output = cli.output_of(OUTPUT)
     content = exporting.serialised(experiment, averages.read(experiment, workdir, average, step), spec)
     card = exporting.describe(
-        experiment, spec, step=step, average=average or sampler_flags.EMA.value, config=config, content=content
+        experiment, spec, step=step, average=average or sampler_flags.EMA.value, run=run, content=content
     )
     with atomic.writing(output) as file:
         file.write(content)

@@ -21,7 +21,7 @@ import numpy as np
 
 from mscm import evaluation
 from mscm.checkpoint import num_bytes
-from mscm.config import ConfigError, run_hash
+from mscm.config import ConfigError
 from mscm.experiment import Experiment
 from mscm.sampling import SamplerSpec
 from mscm.types import Condition, Images, Params, Text
@@ -69,11 +69,11 @@ def serialised(experiment: Experiment, params: Params, spec: SamplerSpec) -> byt
 
 
 def describe(
-    experiment: Experiment, spec: SamplerSpec, *, step: int, average: str, config: dict[str, Any], content: bytes
+    experiment: Experiment, spec: SamplerSpec, *, step: int, average: str, run: str, content: bytes
 ) -> dict[str, Any]:
-    """What a user should know of the file, as JSON; `step`, `average` and `config` are those of the parameters.
+    """What a user should know of the file, as JSON; `step`, `average` and `run` are those of the parameters.
 
-    `run` is the hash of the config that scores.jsonl has too.
+    `run` is the hash that scores.jsonl has too.
     """
     data = experiment.data
     return {
@@ -95,7 +95,7 @@ def describe(
         "platforms": list(PLATFORMS),
         "jax": jax.__version__,
         "parameter_bytes": num_bytes(experiment.abstract_params()),
-        "run": run_hash(config),
+        "run": run,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }

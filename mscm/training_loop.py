@@ -26,7 +26,7 @@ from mscm.checkpoint import (
     set_damaged_aside,
     snapshots,
 )
-from mscm.config import ConfigError, differences
+from mscm.config import ConfigError, differences, run_hash, run_of
 from mscm.data import pipeline, sources
 from mscm.evaluation_loop import Evaluation
 from mscm.experiment import Experiment, Member
@@ -193,6 +193,7 @@ def train(
         run_steps, every = experiment.train_steps(), experiment.snapshot_every_steps
         root = jax.random.key(experiment.seed + 1)  # not the key of the initialisation
         frozen = experiment.frozen(teacher_params)
+        facts = checkpoint_facts(experiment, source) | {"run": run_before(experiment, checkpoints)}
         progress = stack.enter_context(Progress(experiment, step, writer, bad_in_a_row=bad_steps_before(checkpoints)))
         for batch in progress.waiting_for(on_device(experiment, batches(experiment, source, step))):
             state, averages = run_steps(state, frozen, batch, root)
@@ -209,14 +210,14 @@ def train(
                     saving.check_save()  # not at the next save, which may be hours away
             if taken is not None and takes:
                 check_ours()
-                taken.save_snapshot(step, experiment.power_averages(state), checkpoint_facts(experiment, source))
+                taken.save_snapshot(step, experiment.power_averages(state), facts)
             if saves:
                 check_ours()
                 if taken is not None:
                     taken.wait()  # who goes on from this checkpoint takes none of those before it again
                 writer.flush()  # who goes on from this checkpoint does not report again what was before
                 of_run = {_BAD: progress.bad_in_a_row, RATE: progress.rate}
-                checkpoints.save(state, checkpoint_facts(experiment, source) | of_run)
+                checkpoints.save(state, facts | of_run)
             if stops:
                 checkpoints.wait()
                 distributed.barrier()  # the end of one process ends the others
@@ -287,6 +288,11 @@ def initial_state(experiment: Experiment, checkpoints: Checkpoints, teacher_para
         logging.info("%s: continuing from step %d", experiment.name, checkpoints.latest())
         return checkpoints.restore(experiment.placed_state())
     return first_state(experiment, teacher_params)
+
+
+def run_before(experiment: Experiment, checkpoints: Checkpoints) -> str:
+    """That which goes on from the newest checkpoint; a new one where there is none."""
+    return run_hash(experiment.config) if checkpoints.latest() is None else run_of(checkpoints.facts())
 
 
 def bad_steps_before(checkpoints: Checkpoints) -> int:

@@ -20,7 +20,7 @@ import pytest
 from configs import digits
 from mscm import cli, evaluation, evaluation_loop, lease
 from mscm.checkpoint import CheckpointError, Checkpoints, reading
-from mscm.config import ConfigError
+from mscm.config import ConfigError, run_hash
 from mscm.evaluation_loop import Evaluation
 from mscm.experiment import build
 from mscm.metrics import reference_statistics
@@ -393,6 +393,47 @@ def test_the_best_checkpoint_is_kept(experiment, states, workdir, monkeypatch):
         assert checkpoints.steps() == [30]
     kept = evaluation.read_ema(experiment, str(workdir / "eval" / "best" / "20"))
     jax.tree.map(np.testing.assert_array_equal, kept, states[1].ema)
+
+
+def with_num_steps(experiment, num_steps):
+    train = experiment.config["train"] | {"num_steps": num_steps}
+    return dataclasses.replace(experiment, config=experiment.config | {"train": train})
+
+
+def copies(workdir):
+    return sorted(path.name for path in (workdir / "eval" / "best").iterdir())
+
+
+def test_more_steps_do_not_take_the_best_away(experiment, states, workdir, monkeypatch):
+    """The training goes on beyond its first end: one run, whose best stays the best; a better one takes its place."""
+    run = run_hash(with_num_steps(experiment, 10).config)
+    for state, distance, best in zip(states, (2.0, 3.0, 1.0), ("10", "10", "30"), strict=True):
+        monkeypatch.setattr(evaluation.Scorer, "compare", lambda *_, distance=distance: {"fd_classifier": distance})
+        step = int(state.step)
+        save(with_num_steps(experiment, step), workdir, state, keep=1, **({"run": run} if step > 10 else {}))
+        with Evaluation(with_num_steps(experiment, step), str(workdir)) as job:
+            job.watch(once=True)
+            assert job.best(run)[0] == int(best)
+        assert copies(workdir) == [best]
+    assert [(row["step"], row["run"]) for row in rows_of(workdir)] == [(10, run), (20, run), (30, run)]
+
+
+def test_the_best_of_another_run_is_not_deleted(experiment, states, workdir):
+    """Neither where it is in the way nor where it is not; what was cut is."""
+    others = [with_num_steps(experiment, steps) for steps in (10, 20)]
+    best = workdir / "eval" / "best"
+    for step, other in zip((10, 30), others, strict=True):
+        with Checkpoints(best / str(step), keep=1) as checkpoints:
+            checkpoints.save_ema(step, states[0].ema, other.facts())
+    (best / "20" / "checkpoints").mkdir(parents=True)
+    save(experiment, workdir, states[0])
+    with Evaluation(experiment, str(workdir)) as job:
+        job.watch(once=True)
+    aside = f"10-{run_hash(others[0].config)}"
+    assert copies(workdir) == ["10", aside, "30"]
+    for copy, of in (("10", experiment), (aside, others[0]), ("30", others[1])):
+        with reading(best / copy) as checkpoints:
+            assert checkpoints.facts()["config"] == of.config
 
 
 def test_scores_under_other_settings_are_made_anew(experiment, states, workdir):

@@ -41,7 +41,7 @@ def test_inputs_are_those_of_the_model():
     """Labels, or the tokens of captions as the encoder makes them."""
     config = captioned_digits.teacher()
     spec = SamplerSpec("ddim", 1)
-    card = exporting.describe(build(config), spec, step=1, average="main", config={}, content=b"")
+    card = exporting.describe(build(config), spec, step=1, average="main", run="r", content=b"")
     length = config.data.text.length
     assert card["num_classes"] is None and card["text_encoder"] == "bytes"
     assert card["inputs"] == {
@@ -50,7 +50,7 @@ def test_inputs_are_those_of_the_model():
         "tokens": {"shape": ["b", length], "dtype": "uint8"},
         "mask": {"shape": ["b", length], "dtype": "bool"},
     }
-    card = exporting.describe(build(digits.teacher()), spec, step=1, average="main", config={}, content=b"")
+    card = exporting.describe(build(digits.teacher()), spec, step=1, average="main", run="r", content=b"")
     assert list(card["inputs"]) == ["seed", "indices", "labels"] and card["num_classes"] == 10
 
 

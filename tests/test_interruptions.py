@@ -21,7 +21,7 @@ import pytest
 from benchmarks import kill_test
 from mscm import lease, planning, stopping, terminal, training_loop
 from mscm.checkpoint import CheckpointError, Checkpoints, reading
-from mscm.config import ConfigError, differences, load_config
+from mscm.config import ConfigError, differences, load_config, run_hash, run_of
 from mscm.cost import chips
 from mscm.dry_run import dry_run
 from mscm.experiment import build
@@ -75,6 +75,15 @@ def student_file(whole, folder):
     text = text.replace("    return", f"    config.teacher.config = {whole.file!r}\n    return")
     (folder / "student.py").write_text(text)
     return str(folder / "student.py")
+
+
+def alter_facts(workdir, change):
+    """Changes what all checkpoints say, as another version would have written it."""
+    for step in (workdir / "checkpoints").iterdir():
+        (step / "files.json").unlink()  # which knows their bytes
+        facts = json.loads((step / "facts" / "metadata").read_text())
+        change(facts)
+        (step / "facts" / "metadata").write_text(json.dumps(facts))
 
 
 def listing(workdir):
@@ -158,6 +167,18 @@ def test_the_number_of_steps_may_change_if_they_are_not_done(whole, workdir, num
         training_loop.check(changed(whole, train__num_steps=num_steps), str(workdir))
 
 
+@pytest.mark.parametrize("is_old", [False, True])
+def test_more_steps_are_the_same_run(whole, workdir, is_old):
+    """Its scores belong together, also where they go on twice, from a checkpoint that does not say its run."""
+    if is_old:
+        alter_facts(workdir, lambda facts: facts.pop("run"))
+    for num_steps in (12, 16):
+        training_loop.run(changed(whole, train__num_steps=num_steps, train__keep_checkpoints=9), str(workdir))
+    with reading(workdir) as checkpoints:
+        runs = {step: run_of(checkpoints.facts(step)) for step in checkpoints.steps()}
+    assert runs == dict.fromkeys((4, 8, 12, 16), run_hash(changed(whole).config))
+
+
 @pytest.mark.parametrize(("dispatch", "use"), [(6, 2), (5, 1)])
 def test_dispatches_that_would_miss_the_steps_to_save_at_are_refused(whole, workdir, dispatch, use):
     """From step 8, six steps a dispatch meet no multiple of six; before anything is written, with one that does."""
@@ -173,12 +194,7 @@ def test_dispatches_that_would_miss_the_steps_to_save_at_are_refused(whole, work
 def test_dispatches_do_not_matter_where_all_is_done(whole, workdir):
     """Also where an earlier version has gone beyond the last step."""
     train = {f"train__{key}": 5 for key in ("num_steps", "steps_per_dispatch", "log_every_steps", "save_every_steps")}
-    for path in workdir.glob("checkpoints/*/files.json"):
-        path.unlink()  # no list of files: the facts may be altered
-    for path in workdir.glob("checkpoints/*/facts/metadata"):
-        facts = json.loads(path.read_text())
-        facts["config"]["train"]["num_steps"] = 5
-        path.write_text(json.dumps(facts))
+    alter_facts(workdir, lambda facts: facts["config"]["train"].update(num_steps=5))
     before = newest_state(changed(whole), workdir)
     training_loop.run(changed(whole, **train), str(workdir))
     chex.assert_trees_all_equal(newest_state(changed(whole), workdir), before)

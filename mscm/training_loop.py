@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -40,6 +40,13 @@ _BAD = "bad_steps_in_a_row"  # of a checkpoint's facts
 RATE = "steps_per_second"  # the same: in the last report before it
 
 
+class Origin(TypedDict):
+    """Which checkpoint a student began from."""
+
+    run: str  # as `config.run_of` has it
+    step: int
+
+
 def run(experiment: Experiment, workdir: str) -> None:
     """Trains the teacher if there is none, the phases if there are some, then the experiment, and scores all.
 
@@ -57,12 +64,13 @@ def run(experiment: Experiment, workdir: str) -> None:
         source = check(experiment, workdir)
         params: Params = {}
         with reporting(workdir):
+            teacher: Origin | None = None
             for member in experiment.lineage(workdir):
-                teacher_params = params
                 if not member.is_given:
                     logging.info("Training %s in %s", member.experiment.name, member.workdir)
-                    train(member.experiment, member.workdir, source, teacher_params, check_ours=check_ours)
-                params = evaluation.read_ema(member.experiment, member.workdir)
+                    train(member.experiment, member.workdir, source, params, teacher=teacher, check_ours=check_ours)
+                teacher = distributed.agree(newest(member))  # a given one may be training: all read the same step
+                params = evaluation.read_ema(member.experiment, member.workdir, teacher["step"])
             finish(experiment, workdir)
     logging.info("Done in %s", terminal.duration(time.monotonic() - started))
 
@@ -100,10 +108,11 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
     """All that can be wrong is found here, before anything is compiled: data, devices, checkpoints, teacher."""
     source = experiment.data.open()
     logging.info("Mesh: %s", dict(experiment.mesh.shape))  # refuses what does not fit the devices
-    for member in experiment.lineage(workdir):
+    members = experiment.lineage(workdir)
+    for older, member in zip([None, *members], members, strict=False):
         if member.is_given:
             with reading(member.workdir) as checkpoints:
-                checkpoints.check(member.experiment.facts())
+                check_finished(checkpoints, checkpoints.check(member.experiment.facts()))
             continue
         member.experiment.read_features()  # refuses what is not there
         if is_there(member.workdir):
@@ -111,6 +120,8 @@ def check(experiment: Experiment, workdir: str) -> sources.Source:
                 if checkpoints.steps() or checkpoints.damaged:
                     check_config(member, checkpoints)
                     check_dispatches(member, checkpoints.check(checkpoint_facts(member.experiment, source)))
+                    if older is not None:
+                        check_teacher(member, checkpoints, older)
         if is_there(member.workdir, SNAPSHOTS):  # of this training, or they would be mixed with its own
             with reading(member.workdir, SNAPSHOTS) as taken:
                 if taken.steps():
@@ -150,6 +161,42 @@ def check_dispatches(member: Member, done: int) -> None:
         )
 
 
+def newest(member: Member) -> Origin:
+    """Run and step of the newest checkpoint of a model, or of the last that training in its directory will make."""
+    found: Origin = {"run": run_hash(member.experiment.config), "step": 0}
+    if is_there(member.workdir):
+        with reading(member.workdir) as checkpoints:
+            step = checkpoints.latest()
+            if step is not None:
+                found = {"run": run_of(checkpoints.facts(step)), "step": step}
+    return found if member.is_given else found | {"step": max(found["step"], member.experiment.train.num_steps)}
+
+
+def check_finished(checkpoints: Checkpoints, step: int) -> None:
+    """Warns of a given teacher whose training has not ended with its newest checkpoint, that of `step`."""
+    last = checkpoints.facts(step)["config"]["train"]["num_steps"]
+    if step < last:
+        logging.warning("%s: the teacher is taken as it is, at step %d of %d: not finished", checkpoints, step, last)
+
+
+def check_teacher(member: Member, checkpoints: Checkpoints, older: Member) -> None:
+    """Refuses to go on with a student whose loss would ask another teacher than before.
+
+    Older checkpoints do not say which it was: they take what is there.
+    """
+    expected, got = checkpoints.facts().get("teacher"), newest(older)
+    if member.experiment.distil and expected is not None and got != expected:
+        way_out = "give a copy of that one" if older.is_given else "leave its train.num_steps as it was"
+        raise ConfigError(
+            f"{older.workdir}: got a teacher of {_in_words(got)}, expected {_in_words(expected)}, with which the "
+            f"training in {member.workdir} began; {way_out}, or use another work directory"
+        )
+
+
+def _in_words(origin: Origin) -> str:
+    return f"step {origin['step']} of run {origin['run']}"
+
+
 def checkpoint_facts(experiment: Experiment, source: sources.Source) -> dict[str, Any]:
     """What a checkpoint says of its model and of the data that it was trained on."""
     data = f"{len(source)} images, fingerprint {source.fingerprint[:16]}"
@@ -162,11 +209,13 @@ def train(
     source: sources.Source,
     teacher_params: Params,
     *,
+    teacher: Origin | None = None,
     check_ours: Callable[[], None],
 ) -> None:
     """Trains from the newest checkpoint of `workdir`, or from the teacher's weights, to the last step.
 
-    `check_ours` raises where another process has taken the directory over; called before each save.
+    `teacher` says whose weights these are. `check_ours` raises where another process has taken the directory over;
+    called before each save.
 
     Raises:
       Stopped: a signal asked for it, and the state is saved.
@@ -193,7 +242,7 @@ def train(
         run_steps, every = experiment.train_steps(), experiment.snapshot_every_steps
         root = jax.random.key(experiment.seed + 1)  # not the key of the initialisation
         frozen = experiment.frozen(teacher_params)
-        facts = checkpoint_facts(experiment, source) | {"run": run_before(experiment, checkpoints)}
+        facts = checkpoint_facts(experiment, source) | beginning(experiment, checkpoints, teacher)
         progress = stack.enter_context(Progress(experiment, step, writer, bad_in_a_row=bad_steps_before(checkpoints)))
         for batch in progress.waiting_for(on_device(experiment, batches(experiment, source, step))):
             state, averages = run_steps(state, frozen, batch, root)
@@ -290,9 +339,12 @@ def initial_state(experiment: Experiment, checkpoints: Checkpoints, teacher_para
     return first_state(experiment, teacher_params)
 
 
-def run_before(experiment: Experiment, checkpoints: Checkpoints) -> str:
-    """That which goes on from the newest checkpoint; a new one where there is none."""
-    return run_hash(experiment.config) if checkpoints.latest() is None else run_of(checkpoints.facts())
+def beginning(experiment: Experiment, checkpoints: Checkpoints, teacher: Origin | None) -> dict[str, Any]:
+    """Of the facts those that stay while a training goes on: its run, and its teacher as far as that is known."""
+    if checkpoints.latest() is None:
+        return {"run": run_hash(experiment.config), "teacher": teacher}
+    before = checkpoints.facts()
+    return {"run": run_of(before), "teacher": before.get("teacher")}
 
 
 def bad_steps_before(checkpoints: Checkpoints) -> int:

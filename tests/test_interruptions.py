@@ -253,6 +253,74 @@ def test_the_teacher_below_a_directory_remembers_too(whole, tmp_path):
         training_loop.check(build(config), str(tmp_path / "run"))
 
 
+@pytest.fixture
+def given(whole, tmp_path):
+    """A config of a student, and the teacher's directory, which it names, as it is after four steps of eight."""
+    shutil.copytree(whole.workdir, tmp_path / "given")
+    shutil.rmtree(tmp_path / "given" / "checkpoints" / "8")
+    config = load_config(student_file(whole, tmp_path))
+    config.teacher.workdir = str(tmp_path / "given")
+    config.train.num_steps = 4
+    return SimpleNamespace(config=config, teacher=tmp_path / "given", workdir=tmp_path / "student")
+
+
+def finish_teacher(whole, given):
+    shutil.rmtree(given.teacher)
+    shutil.copytree(whole.workdir, given.teacher)
+
+
+def go_on(given):
+    given.config.train.num_steps = 8
+    training_loop.run(build(given.config), str(given.workdir))
+
+
+def test_an_unfinished_teacher_is_named_and_no_later_one_takes_its_place(whole, given, caplog):
+    """The student would learn from another one after its own interruption; nothing is written."""
+    training_loop.run(build(given.config), str(given.workdir))
+    assert "the teacher is taken as it is, at step 4 of 8: not finished" in caplog.text
+    run = run_hash(changed(whole).config)
+    with reading(given.workdir) as checkpoints:
+        assert checkpoints.facts()["teacher"] == {"run": run, "step": 4}
+    finish_teacher(whole, given)
+    before = listing(given.workdir)
+    said = rf"{given.teacher}: got a teacher of step 8 of run {run}, expected step 4 of run {run}, with which the train"
+    with pytest.raises(ConfigError, match=said):
+        go_on(given)
+    assert listing(given.workdir) == before
+    shutil.rmtree(given.teacher / "checkpoints" / "8")
+    go_on(given)
+    assert newest_state(build(given.config), given.workdir)[0] == 8
+
+
+def test_a_teacher_of_another_training_is_refused(whole, given):
+    training_loop.run(build(given.config), str(given.workdir))
+    alter_facts(given.teacher, lambda facts: facts.update(run="another"))
+    with pytest.raises(ConfigError, match="got a teacher of step 4 of run another, expected step 4 of run"):
+        go_on(given)
+
+
+@pytest.mark.parametrize("why", ["it does not say which", "it asks none"])
+def test_another_teacher_is_no_matter(whole, given, why):
+    """Of a student as earlier versions wrote it, and of one that only began with the teacher's weights."""
+    given.config.objective.distil = why != "it asks none"
+    training_loop.run(build(given.config), str(given.workdir))
+    finish_teacher(whole, given)
+    if given.config.objective.distil:
+        alter_facts(given.workdir, lambda facts: facts.pop("teacher"))
+    training_loop.check(build(given.config), str(given.workdir))
+
+
+def test_a_teacher_that_is_not_given_stays_too(whole, given, tmp_path):
+    """Made longer in its config, it would train on before the student does."""
+    given.config.teacher.update(dict(workdir=None, config=str(tmp_path / "teacher.py")))
+    (tmp_path / "teacher.py").write_text(text := Path(whole.file).read_text())
+    shutil.copytree(whole.workdir, given.workdir / "teacher")
+    training_loop.run(build(given.config), str(given.workdir))
+    (tmp_path / "teacher.py").write_text(text.replace("num_steps=8", "num_steps=12"))
+    with pytest.raises(ConfigError, match="step 12 of run .*, expected step 8 .*; leave its train.num_steps as it was"):
+        go_on(given)
+
+
 # Checkpoints that were cut.
 
 

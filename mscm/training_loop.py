@@ -55,7 +55,7 @@ def run(experiment: Experiment, workdir: str) -> None:
     """
     started = time.monotonic()
     make_directory(workdir)
-    with distributed.holding(os.path.join(workdir, "owner.json"), "training") as check_ours:
+    with holding(experiment, workdir) as check_ours:
         if distributed.is_main():
             for member in experiment.lineage(workdir):
                 if not member.is_given:
@@ -73,6 +73,26 @@ def run(experiment: Experiment, workdir: str) -> None:
                 params = evaluation.read_ema(member.experiment, member.workdir, teacher["step"])
             finish(experiment, workdir)
     logging.info("Done in %s", terminal.duration(time.monotonic() - started))
+
+
+@contextlib.contextmanager
+def holding(experiment: Experiment, workdir: str) -> Iterator[Callable[[], None]]:
+    """Holds every directory that training writes to; gives what raises LeaseError when another has taken one over.
+
+    The teacher's and the phases' too: each may also be the work directory of a command of its own.
+    """
+    with contextlib.ExitStack() as stack:
+        checks = []
+        for member in reversed(experiment.lineage(workdir)):
+            if not member.is_given:
+                owner = os.path.join(member.workdir, "owner.json")
+                checks.append(stack.enter_context(distributed.holding(owner, "training")))
+
+        def check_ours() -> None:
+            for check in checks:
+                check()
+
+        yield check_ours
 
 
 @contextlib.contextmanager

@@ -128,6 +128,30 @@ def test_a_second_trainer_is_refused_while_the_first_lives(whole, workdir, other
     assert not (workdir / "owner.json").exists()
 
 
+def test_the_directories_below_are_held_too(whole, workdir, tmp_path, other):
+    """A student's teacher that another trains is refused, and the student's own directory is given back."""
+    student = tmp_path / "student"
+    student.mkdir()
+    shutil.move(workdir, student / "teacher")  # with who holds it
+    experiment = build(load_config(student_file(whole, tmp_path)))
+    with pytest.raises(lease.LeaseError, match=rf"student/teacher/owner.json: process {other.pid} .* is at work"):
+        training_loop.run(experiment, str(student))
+    assert [path.name for path in student.iterdir()] == ["teacher"]
+
+
+def test_a_teacher_is_held_while_its_student_trains(whole, workdir, tmp_path, monkeypatch):
+    """Its own command is refused; once all has ended, nobody holds anything."""
+    student = tmp_path / "student"
+    student.mkdir()
+    shutil.move(workdir, student / "teacher")
+    held = []
+    monkeypatch.setattr(training_loop, "train", lambda *_, **__: held.append(sorted(student.rglob("owner.json"))))
+    monkeypatch.setattr(training_loop.evaluation, "read_ema", lambda *_: {})
+    training_loop.run(build(load_config(student_file(whole, tmp_path))), str(student))
+    assert held == [[student / "owner.json", student / "teacher" / "owner.json"]] * 2
+    assert not list(student.rglob("owner.json"))
+
+
 def test_who_was_replaced_saves_nothing(whole, tmp_path, monkeypatch):
     """Another has taken over a process that slept: it is told before its first save."""
     asked = []

@@ -57,6 +57,18 @@ class UnreadableCheckpoint(CheckpointError):
     """Its files are damaged, or go while it is read because training deletes it."""
 
 
+class _Manager(ocp.CheckpointManager):
+    """Does not ask JAX whether a signal asks to end, which `stopping.reached` does.
+
+    JAX agrees on a number above the last one that any process has asked with. Orbax asks with the step, `stopping` with
+    the number of its calls, and it might never come to the number that was agreed on after a save.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one work directory; a context manager, because saving goes on in the background."""
 
@@ -79,7 +91,7 @@ class Checkpoints:
             create=keep is not None,
         )
         # The arguments of each save and restore say how an item is written.
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._manager = _Manager(self._directory, options=options)
 
     def __str__(self) -> str:
         return str(self._directory)

@@ -62,7 +62,7 @@ def deferred() -> Iterator[None]:
 
 def reached() -> bool:
     """Whether all processes stop here; they call it in the same order."""
-    if jax.process_count() > 1:
+    if jax.process_count() > 1:  # nobody else may ask JAX, whose numbers would not be these (`checkpoint._Manager`)
         return multihost_utils.reached_preemption_sync_point(next(_calls))
     return _asked is not None
 

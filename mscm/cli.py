@@ -74,11 +74,15 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
             distributed.end_all(f"{type(error).__name__}: {error}", 1)
             sys.exit(1)
         except Stopped as stopped:
+            if stopped.alone:
+                distributed.end_all(str(stopped), stopped.status)
             print(stopped, file=sys.stderr)
             sys.exit(stopped.status)
         except KeyboardInterrupt:
-            print("interrupted; run the same command again to continue", file=sys.stderr)
-            sys.exit(130)  # as a shell says it
+            sentence, status = "interrupted; run the same command again to continue", 130  # as a shell says it
+            distributed.end_all(sentence, status)
+            print(sentence, file=sys.stderr)
+            sys.exit(status)
 
     sys.modules["__main__"].__doc__ = doc  # what --help prints above the flags
     app.run(wrapped, flags_parser=_parse)

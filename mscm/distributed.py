@@ -5,11 +5,13 @@ is what `--distributed` names or what the platform tells.
 """
 
 import atexit
+import concurrent.futures
 import contextlib
 import itertools
 import json
 import os
 import platform
+import signal
 import sys
 import threading
 import time
@@ -85,10 +87,29 @@ def _client() -> Any:
     return global_state.client
 
 
+def _heeding_signals(wait: Callable[..., Any], *words: Any) -> Any:
+    """What `wait` gives, called in another thread: a signal is not handled while the main one waits in C++."""
+    given: concurrent.futures.Future = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            given.set_result(wait(*words))
+        except Exception as error:
+            given.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return given.result()
+
+
 def barrier() -> None:
     """Waits until all processes are here; they call it in the same order."""
     if jax.process_count() > 1:
-        _client().wait_at_barrier(f"mscm/barrier/{next(_barriers)}", _BARRIER_MILLISECONDS)
+        _heeding_signals(_client().wait_at_barrier, f"mscm/barrier/{next(_barriers)}", _BARRIER_MILLISECONDS)
+
+
+def _said(key: str) -> Any:
+    """What a process has said or will say."""
+    return json.loads(_heeding_signals(_client().blocking_key_value_get, key, _BARRIER_MILLISECONDS))
 
 
 def agree(value: Any) -> Any:
@@ -99,7 +120,7 @@ def agree(value: Any) -> Any:
     if is_main():
         _client().key_value_set(key, json.dumps(value))
         return value
-    return json.loads(_client().blocking_key_value_get(key, _BARRIER_MILLISECONDS))
+    return _said(key)
 
 
 def everyone(yes: bool) -> bool:
@@ -108,10 +129,7 @@ def everyone(yes: bool) -> bool:
         return yes
     vote = f"mscm/vote/{next(_agreements)}"
     _client().key_value_set(f"{vote}/{jax.process_index()}", json.dumps(yes))
-    voters = range(jax.process_count())
-    return all([
-        json.loads(_client().blocking_key_value_get(f"{vote}/{i}", _BARRIER_MILLISECONDS)) for i in voters
-    ])
+    return all([_said(f"{vote}/{i}") for i in range(jax.process_count())])
 
 
 def gathered(load: Callable[[np.ndarray], np.ndarray], indices: np.ndarray) -> np.ndarray:
@@ -148,6 +166,9 @@ def end_all(sentence: str, status: int) -> None:
     if global_state.client is None or jax.process_count() == 1:
         return
     message = f"process {jax.process_index()} of {jax.process_count()}: {' '.join(sentence.split())}"
+    if threading.current_thread() is threading.main_thread():  # a second signal must not cut short what takes seconds
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     with _ending:
         print(f"error: {message}", file=sys.stderr, flush=True)
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first

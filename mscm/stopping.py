@@ -6,9 +6,8 @@
         if stopping.reached():  # after every dispatch, in all processes
             ...  # save
 
-Outside of `deferred` there is nothing to save, and the signal ends the process where it is; of several processes, all
-where they next call `end_if_asked`, because JAX takes the signal and a process that ended alone would leave the others
-waiting.
+Outside of `deferred` there is nothing to save, and the signal ends the process where it is. Of several processes,
+SIGTERM ends all where they next call `end_if_asked`, because JAX takes it; SIGINT ends one where it is, and so all.
 """
 
 import contextlib
@@ -29,10 +28,14 @@ _calls = itertools.count()
 
 
 class Stopped(BaseException):  # not Exception, which libraries catch
-    """A signal ended this process; `status` is its exit status, and the message says how to go on."""
+    """A signal ended this process; `status` is its exit status, and the message says how to go on.
 
-    def __init__(self, sentence: str):
+    `alone`: not all of several processes raise it, and the others have to be told.
+    """
+
+    def __init__(self, sentence: str, *, alone: bool = False):
         super().__init__(f"{sentence}; run the same command again to continue")
+        self.alone = alone
         self.status = _INTERRUPTED if _asked == signal.SIGINT else EX_TEMPFAIL
 
 
@@ -57,7 +60,7 @@ def deferred() -> Iterator[None]:
     finally:
         _is_deferred = False
     if _asked is not None:
-        raise Stopped("stopped by a signal")
+        raise Stopped("stopped by a signal", alone=True)
 
 
 def reached() -> bool:
@@ -83,7 +86,7 @@ def _on_signal(number: int, frame: object) -> None:
     _asked = _asked or number
     if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 and _is_deferred:
             signal.raise_signal(signal.SIGTERM)
     if not _is_deferred:
-        raise Stopped("stopped by a signal")
+        raise Stopped("stopped by a signal", alone=True)

@@ -606,6 +606,55 @@ def test_two_processes_stop_at_the_same_step(run_together, whole, tmp_path):
     assert 20 < step <= 26 and f"stopped after step {step} of 40, which is saved" in sentence
 
 
+# One sends itself signals while it waits for the other, which is busy.
+INTERRUPTED = """
+import contextlib, os, signal, sys, threading, time
+from mscm import cli
+
+where, sender, block, *numbers = sys.argv[1:]
+del sys.argv[1:]
+
+def send():
+    for number in numbers:
+        time.sleep(0.5)
+        os.kill(os.getpid(), int(number))
+
+def main():
+    from mscm import distributed, stopping
+
+    distributed.start(where)
+    if block != "none":
+        stopping.listen()
+    with stopping.deferred() if block == "deferred" else contextlib.nullcontext():
+        distributed.barrier()
+        if where[-1] == sender:
+            threading.Thread(target=send, daemon=True).start()
+            distributed.barrier()
+        for _ in range(1000):
+            time.sleep(0.1)
+
+cli.run(main, doc="", required=())
+"""
+
+
+@pytest.mark.parametrize(
+    ("sender", "block", "numbers"),
+    [
+        (1, "none", [signal.SIGINT]),
+        (0, "listening", [signal.SIGINT, signal.SIGINT, signal.SIGTERM]),
+        (1, "deferred", [signal.SIGINT, signal.SIGINT]),
+    ],
+)
+def test_an_interrupt_of_one_of_two_processes_ends_both(run_together, sender, block, numbers):
+    """At once, also where they wait for each other, in a command that does not listen, and at a second one."""
+    words = [sys.executable, "-c", INTERRUPTED, "WHERE", str(sender), block, *(str(int(number)) for number in numbers)]
+    said = "stopped by a signal" if block == "listening" else "interrupted"
+    for code, _, errors in run_together(words, words):
+        assert code == 130, errors
+        assert f"error: process {sender} of 2: {said}; run the same command again to continue" in errors
+        assert "Traceback" not in errors
+
+
 # Scores; sends itself a signal with the third batch of images.
 SCORES = """
 import itertools, signal

@@ -100,8 +100,10 @@ def reporting(workdir: str) -> Iterator[None]:
     """Writes the report where the block ends: well, by a signal, or by a loss that is not finite."""
     try:
         yield
-    except (stopping.Stopped, FloatingPointError):
+    except (stopping.Stopped, FloatingPointError) as ended:
         run_report.update(workdir)
+        if isinstance(ended, Diverged):
+            distributed.barrier()  # all raise it, and the first one to end ends those that still write
         raise
     run_report.update(workdir)
 
@@ -321,7 +323,7 @@ def noting_divergence(experiment: Experiment, workdir: str, checkpoints: Checkpo
     """Writes WORKDIR/diverged/STEP.json, from which `mscm.replay` finds the step, where the block raises Diverged.
 
     Raises:
-      FloatingPointError: then, with a sentence that says all.
+      Diverged: then, with a sentence that says all.
     """
     try:
         yield
@@ -338,11 +340,13 @@ def noting_divergence(experiment: Experiment, workdir: str, checkpoints: Checkpo
         }
         if distributed.is_main():
             atomic.write_text(path, json.dumps(record, indent=2) + "\n")
-        raise FloatingPointError(
+        raise Diverged(
             f"{experiment.name}: {diverged}; what was saved is {f'step {start}' if start else 'nothing'}. The same "
             f"command with --replay={diverged.last} finds the step from {path}; then lower "
             "config.optimizer.learning_rate in another work directory, or go on with --config.train.max_bad_steps=3, "
-            "which skips as many in a row"
+            "which skips as many in a row",
+            diverged.first,
+            diverged.last,
         ) from diverged
 
 

@@ -730,6 +730,44 @@ def test_a_divergence_is_noticed_and_found(whole, tmp_path, of_gradient, what, n
         replay(experiment, str(tmp_path), 7)
 
 
+# Diverges; the main process has to wait for its checksums, and then for its report.
+DIVERGED = """
+import pathlib, sys, time
+from types import SimpleNamespace
+from mscm import cli
+
+where, workdir = sys.argv[1:]
+del sys.argv[1:]
+
+def main():
+    from mscm import distributed, training_loop
+
+    def report(workdir):
+        if distributed.is_main():
+            time.sleep(6)
+            (pathlib.Path(workdir) / "report").touch()
+
+    distributed.start(where)
+    training_loop.run_report.update = report
+    experiment = SimpleNamespace(name="model", train=SimpleNamespace(batch_size=8))
+    checkpoints = SimpleNamespace(wait=lambda: time.sleep(6 * distributed.is_main()), latest=lambda: 4)
+    with training_loop.reporting(workdir), training_loop.noting_divergence(experiment, workdir, checkpoints):
+        raise training_loop.Diverged("got a loss of nan in steps 5 to 6", 5, 6)
+
+cli.run(main, doc="", required=())
+"""
+
+
+def test_two_processes_that_diverge_write_it_down(run_together, tmp_path):
+    """The main one has written the file that the message names, and the report, before the other ends both."""
+    for code, _, errors in run_together(*[[sys.executable, "-c", DIVERGED, "WHERE", str(tmp_path)]] * 2):
+        assert code == 2, errors
+        assert "model: got a loss of nan in steps 5 to 6; what was saved is step 4" in errors
+        assert "Traceback" not in errors
+    assert json.loads((tmp_path / "diverged" / "6.json").read_text())["checkpoint"] == 4
+    assert (tmp_path / "report").exists()
+
+
 def test_a_divergence_before_the_first_checkpoint_is_found_from_the_beginning(whole, tmp_path):
     experiment = poisoned(changed(whole), 1)
     with pytest.raises(FloatingPointError, match="in steps 1 to 2, .* what was saved is nothing"):

@@ -167,7 +167,7 @@ def end_all(sentence: str, status: int) -> None:
         return
     message = f"process {jax.process_index()} of {jax.process_count()}: {' '.join(sentence.split())}"
     if threading.current_thread() is threading.main_thread():  # a second signal must not cut short what takes seconds
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
     with _ending:
         print(f"error: {message}", file=sys.stderr, flush=True)

@@ -6,12 +6,13 @@
         if stopping.reached():  # after every dispatch, in all processes
             ...  # save
 
-Outside of `deferred` there is nothing to save, and the signal ends the process where it is. Of several processes,
-SIGTERM ends all where they next call `end_if_asked`, because JAX takes it; SIGINT ends one where it is, and so all.
+Outside of `deferred` there is nothing to save, and the signal ends the process where it is, and with it the others, if
+there are several. Of these, SIGTERM ends all where they next call `end_if_asked`, because JAX takes it.
 """
 
 import contextlib
 import itertools
+import os
 import signal
 from collections.abc import Iterator
 
@@ -40,8 +41,10 @@ class Stopped(BaseException):  # not Exception, which libraries catch
 
 
 def listen() -> None:
-    """From now on SIGTERM and the first SIGINT are what this module says; a second SIGINT ends the process at once."""
+    """From now on SIGTERM, SIGHUP and the first SIGINT are what this module says; a second SIGINT ends it at once."""
     signal.signal(signal.SIGINT, _on_signal)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, _on_signal)
     if jax.process_count() == 1:  # of several, each listens in JAX, which tells the others
         signal.signal(signal.SIGTERM, _on_signal)
 
@@ -86,7 +89,18 @@ def _on_signal(number: int, frame: object) -> None:
     _asked = _asked or number
     if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if jax.process_count() > 1 and _is_deferred:
-            signal.raise_signal(signal.SIGTERM)
+    if number == signal.SIGHUP:
+        _leave_terminal()
+    if number != signal.SIGTERM and jax.process_count() > 1 and _is_deferred:
+        signal.raise_signal(signal.SIGTERM)
     if not _is_deferred:
         raise Stopped("stopped by a signal", alone=True)
+
+
+def _leave_terminal() -> None:
+    """What is printed after the end of the terminal goes nowhere: as an error it would end the process unsaved."""
+    for output in (1, 2):
+        try:
+            os.write(output, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)

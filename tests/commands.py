@@ -19,7 +19,7 @@ def run(name: str, *words: str) -> int:
     Its flags are defined and parsed from scratch, and all that is forgotten afterwards.
     """
     module = f"mscm.{name}"
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     verbosity = logging.get_verbosity()
     with flagsaver.flagsaver(), warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")  # the suite's are errors; a process prints them

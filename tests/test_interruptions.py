@@ -488,7 +488,7 @@ def test_a_save_that_was_cut_is_made_again(whole, tmp_path):
 @pytest.fixture
 def signals(monkeypatch):
     """The module as in a new process, and the handlers put back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     monkeypatch.setattr(stopping, "_asked", None)
     stopping.listen()
     yield
@@ -496,7 +496,7 @@ def signals(monkeypatch):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)])
 def test_a_signal_in_training_saves_and_the_run_goes_on_bit_for_bit(
     whole, tmp_path, monkeypatch, signals, number, status
 ):
@@ -570,6 +570,47 @@ def test_the_command_ends_with_status_75(whole, tmp_path):
     last = result.stderr.splitlines()[-1]
     assert last == "digits_teacher: stopped after step 6 of 8, which is saved; run the same command again to continue"
     assert "Traceback" not in result.stderr
+
+
+# Trains in a terminal of its own.
+IN_TERMINAL = """
+import os, sys
+from mscm import cli, main
+
+terminal = os.open(sys.argv.pop(1), os.O_RDWR)
+for stream in range(3):
+    os.dup2(terminal, stream)
+cli.run(main.main, doc="", required=())
+"""
+
+
+def test_the_end_of_the_terminal_saves(whole, tmp_path):
+    """With nowhere left to print to, nothing but the status says it."""
+    master, slave = os.openpty()
+    flags = [f"--config={whole.file}", f"--workdir={tmp_path}", "--config.train.num_steps=100000"]
+    flags += ["--config.train.save_every_steps=100000", "--config.train.log_every_steps=2"]
+    job = subprocess.Popen(
+        [sys.executable, "-c", IN_TERMINAL, os.ttyname(slave), *flags],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}, cwd=ROOT, start_new_session=True,
+    )
+    try:
+        said = b""
+        while b" images/s" not in said:
+            said += os.read(master, 1000)
+        os.close(master)
+        assert job.wait(timeout=300) == 75
+    finally:
+        job.kill()
+        os.close(slave)
+    with reading(tmp_path) as checkpoints:
+        assert 2 <= checkpoints.latest() < 100_000
+
+
+def test_who_is_deaf_to_the_end_of_the_terminal_stays_so(signals):
+    """As nohup starts a command."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stopping.listen()
+    signal.raise_signal(signal.SIGHUP)
 
 
 # Trains; sends itself a signal when the save after step 20 has begun, which JAX has then noticed before the next one.

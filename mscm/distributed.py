@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import signal
+import socket
 import sys
 import threading
 import time
@@ -47,7 +48,7 @@ def start(where: str) -> None:
       where: `auto` (TPU pod, SLURM, Kubernetes and Open MPI say it), or HOST:PORT,PROCESSES,INDEX.
 
     Raises:
-      ConfigError: neither, or the platform says nothing.
+      ConfigError: neither, the platform says nothing, or the port is not free.
     """
     if where == "auto":
         try:
@@ -59,6 +60,8 @@ def start(where: str) -> None:
             ) from error
     else:
         address, count, index = _parse(where)
+        if index == 0:
+            _refuse_taken_port(where, int(address.rpartition(":")[2]))
         jax.distributed.initialize(address, count, index)
     if not is_main():
         logging.set_verbosity(logging.WARNING)
@@ -198,6 +201,22 @@ def _parse(where: str) -> tuple[str, int, int]:
             "an index below the number of processes"
         )
     return parts[0], numbers[0], numbers[1]
+
+
+def _refuse_taken_port(where: str, port: int) -> None:
+    """The coordinator would listen to it on all addresses, and where it cannot, JAX dies of a segmentation fault."""
+    dual = socket.has_dualstack_ipv6()
+    with socket.socket(socket.AF_INET6 if dual else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that a run has just left is free
+        if dual:
+            trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        try:
+            trial.bind(("", port))
+        except OSError as error:
+            raise ConfigError(
+                f"--distributed: got {where!r}, whose port cannot be listened to ({error.strerror}), expected a free "
+                "one: name another port in all processes, or end what uses this one"
+            ) from error
 
 
 class Watch:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,15 @@ def test_the_death_of_one_ends_the_other_and_the_run_goes_on(run_both, run_toget
 def test_a_wrong_address_is_a_sentence(where):
     with pytest.raises(ConfigError, match=f"--distributed: got {where!r}, expected auto, or HOST:PORT,PROCESSES,INDEX"):
         distributed.start(where)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_in_use_is_a_sentence(host):
+    """On any address of this machine, because the coordinator listens to all."""
+    with socket.create_server((host, 0)) as taken:
+        where = f"127.0.0.1:{taken.getsockname()[1]},2,0"
+        with pytest.raises(ConfigError, match=f"--distributed: got '{where}', whose port .*in use.*: name another"):
+            distributed.start(where)
 
 
 def test_a_platform_that_says_nothing_is_a_sentence(config, tmp_path):

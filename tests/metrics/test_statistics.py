@@ -215,6 +215,14 @@ def test_compare_gives_each_metric_under_its_name(network):
     assert scores["precision"] != scores["recall"] and all(type(value) is float for value in scores.values())
 
 
+def test_samples_without_variety_have_precision_and_no_recall():
+    """All near one real image: each is like real ones, and few real ones are like them; not the other way round."""
+    real, noise = np.random.RandomState(0).randn(2, NUM, 5).astype(np.float32)
+    samples, reference = (gather(Outputs(a, None, None)).statistics() for a in (real[:1] + 1e-3 * noise, real))
+    scores = compare(samples, reference, network="dinov2")
+    assert scores["precision"] == 1.0 and scores["recall"] < 0.1
+
+
 @pytest.mark.parametrize("side", ["samples", "reference", "both"])
 @pytest.mark.parametrize(
     ("lacking", "left_out"),

@@ -218,7 +218,8 @@ def test_compare_gives_each_metric_under_its_name(network):
 def test_samples_without_variety_have_precision_and_no_recall():
     """All near one real image: each is like real ones, and few real ones are like them; not the other way round."""
     real, noise = np.random.RandomState(0).randn(2, NUM, 5).astype(np.float32)
-    samples, reference = (gather(Outputs(a, None, None)).statistics() for a in (real[:1] + 1e-3 * noise, real))
+    both = (Outputs(features, None, None) for features in (real[:1] + 1e-3 * noise, real))
+    samples, reference = (gather(outputs, num_kept=NUM).statistics() for outputs in both)
     scores = compare(samples, reference, network="dinov2")
     assert scores["precision"] == 1.0 and scores["recall"] < 0.1
 

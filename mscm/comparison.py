@@ -264,17 +264,18 @@ def _methods(entries: Sequence[tuple[Model, dict[str, Any]]]) -> list[str]:
     called as the last.
     """
     by_name: dict[str, list[dict[str, Any]]] = {}
+    of_last: dict[str, str] = {}  # by the name in the config, which all phases have
     for model, _ in entries:
-        by_name.setdefault(model.experiment.name, []).append(flat(decides(model.config)))
+        name, steps = model.experiment.name, model.experiment.student_steps
+        by_name.setdefault(name, []).append(flat(decides(model.config)))
+        of_last[name] = re.sub(rf"^(.*[a-z])_?{steps}(?=_|$)", r"\1", name)
     labels = []
     for model, _ in entries:
         name, steps = model.experiment.name, model.experiment.student_steps
         config, others = flat(decides(model.config)), by_name[name]
         differing = [key for key in config if key != "seed" and any(o.get(key) != config[key] for o in others)]
-        if name == f"{config['name']}_{steps}":
-            label = re.sub(r"(?<=[a-z])_?\d+$", "", config["name"])
-        else:
-            label = re.sub(rf"^(.*[a-z])_?{steps}(?=_|$)", r"\1", name)
+        is_phase = name == f"{config['name']}_{steps}"
+        label = of_last.get(config["name"], config["name"]) if is_phase else of_last[name]
         inside = ", ".join(f"{key.rpartition('.')[2]}={config[key]}" for key in differing)
         labels.append(f"{label} ({inside})" if inside else label)
     names = [label.partition(" ")[0] for label in labels]

@@ -40,7 +40,7 @@ _BAD = "bad_steps_in_a_row"  # of a checkpoint's facts
 RATE = "steps_per_second"  # the same: in the last report before it
 
 
-class Origin(TypedDict):
+class _Origin(TypedDict):
     """Which checkpoint a student began from."""
 
     run: str  # as `config.run_of` has it
@@ -64,7 +64,7 @@ def run(experiment: Experiment, workdir: str) -> None:
         source = check(experiment, workdir)
         params: Params = {}
         with reporting(workdir):
-            teacher: Origin | None = None
+            teacher: _Origin | None = None
             for member in experiment.lineage(workdir):
                 if not member.is_given:
                     logging.info("Training %s in %s", member.experiment.name, member.workdir)
@@ -183,9 +183,9 @@ def check_dispatches(member: Member, done: int) -> None:
         )
 
 
-def newest(member: Member) -> Origin:
+def newest(member: Member) -> _Origin:
     """Run and step of the newest checkpoint of a model, or of the last that training in its directory will make."""
-    found: Origin = {"run": run_hash(member.experiment.config), "step": 0}
+    found: _Origin = {"run": run_hash(member.experiment.config), "step": 0}
     if is_there(member.workdir):
         with reading(member.workdir) as checkpoints:
             step = checkpoints.latest()
@@ -215,7 +215,7 @@ def check_teacher(member: Member, checkpoints: Checkpoints, older: Member) -> No
         )
 
 
-def _in_words(origin: Origin) -> str:
+def _in_words(origin: _Origin) -> str:
     return f"step {origin['step']} of run {origin['run']}"
 
 
@@ -231,7 +231,7 @@ def train(
     source: sources.Source,
     teacher_params: Params,
     *,
-    teacher: Origin | None = None,
+    teacher: _Origin | None = None,
     check_ours: Callable[[], None],
 ) -> None:
     """Trains from the newest checkpoint of `workdir`, or from the teacher's weights, to the last step.
@@ -363,7 +363,7 @@ def initial_state(experiment: Experiment, checkpoints: Checkpoints, teacher_para
     return first_state(experiment, teacher_params)
 
 
-def beginning(experiment: Experiment, checkpoints: Checkpoints, teacher: Origin | None) -> dict[str, Any]:
+def beginning(experiment: Experiment, checkpoints: Checkpoints, teacher: _Origin | None) -> dict[str, Any]:
     """Of the facts those that stay while a training goes on: its run, and its teacher as far as that is known."""
     if checkpoints.latest() is None:
         return {"run": run_hash(experiment.config), "teacher": teacher}

@@ -492,7 +492,8 @@ class Experiment:
         }
 
 
-def _rows(condition: Condition) -> int:
+def _rows(condition: Condition) -> Any:
+    """How many: an int, or the symbol of an export, which JAX takes for one."""
     return jax.tree.leaves(condition)[0].shape[0]
 
 

@@ -654,6 +654,7 @@ from mscm import cli
 
 where, sender, block, *numbers = sys.argv[1:]
 del sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests to ignore it
 
 def send():
     for number in numbers:

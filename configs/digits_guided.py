@@ -3,7 +3,7 @@
 Command:   python -m mscm.main --config=configs/digits_guided.py --workdir=DIR
 Hardware:  two CPU cores
 Cost:      about two minutes after the teacher (configs/digits_guidable.py)
-Expected:  fd_classifier of the README, section Results
+Expected:  fd_classifier 1.79 with 256 steps of aDDIM, 5.51 with 4, at the weight 0 (one seed)
 """
 
 from configs import digits

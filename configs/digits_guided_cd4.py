@@ -3,7 +3,7 @@
 Command:   python -m mscm.main --config=configs/digits_guided_cd4.py --workdir=DIR
 Hardware:  two CPU cores
 Cost:      as digits_cd4, after the guided model and its teacher
-Expected:  fd_classifier of the README, section Results
+Expected:  fd_classifier 2.36 at the weight 0 (one seed)
 """
 
 from configs import digits

@@ -3,7 +3,7 @@
 Command:   python -m mscm.main --config=configs/digits_tract_edm1.py --workdir=DIR
 Hardware:  two CPU cores
 Cost:      about three minutes, after the teacher (configs/digits_edm.py)
-Expected:  fd_classifier of the README, section Results
+Expected:  fd_classifier 19.4 in one step (one seed)
 """
 
 from configs import digits

@@ -5,7 +5,6 @@ is what `--distributed` names or what the platform tells.
 """
 
 import atexit
-import concurrent.futures
 import contextlib
 import itertools
 import json
@@ -25,7 +24,7 @@ from absl import logging
 from jax._src.distributed import global_state  # the only way to the coordinator's key-value store
 from jax.experimental import multihost_utils
 
-from mscm import lease
+from mscm import lease, processes
 from mscm.config import ConfigError
 
 _KEY = "mscm/error"
@@ -92,16 +91,7 @@ def _client() -> Any:
 
 def _heeding_signals(wait: Callable[..., Any], *words: Any) -> Any:
     """What `wait` gives, called in another thread: a signal is not handled while the main one waits in C++."""
-    given: concurrent.futures.Future = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            given.set_result(wait(*words))
-        except Exception as error:
-            given.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return given.result()
+    return processes.in_thread(wait, *words).result()
 
 
 def barrier() -> None:

@@ -1,16 +1,33 @@
-"""Which process this is, and whether another one on this machine lives; children and parents that die."""
+"""Which process this is, and whether another one on this machine lives; children and parents that die; waiting."""
 
+import concurrent.futures
 import contextlib
 import multiprocessing
 import os
 import platform
 import threading
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 
 class Died(RuntimeError):
     """A process of this one's was killed; the message says which, and what to do."""
+
+
+def in_thread(call: Callable[..., Any], *words: Any) -> concurrent.futures.Future:
+    """What `call` will give or raise: a wait that does not keep this process from looking around, or from ending."""
+    answer: concurrent.futures.Future = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call(*words))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer
 
 
 def end_with_parent() -> None:

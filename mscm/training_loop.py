@@ -62,15 +62,18 @@ def run(experiment: Experiment, workdir: str) -> None:
                     set_damaged_aside(member.workdir)
         distributed.barrier()
         source = check(experiment, workdir)
-        params: Params = {}
+        members = experiment.lineage(workdir)
         with reporting(workdir):
-            teacher: _Origin | None = None
-            for member in experiment.lineage(workdir):
-                if not member.is_given:
-                    logging.info("Training %s in %s", member.experiment.name, member.workdir)
-                    train(member.experiment, member.workdir, source, params, teacher=teacher, check_ours=check_ours)
-                teacher = distributed.agree(newest(member))  # a given one may be training: all read the same step
-                params = evaluation.read_ema(member.experiment, member.workdir, teacher["step"])
+            for older, member in zip([None, *members], members, strict=False):
+                if member.is_given:
+                    continue
+                params: Params = {}
+                teacher: _Origin | None = None
+                if older is not None:
+                    teacher = distributed.agree(newest(older))  # a given one may be training: all read the same step
+                    params = evaluation.read_ema(older.experiment, older.workdir, teacher["step"])
+                logging.info("Training %s in %s", member.experiment.name, member.workdir)
+                train(member.experiment, member.workdir, source, params, teacher=teacher, check_ours=check_ours)
             finish(experiment, workdir)
     logging.info("Done in %s", terminal.duration(time.monotonic() - started))
 

@@ -117,8 +117,7 @@ class _OfWorkers:
         return self
 
     def __next__(self) -> Item:
-        answer: concurrent.futures.Future[Item] = concurrent.futures.Future()
-        threading.Thread(target=self._ask, args=(answer,), daemon=True).start()
+        answer = processes.in_thread(next, self._items)
         while not concurrent.futures.wait([answer], _LOOK_SECONDS).done:
             self._look()
             if killed := self._killed():
@@ -135,12 +134,6 @@ class _OfWorkers:
 
     def _killed(self) -> list[Any]:
         return [worker for worker in self._workers if (worker.exitcode or 0) < 0]
-
-    def _ask(self, answer: concurrent.futures.Future) -> None:
-        try:
-            answer.set_result(next(self._items))
-        except BaseException as error:
-            answer.set_exception(error)
 
     def _died(self, how: str) -> processes.Died:
         self._is_broken = True

@@ -230,6 +230,16 @@ def test_ancestral_is_the_posterior(x64, phi_t, phi_s, kind):
     np.testing.assert_allclose(np.var(noise), variance, rtol=0.03)  # relative error 0.55 % (1 sigma)
 
 
+@pytest.mark.parametrize("alpha_t", [1e-3, 1e-4])
+def test_ancestral_keeps_its_digits_from_pure_noise(alpha_t):
+    """The weight of z_t, alpha_t sigma_s^2 / (alpha_s sigma_t^2), where SNR_t / SNR_s is below float32's 1e-7."""
+    lvl_t, lvl_s = level((np.pi / 2 - alpha_t,)), level((0.7,))
+    zero = jnp.zeros((1, 1, 1, 1))
+    weight = steps.ancestral(zero, zero + 1, lvl_t, lvl_s, zero)
+    (alpha, sigma), (alpha_s, sigma_s) = (tuple(np.float64(part) for part in lvl) for lvl in (lvl_t, lvl_s))
+    np.testing.assert_allclose(weight, alpha * sigma_s**2 / (alpha_s * sigma**2), rtol=1e-5)
+
+
 def test_ancestral_marginals(x64):
     """z_t ~ N(alpha_t x, sigma_t^2) gives z_s ~ N(alpha_s x, sigma_s^2)."""
     lvl_t, lvl_s = level((1.2,)), level((0.7,))

@@ -32,6 +32,7 @@ from jaxtyping import Array, Bool, Float
 from mscm.models import placement
 
 Heads = Float[Array, "b n heads d"]
+Matrices = Float[Array, "matrices n d"]  # of one head of one example each
 
 IMPLEMENTATIONS = ("auto", "xla", "one_by_one", "splash", "cudnn")
 
@@ -135,17 +136,52 @@ def _on_every_device(kernel: Callable[[Heads, Heads, Heads], Heads], q: Heads, k
 
 def _one_by_one(q: Heads, k: Heads, v: Heads) -> Heads:
     b, n, heads, d = q.shape
-
-    # Kept for the backward pass are q, k and v, not the logits. Of plain matrices: JAX's own function has axes of batch
-    # and heads even where these are 1, and its products take up to twice the time.
-    @jax.checkpoint
-    def one(qkv: tuple[jax.Array, ...]) -> jax.Array:
-        q, k, v = qkv
-        logits = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) * d**-0.5
-        return jnp.matmul(jax.nn.softmax(logits).astype(v.dtype), v)
-
-    out = jax.lax.map(one, tuple(jnp.swapaxes(x, 1, 2).reshape(b * heads, n, d) for x in (q, k, v)))
+    out = _each(*(jnp.swapaxes(x, 1, 2).reshape(b * heads, n, d) for x in (q, k, v)))
     return jnp.swapaxes(out.reshape(b, heads, n, d), 1, 2)
+
+
+# Of plain matrices: JAX's own function has axes of batch and heads even where these are 1, and its products take up to
+# twice the time. And of logits with a column for each query: sums over keys are sums of rows then, and no product sums
+# over the first axis of a large matrix, which takes a CPU two and a half times as long. `out` and the gradient of q
+# leave the loops transposed, because inside of them XLA would turn their products round.
+@jax.custom_vjp
+def _each(q: Matrices, k: Matrices, v: Matrices) -> Matrices:
+    return _each_forward(q, k, v)[0]
+
+
+def _each_forward(q: Matrices, k: Matrices, v: Matrices) -> tuple[Matrices, tuple[jax.Array, ...]]:
+    def one(qkv: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        q, k, v = qkv
+        logits = _logits(q, k)
+        largest = logits.max(axis=0, keepdims=True)
+        weights = jnp.exp(logits - largest)
+        total = weights.sum(axis=0, keepdims=True)
+        out = jnp.matmul(v.T, weights.astype(v.dtype), preferred_element_type=jnp.float32) / total
+        return out.astype(v.dtype), largest + jnp.log(total)
+
+    out, log_total = jax.lax.map(one, (q, k, v))
+    return jnp.swapaxes(out, 1, 2), (q, k, v, out, log_total)  # without the logits
+
+
+def _each_backward(kept: tuple[jax.Array, ...], g: Matrices) -> tuple[Matrices, Matrices, Matrices]:
+    def one(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v, out, log_total, g = arrays
+        weights = jnp.exp(_logits(q, k) - log_total)
+        by_weight = jnp.matmul(v, g.T, preferred_element_type=jnp.float32)
+        # The mean of by_weight over the keys, by their weights, is g . out.
+        mean = jnp.sum(out.astype(jnp.float32) * g.T.astype(jnp.float32), axis=0, keepdims=True)
+        by_logit = (weights * (by_weight - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
+        return jnp.matmul(k.T, by_logit), jnp.matmul(by_logit, q), jnp.matmul(weights.astype(g.dtype), g)
+
+    by_q, by_k, by_v = jax.lax.map(one, (*kept, g))
+    return jnp.swapaxes(by_q, 1, 2), by_k, by_v
+
+
+def _logits(q: Float[Array, "n d"], k: Float[Array, "m d"]) -> Float[Array, "m n"]:
+    return jnp.matmul(k, q.T, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+
+
+_each.defvjp(_each_forward, _each_backward)
 
 
 def _splash(q: Heads, k: Heads, v: Heads) -> Heads:

@@ -26,7 +26,7 @@ from clu import parameter_overview
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from mscm import atomic
+from mscm import atomic, processes
 from mscm.config import ConfigError
 from mscm.cost import chips, flops, hlo
 from mscm.cost.plan import Plan
@@ -63,7 +63,10 @@ def plan_for(config: ConfigDict, topology: str, num_slices: int = 1) -> Plan:
             f"--topology: got {topology!r}, which needs the compiler for TPUs, and no package libtpu; expected it: "
             "pip install -e .[aot], or --topology=host for the devices of this machine"
         )
-    request = {"config": json.loads(config.to_json_best_effort()), "topology": topology, "num_slices": num_slices}
+    request = {
+        "config": json.loads(config.to_json_best_effort()), "topology": topology, "num_slices": num_slices,
+        "parent": os.getpid(),
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         reply = os.path.join(folder, "reply.json")
         command, environment = [sys.executable, "-m", "mscm.planning", reply], os.environ | _ENVIRONMENT
@@ -101,10 +104,11 @@ def with_largest_batch(plan: Plan, config: ConfigDict) -> Plan:
 
     def fits(batch_size: int) -> bool:
         if batch_size == plan.global_batch_size:
-            return plan.fits
-        changed = config.copy_and_resolve_references()
-        changed.train.batch_size = batch_size
-        found = plan_for(changed, plan.topology, plan.num_slices).fits
+            found = plan.fits
+        else:
+            changed = config.copy_and_resolve_references()
+            changed.train.batch_size = batch_size
+            found = plan_for(changed, plan.topology, plan.num_slices).fits
         logging.info("A batch of %d %s", batch_size, "fits" if found else "does not fit")
         return found
 
@@ -316,4 +320,6 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    atomic.write_text(sys.argv[1], json.dumps(_answer(json.load(sys.stdin))))
+    asked = json.load(sys.stdin)
+    processes.end_with(asked["parent"])
+    atomic.write_text(sys.argv[1], json.dumps(_answer(asked)))

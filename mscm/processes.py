@@ -6,10 +6,13 @@ import multiprocessing
 import os
 import platform
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+_LOOK_SECONDS = 1.0
 
 
 class Died(RuntimeError):
@@ -39,6 +42,17 @@ def end_with_parent() -> None:
 
 def _end_with(parent: BaseProcess) -> None:
     parent.join()
+    os._exit(1)
+
+
+def end_with(parent: int) -> None:
+    """Ends this process when its parent, whose number is given, has ended: nobody would read its answer."""
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
     os._exit(1)
 
 

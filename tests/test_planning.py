@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from mscm import planning
+from mscm import planning, processes
 from mscm.config import ConfigError, load_config
 from mscm.cost import flops
 from mscm.cost import plan as plans
@@ -119,6 +119,32 @@ def test_an_error_in_the_child_is_no_error_of_the_users(tiny, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
     with pytest.raises(RuntimeError, match="exit code 1"):
         planning.plan_for(tiny, "v5e:2x2")
+
+
+_COMPILER = """
+import os, sys, time
+from mscm import processes
+processes.end_with(int(sys.argv[1]))
+print(os.getpid(), processes.start_of(os.getpid()), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_compiler_ends_with_who_asked_it(tiny, tmp_path):
+    """It would compile for minutes, in gigabytes, and nobody would read its answer."""
+    asks = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], str(os.getpid())])"
+    parent = subprocess.Popen([sys.executable, "-c", asks, _COMPILER], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pid, start = parent.stdout.readline().split()
+    assert processes.is_alive(int(pid), start)
+    parent.kill()
+    parent.stdout.read()  # until the child has closed it too
+    parent.stdout.close()
+    parent.wait()
+
+    request = {"config": json.loads(tiny.to_json_best_effort()), "topology": "v5e:2x2", "num_slices": 1, "parent": 1}
+    command = [sys.executable, "-m", "mscm.planning", str(tmp_path / "reply.json")]
+    ended = subprocess.run(command, input=json.dumps(request), text=True, cwd=ROOT, timeout=120, stderr=subprocess.PIPE)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -136,14 +136,14 @@ def _on_every_device(kernel: Callable[[Heads, Heads, Heads], Heads], q: Heads, k
 
 def _one_by_one(q: Heads, k: Heads, v: Heads) -> Heads:
     b, n, heads, d = q.shape
-    out = _each(*(jnp.swapaxes(x, 1, 2).reshape(b * heads, n, d) for x in (q, k, v)))
+    out = _each(*(jnp.swapaxes(x, 1, 2).reshape(b * heads, n, d) for x in (_scaled(q), k, v)))
     return jnp.swapaxes(out.reshape(b, heads, n, d), 1, 2)
 
 
 # Of plain matrices: JAX's own function has axes of batch and heads even where these are 1, and its products take up to
 # twice the time. And of logits with a column for each query: sums over keys are sums of rows then, and no product sums
 # over the first axis of a large matrix, which takes a CPU two and a half times as long. `out` and the gradient of q
-# leave the loops transposed, because inside of them XLA would turn their products round.
+# leave the loops transposed, because inside of them XLA would turn their products round. Of a q that is scaled.
 @jax.custom_vjp
 def _each(q: Matrices, k: Matrices, v: Matrices) -> Matrices:
     return _each_forward(q, k, v)[0]
@@ -152,7 +152,7 @@ def _each(q: Matrices, k: Matrices, v: Matrices) -> Matrices:
 def _each_forward(q: Matrices, k: Matrices, v: Matrices) -> tuple[Matrices, tuple[jax.Array, ...]]:
     def one(qkv: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q, k, v = qkv
-        logits = _logits(q, k)
+        logits = jnp.matmul(k, q.T, preferred_element_type=jnp.float32)
         largest = logits.max(axis=0, keepdims=True)
         weights = jnp.exp(logits - largest)
         total = weights.sum(axis=0, keepdims=True)
@@ -166,19 +166,15 @@ def _each_forward(q: Matrices, k: Matrices, v: Matrices) -> tuple[Matrices, tupl
 def _each_backward(kept: tuple[jax.Array, ...], g: Matrices) -> tuple[Matrices, Matrices, Matrices]:
     def one(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v, out, log_total, g = arrays
-        weights = jnp.exp(_logits(q, k) - log_total)
+        weights = jnp.exp(jnp.matmul(k, q.T, preferred_element_type=jnp.float32) - log_total)
         by_weight = jnp.matmul(v, g.T, preferred_element_type=jnp.float32)
         # The mean of by_weight over the keys, by their weights, is g . out.
         mean = jnp.sum(out.astype(jnp.float32) * g.T.astype(jnp.float32), axis=0, keepdims=True)
-        by_logit = (weights * (by_weight - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
+        by_logit = (weights * (by_weight - mean)).astype(q.dtype)
         return jnp.matmul(k.T, by_logit), jnp.matmul(by_logit, q), jnp.matmul(weights.astype(g.dtype), g)
 
     by_q, by_k, by_v = jax.lax.map(one, (*kept, g))
     return jnp.swapaxes(by_q, 1, 2), by_k, by_v
-
-
-def _logits(q: Float[Array, "n d"], k: Float[Array, "m d"]) -> Float[Array, "m n"]:
-    return jnp.matmul(k, q.T, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
 
 
 _each.defvjp(_each_forward, _each_backward)
@@ -204,10 +200,13 @@ def _splash(q: Heads, k: Heads, v: Heads) -> Heads:
     # An example's heads have no more to do with each other than with another's: all are the kernel's heads.
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((n, n))] * (b * heads))
     kernel = splash_attention_kernel.make_splash_mha_single_device(mask=mask, block_sizes=sizes)
-    # The kernel does not scale. Rounding the scaled query costs what rounding the query itself did.
-    q = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype)
-    out = kernel(*(jnp.swapaxes(x, 1, 2).reshape(b * heads, n, d) for x in (q, k, v)))
+    out = kernel(*(jnp.swapaxes(x, 1, 2).reshape(b * heads, n, d) for x in (_scaled(q), k, v)))
     return jnp.swapaxes(out.reshape(b, heads, n, d), 1, 2)
+
+
+def _scaled(q: Heads) -> Heads:
+    """Instead of the logits, which are more. Rounding the scaled query costs what rounding the query itself did."""
+    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
 
 
 def _cudnn(q: Heads, k: Heads, v: Heads) -> Heads:

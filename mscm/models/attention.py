@@ -13,6 +13,8 @@ Products are in the type of the inputs with float32 sums, the softmax is in floa
 - `splash` is JAX's Pallas kernel for TPUs, `cudnn` NVIDIA's for its GPUs: both keep the logits of a block on the chip.
 - `auto` is the kernel of the devices if it can take the shapes, else `xla`; on CPUs `one_by_one` from 128 tokens on.
 
+`jax.jvp`, as an objective in continuous time would need it, knows the derivative of `xla` only.
+
 The compiler cannot cut a kernel or a loop among devices, so each device runs it on its own examples and heads. How
 these lie on the mesh, and which devices it has, is what the mesh and the axis rules around the trace say
 (`training/partition.py` sets both). Nothing else may decide `auto`: a program for a TPU pod can be traced and compiled

@@ -8,7 +8,6 @@ import platform
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +36,25 @@ def end_with_parent() -> None:
     """Ends this process, which multiprocessing has started, when its parent has ended: it would wait for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
+        _end_after(parent.join)
 
 
 def end_with(parent: int) -> None:
     """Ends this process when its parent, whose number is given, has ended: nobody would read its answer."""
-    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_SECONDS)
+
+    _end_after(wait)
 
 
-def _end_after(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_LOOK_SECONDS)
-    os._exit(1)
+def _end_after(wait: Callable[[], None]) -> None:
+    def end() -> None:
+        wait()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def place() -> list[str]:

@@ -136,16 +136,25 @@ def _on_every_device(kernel: Callable[[Heads, Heads, Heads], Heads], q: Heads, k
     return jax.shard_map(kernel, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q, k, v)
 
 
-def _one_by_one(q: Heads, k: Heads, v: Heads) -> Heads:
+def _of_matrices(attention: Callable[[Matrices, Matrices, Matrices], Matrices], q: Heads, k: Heads, v: Heads) -> Heads:
+    """`attention` of every head of every example, which does not scale its logits.
+
+    Rounding the scaled query costs what rounding the query itself did.
+    """
     b, n, heads, d = q.shape
-    out = _each(*(jnp.swapaxes(x, 1, 2).reshape(b * heads, n, d) for x in (_scaled(q), k, v)))
+    scaled = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype)
+    out = attention(*(jnp.swapaxes(x, 1, 2).reshape(b * heads, n, d) for x in (scaled, k, v)))
     return jnp.swapaxes(out.reshape(b, heads, n, d), 1, 2)
+
+
+def _one_by_one(q: Heads, k: Heads, v: Heads) -> Heads:
+    return _of_matrices(_each, q, k, v)
 
 
 # Of plain matrices: JAX's own function has axes of batch and heads even where these are 1, and its products take up to
 # twice the time. And of logits with a column for each query: sums over keys are sums of rows then, and no product sums
 # over the first axis of a large matrix, which takes a CPU two and a half times as long. `out` and the gradient of q
-# leave the loops transposed, because inside of them XLA would turn their products round. Of a q that is scaled.
+# leave the loops transposed, because inside of them XLA would turn their products round.
 @jax.custom_vjp
 def _each(q: Matrices, k: Matrices, v: Matrices) -> Matrices:
     return _each_forward(q, k, v)[0]
@@ -186,7 +195,7 @@ def _splash(q: Heads, k: Heads, v: Heads) -> Heads:
     # Here, because it takes a second and only a TPU's program needs it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    b, n, heads, d = q.shape
+    b, n, heads, _ = q.shape
     block = math.gcd(n, _LARGEST_BLOCK)
     # One kernel for all three gradients saves a product, but writes as many gradients of q as there are blocks of keys.
     fused = block == n
@@ -202,13 +211,7 @@ def _splash(q: Heads, k: Heads, v: Heads) -> Heads:
     # An example's heads have no more to do with each other than with another's: all are the kernel's heads.
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((n, n))] * (b * heads))
     kernel = splash_attention_kernel.make_splash_mha_single_device(mask=mask, block_sizes=sizes)
-    out = kernel(*(jnp.swapaxes(x, 1, 2).reshape(b * heads, n, d) for x in (_scaled(q), k, v)))
-    return jnp.swapaxes(out.reshape(b, heads, n, d), 1, 2)
-
-
-def _scaled(q: Heads) -> Heads:
-    """Instead of the logits, which are more. Rounding the scaled query costs what rounding the query itself did."""
-    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+    return _of_matrices(kernel, q, k, v)
 
 
 def _cudnn(q: Heads, k: Heads, v: Heads) -> Heads:

@@ -92,6 +92,16 @@ def test_values_and_gradients_are_those_of_float64(implementation, shape, dtype)
     assert_close(got, reference(*arguments), tokens=shape[1], head_dim=shape[3], dtype=dtype)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "one_by_one"])
+def test_large_logits_do_not_overflow(implementation):
+    """Of several hundred: float32 has no exponential from 89 on."""
+    q, k, v, g = tensors((2, 16, 3, 32), jnp.float32)
+    arguments = (100 * q, k, v, g)
+    got = jax.jit(functools.partial(value_and_gradients, implementation=implementation))(*arguments)
+    for a, b in zip(got, reference(*arguments), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * np.abs(b).max())
+
+
 MESHES = ("4x2x1", "2x2x2")
 SHAPES = {"cut": (8, 128, 4, 128), "whole": (3, 128, 3, 128)}  # by whether it divides among the devices
 

@@ -136,7 +136,7 @@ def _what_to_show(experiment: "Experiment") -> "Shown":
     """The labels or captions of the images that the flags ask for.
 
     Raises:
-      ConfigError: flags of the other kind, no such label, or a file that cannot be read.
+      ConfigError: flags of the other kind, more of them than images, no such label, or a file that cannot be read.
     """
     import numpy as np
 
@@ -155,6 +155,11 @@ def _what_to_show(experiment: "Experiment") -> "Shown":
     ):
         if is_given and kind != takes:
             raise ConfigError(f"--{flag.name}: got it for {experiment.name!r}, expected none: its images have {takes}")
+    num_given = len(LABELS.value or prompts)
+    if num_given > NUM_IMAGES.value:
+        raise ConfigError(
+            f"--num_images: got {NUM_IMAGES.value} for {num_given} {takes}, expected an image for each at least"
+        )
     if data.text is not None:
         if not prompts:
             return evaluation.Shown.of_data(experiment, NUM_IMAGES.value)

@@ -460,6 +460,7 @@ SAMPLING = [
             ("sampler=consistency", "a diffusion model's x_hat is a mean of images"),
             ("labels=10", "--labels: got 10, expected numbers from 0 to 9"),
             ("labels=²", "--labels: got ²"),
+            ("labels=1,2,3 --num_images=2", "--num_images: got 2 for 3 labels, expected an image for each at least"),
         )
     ),
     ("sample --config=student.py --workdir=s --num_steps=3", "got ddim 3 steps .*, expected ddim with 2 steps"),

@@ -209,6 +209,7 @@ def test_samples_of_prompts(trained, tmp_path, capfd):
         (["--prompt_file=nowhere"], "--prompt_file: got 'nowhere' .*, expected a text with a caption a line"),
         (["--prompt=a", "--text_encoder=nowhere"], "--text_encoder: got 'nowhere', expected a directory with a T5's"),
         (["--prompt_file={empty}"], "--prompt_file: got .* without any text, expected a caption a line"),
+        (["--prompt=a", "--prompt=b", "--num_images=1"], "--num_images: got 1 for 2 captions, expected an image for"),
         (["--teacher", "--output=x.npz"], "--teacher: got 'captioned_digits_cd2' and 'x.npz', expected a student and"),
     ],
 )

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mscm import atomic, cli, terminal
-from mscm.cost.plan import describe, does_not_fit, where
+from mscm.cost.plan import Plan, describe, does_not_fit, where
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/imagenet64_cd8.py.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SHAPE such as v5e:8x8, or host.")
@@ -33,23 +33,29 @@ def main() -> None:
     from mscm.config import ConfigError
 
     config, topology = CONFIG.value, cli.given(TOPOLOGY)
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
     if LARGEST_BATCH.value and topology == planning.HOST:
         raise ConfigError("--largest_batch: got --topology=host, expected a topology, whose compiler knows what fits")
     if NUM_SLICES.value > 1 and topology == planning.HOST:
         raise ConfigError(f"--num_slices: got {NUM_SLICES.value} with --topology=host, expected a topology, or 1 slice")
     output = None if JSON.value is None else cli.output_of(JSON)
-    with terminal.Elapsed(f"Compiling {config.name} for {where(topology, NUM_SLICES.value)}"):
+    with terminal.Elapsed(f"Compiling {config.get('name')} for {where(topology, NUM_SLICES.value)}"):
         if topology == planning.HOST:
             plan = planning.plan_here(config)
         else:
-            plan = planning.plan_for(config, topology, NUM_SLICES.value)
+            plan = planning.plan_for(config, topology, NUM_SLICES.value, file=file)
+        _write(plan, output)  # what the search finds comes minutes later, or never
         if LARGEST_BATCH.value:
-            plan = planning.with_largest_batch(plan, config)
-    if output is not None:
-        atomic.write_text(output, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+            plan = planning.with_largest_batch(plan, config, file=file)
+            _write(plan, output)
     if not plan.fits:
         raise ConfigError(does_not_fit(plan))
     print(describe(plan), flush=True)
+
+
+def _write(plan: Plan, output: str | None) -> None:
+    if output is not None:
+        atomic.write_text(output, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from mscm import atomic, processes
-from mscm.config import ConfigError
+from mscm.config import ConfigError, load_config
 from mscm.cost import chips, flops, hlo
 from mscm.cost.plan import Plan
 from mscm.experiment import Experiment, build
@@ -50,8 +50,11 @@ _ENVIRONMENT = {
 _WARM_UP_STEPS, _MEASURED_STEPS = 1, 5
 
 
-def plan_for(config: ConfigDict, topology: str, num_slices: int = 1) -> Plan:
+def plan_for(config: ConfigDict, topology: str, num_slices: int = 1, *, file: str | None = None) -> Plan:
     """Compiles for a topology such as `v5e:8x8`, or several slices of it, in a child process.
+
+    Args:
+      file: of the config. The child imports what it imports, which may be where an objective or a network is.
 
     Raises:
       ConfigError: unknown topology, no libtpu or one that does not fit jaxlib, a config that is wrong or does not fit
@@ -65,7 +68,7 @@ def plan_for(config: ConfigDict, topology: str, num_slices: int = 1) -> Plan:
         )
     request = {
         "config": json.loads(config.to_json_best_effort()), "topology": topology, "num_slices": num_slices,
-        "parent": os.getpid(),
+        "parent": os.getpid(), "file": file,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         reply = os.path.join(folder, "reply.json")
@@ -99,8 +102,8 @@ def plan_here(config: ConfigDict) -> Plan:
     return _plan(experiment, HOST, chip, num_slices=1, measure=True)
 
 
-def with_largest_batch(plan: Plan, config: ConfigDict) -> Plan:
-    """The plan of a config with the largest global batch that fits, each attempt a program compiled."""
+def with_largest_batch(plan: Plan, config: ConfigDict, *, file: str | None = None) -> Plan:
+    """The plan of a config with the largest global batch that fits, each attempt a program compiled as by `plan_for`."""
 
     def fits(batch_size: int) -> bool:
         if batch_size == plan.global_batch_size:
@@ -108,18 +111,19 @@ def with_largest_batch(plan: Plan, config: ConfigDict) -> Plan:
         else:
             changed = config.copy_and_resolve_references()
             changed.train.batch_size = batch_size
-            found = plan_for(changed, plan.topology, plan.num_slices).fits
+            found = plan_for(changed, plan.topology, plan.num_slices, file=file).fits
         logging.info("A batch of %d %s", batch_size, "fits" if found else "does not fit")
         return found
 
-    low, high = find_largest_batch(fits, plan.global_batch_size, plan.mesh["data"] * plan.mesh["fsdp"])
+    unit = config.train.num_microbatches * plan.mesh["data"] * plan.mesh["fsdp"]
+    low, high = find_largest_batch(fits, plan.global_batch_size, unit)
     return dataclasses.replace(plan, largest_batch_size=low, smallest_batch_size_that_does_not_fit=high)
 
 
 def find_largest_batch(fits: Callable[[int], bool], start: int, unit: int) -> tuple[int, int]:
     """The largest batch known to fit and the smallest known not to, less than an eighth or one `unit` apart.
 
-    `start` is a multiple of `unit`, the number of parts that the mesh cuts a batch into; 0 always fits.
+    `start` is a multiple of `unit`, the number of parts that microbatches and mesh cut a batch into; 0 always fits.
     """
     low, high = 0, start
     while fits(high):
@@ -309,6 +313,8 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     topology = request["topology"]
     try:
         chip = _chip(topology)
+        if request["file"] is not None:
+            load_config(request["file"])
         options: dict[str, Any] = {"num_slices": request["num_slices"]}
         if chip.config is not None:
             options["chip_config_name"] = chip.config

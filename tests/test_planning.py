@@ -175,9 +175,11 @@ def test_here(tiny):
     json.dumps(dataclasses.asdict(plan))
 
 
-@pytest.mark.parametrize("start", [16, 64])
-def test_the_search_changes_the_batch_and_nothing_else(tiny, monkeypatch, start):
-    """On a mesh that cuts a batch into four, with 40 images that fit."""
+@pytest.mark.parametrize(("start", "num_microbatches"), [(16, 1), (64, 1), (16, 2)])
+def test_the_search_changes_the_batch_and_nothing_else(tiny, monkeypatch, start, num_microbatches):
+    """On a mesh that cuts each microbatch into four, with 40 images that fit."""
+    config = tiny.copy_and_resolve_references()
+    config.train.num_microbatches = num_microbatches
     first = Plan(
         config="name",
         topology="v5e:2x2",
@@ -196,15 +198,17 @@ def test_the_search_changes_the_batch_and_nothing_else(tiny, monkeypatch, start)
         hbm_capacity_bytes=1,
     )
 
-    def plan_for(config, topology, num_slices):
-        assert topology == "v5e:2x2" and num_slices == 2 and config.train.batch_size % 4 == 0
+    def plan_for(config, topology, num_slices, *, file):
+        assert (topology, num_slices, file) == ("v5e:2x2", 2, "file.py")
+        assert config.train.batch_size % (4 * num_microbatches) == 0
         assert config.model == tiny.model
         return dataclasses.replace(first, fits=config.train.batch_size <= 40)
 
     monkeypatch.setattr(planning, "plan_for", plan_for)
-    found = planning.with_largest_batch(first, tiny)
-    assert (found.largest_batch_size, found.smallest_batch_size_that_does_not_fit) == (40, 44)
-    assert tiny.train.batch_size == 8
+    found = planning.with_largest_batch(first, config, file="file.py")
+    expected = (40, 40 + 4 * num_microbatches)
+    assert (found.largest_batch_size, found.smallest_batch_size_that_does_not_fit) == expected
+    assert config.train.batch_size == 8
 
 
 @needs_libtpu
@@ -229,6 +233,15 @@ def test_a_topology(tiny, tmp_path):
     assert plan["loops_of_unknown_length"] == 0
     assert plan["device_flops_per_step"] * 4 == pytest.approx(plan["model_flops_per_step"], rel=0.05)
     assert f"{plan['bound_by']} binds" in run.stdout
+
+
+@needs_libtpu
+def test_the_compiler_knows_what_a_config_imports(tmp_path):
+    """An objective that is not in the package."""
+    path = tmp_path / "plan.json"
+    words = ["--config=trajectory_digits.py", "--config.train.batch_size=8", "--topology=v5e:2x2", f"--json={path}"]
+    subprocess.run([sys.executable, "-m", "mscm.plan", *words], cwd=ROOT / "docs" / "examples", check=True)
+    assert json.loads(path.read_text())["fits"]
 
 
 @needs_libtpu

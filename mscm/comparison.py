@@ -29,10 +29,10 @@ from mscm.config import ConfigError, decides, flat, read_config
 from mscm.data import sources, transforms
 from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import paths
-from mscm.evaluation import SamplerSpec
 from mscm.experiment import Experiment, build
 from mscm.metrics import statistics as metric_names
 from mscm.report import charts, grid, page, plots, table
+from mscm.sampling import SamplerSpec, line_of, steps_in_words
 from mscm.types import Params
 
 SAMPLE_COLUMNS = 12
@@ -45,8 +45,8 @@ _TIMED_BATCHES, _TIMED_SECONDS = 5, 20.0  # the median of so many batches, of fe
 _EXACT_STEPS, _MANY_STEPS = 1024, 256
 _PATHS, _DRAWN_EVERY = 240, 20
 
-# Of a row: what it is a score of, and what must be equal for two to be compared.
-_OF_ROW = ("run", "model", "step", "sampler", "nfe", "seed")
+# Of a row: what it is a score of, beside its sampler, and what must be equal for two to be compared.
+_OF_ROW = ("run", "model", "step", "seed")
 _SETTINGS = ("identity", "num_images", "labels")
 _SETTINGS_IN_WORDS = ("network", "reference", "num_kept", "num_images", "labels", "mismatch", "identity")
 
@@ -142,7 +142,8 @@ def compare(workdirs: Sequence[str]) -> Comparison:
         rows = [(run.model, row) for row in own]
         rows += [(model, row) for model in run.ancestors for row in run.newest(model, settings)]
         for model, row in rows:  # students of one teacher may each have its scores
-            entries.setdefault(tuple(row[key] for key in _OF_ROW), (model, row))
+            key = *(row[name] for name in _OF_ROW), SamplerSpec.of_row(row)
+            entries.setdefault(key, (model, row))
     real = [row for run in runs for row in run.rows if row["labels"] is None and row["identity"] == settings[0]]
     rows = list(entries.values())
     described = rows[0][1]
@@ -216,9 +217,9 @@ def _points(entries: Sequence[tuple[Model, dict[str, Any]]], metrics: Sequence[s
     names = _methods(entries)
     groups: dict[tuple[Any, ...], list[tuple[Model, dict[str, Any]]]] = {}
     for (model, row), name in zip(entries, names, strict=True):
-        groups.setdefault((name, row["sampler"], row["nfe"]), []).append((model, row))
+        groups.setdefault((name, SamplerSpec.of_row(row)), []).append((model, row))
     points = []
-    for (name, sampler, nfe), group in groups.items():
+    for (name, spec), group in groups.items():
         model, row = group[0]
         by_seed: dict[str, dict[int, dict[str, Any]]] = {}
         for of_run, other in group:
@@ -226,9 +227,9 @@ def _points(entries: Sequence[tuple[Model, dict[str, Any]]], metrics: Sequence[s
         runs = [list(rows.values()) for rows in by_seed.values()]
         points.append(
             Point(
-                name, sampler, nfe, len(runs), len(runs[0]), row["num_images"],
+                name, spec.sampler, row["nfe"], len(runs), len(runs[0]), row["num_images"],
                 {key: mean_and_spread([[other[key] for other in rows] for rows in runs]) for key in metrics},
-                model, row["step"], SamplerSpec(sampler, row.get("num_steps", nfe)),
+                model, row["step"], spec,
             )
         )
     first = {point.method: i for i, point in reversed(list(enumerate(points)))}
@@ -409,9 +410,7 @@ def _page(
 def _series(points: Sequence[Point], metric: str) -> list[plots.Series]:
     lines: dict[tuple[str, str], list[Point]] = {}
     for point in points:
-        # The noise levels of a consistency model's sampler say how many steps it has.
-        sampler = point.spec.name if point.spec.name == "consistency" else point.sampler
-        lines.setdefault((point.method, sampler), []).append(point)
+        lines.setdefault((point.method, line_of(point.sampler)), []).append(point)
     return [
         plots.Series(
             method, sampler, [point.nfe for point in line], *zip(*(point.scores[metric] for point in line), strict=True)
@@ -486,7 +485,7 @@ def _panels(points: Sequence[Point]) -> list[tuple[str, int, Point]]:
     levels = [point.model.experiment.config["schedule"] for point in points]
     points = [point for point, own in zip(points, levels, strict=True) if own == levels[0]]
     students = {
-        (point.method, point.nfe): (f"{point.method}, {point.nfe} step" + "s" * (point.nfe > 1), point.nfe, point)
+        (point.method, point.nfe): (f"{point.method}, {steps_in_words(point.nfe)}", point.nfe, point)
         for point in points
         if not point.model.is_diffusion
     }

@@ -19,7 +19,7 @@ def main() -> None:
     """Samples, draws, says what was measured."""
     import numpy as np  # here and not above: --help must not wait for jax
 
-    from mscm import demonstration
+    from mscm import demonstration, sampling
     from mscm.config import ConfigError
     from mscm.report import grid, table
 
@@ -32,7 +32,7 @@ def main() -> None:
 
     distances = {(row.who, row.num_steps): row.distance for row in rows}
     counts = sorted({row.num_steps for row in rows})
-    header = ["fd_classifier", *map(demonstration.steps, counts)]
+    header = ["fd_classifier", *map(sampling.steps_in_words, counts)]
     lines = [[who, *(distances.get((who, count)) for count in counts)] for who in ("teacher", "student")]
     print(table.format_table(header, lines))
     print(

@@ -15,7 +15,7 @@ from mscm import evaluation
 from mscm.config import load_config
 from mscm.experiment import Experiment, build
 from mscm.metrics import files
-from mscm.sampling import SamplerSpec
+from mscm.sampling import SamplerSpec, steps_in_words
 from mscm.types import Params
 
 NETWORKS = os.path.join(os.path.dirname(__file__), "demo.npz")
@@ -34,12 +34,7 @@ class Row(NamedTuple):
     @property
     def title(self) -> str:
         """In words."""
-        return f"{self.who}, {steps(self.num_steps)}"
-
-
-def steps(count: int) -> str:
-    """In words."""
-    return f"{count} step" if count == 1 else f"{count} steps"
+        return f"{self.who}, {steps_in_words(self.num_steps)}"
 
 
 def widened(params: Params) -> Params:

@@ -23,12 +23,13 @@ from mscm import atomic, averages, cli, distributed, evaluation, run_report, sto
 from mscm.arrays import read_npz
 from mscm.checkpoint import CheckpointError, Checkpoints, UnreadableCheckpoint, reading
 from mscm.config import run_of
-from mscm.evaluation import SamplerSpec, Scorer
+from mscm.evaluation import Scorer
 from mscm.experiment import Experiment
 from mscm.metrics import gathering
 from mscm.metrics.gathering import Gathering, Partial
 from mscm.report import events, grid
 from mscm.report.writer import Writer
+from mscm.sampling import SamplerSpec
 from mscm.types import Params
 
 _Read = TypeVar("_Read")

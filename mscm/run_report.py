@@ -17,7 +17,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
-from mscm import atomic, distributed, evaluation, failures, terminal
+from mscm import atomic, distributed, evaluation, failures, sampling, terminal
 from mscm.arrays import read_npz
 from mscm.checkpoint import reading
 from mscm.config import ConfigError, flat, read_config
@@ -190,8 +190,8 @@ class _Scores:
     @staticmethod
     def line_of(row: dict[str, Any]) -> str:
         """Model, sampler and steps of a row in words."""
-        steps = row.get("num_steps", row["nfe"])
-        return f"{row['model']}, {row['sampler']} {steps} step" + ("s" if steps != 1 else "") + _average_of(row)
+        steps = sampling.steps_in_words(row.get("num_steps", row["nfe"]))
+        return f"{row['model']}, {row['sampler']} {steps}{_average_of(row)}"
 
     def mean(self, rows: Sequence[dict[str, Any]]) -> float | None:
         """Of the metric over the seeds."""
@@ -236,7 +236,7 @@ def _average_of(row: Mapping[str, Any]) -> str:
 
 def _method_of(row: Mapping[str, Any]) -> str:
     """What is one line over the number of function evaluations."""
-    return f"{row['model']}, {row['sampler'].partition(':')[0]}{_average_of(row)}"
+    return f"{row['model']}, {sampling.line_of(row['sampler'])}{_average_of(row)}"
 
 
 def _is_sound(row: Mapping[str, Any]) -> bool:

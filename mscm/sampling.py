@@ -138,7 +138,7 @@ class SamplerSpec:
         return cls(row["sampler"], row.get("num_steps", row["nfe"]))
 
     def __str__(self) -> str:
-        return f"{self.sampler} {self.num_steps} step" + ("s" if self.num_steps > 1 else "")
+        return f"{self.sampler} {steps_in_words(self.num_steps)}"
 
     @property
     def file_name(self) -> str:
@@ -227,6 +227,21 @@ def _plan(spec: SamplerSpec, schedule: Schedule) -> Plan:
         return SAMPLERS[spec.name].plan(schedule, spec._times(schedule), spec._values)
     except ValueError as error:
         raise ConfigError(f"sampler {spec.sampler!r}: {error}") from error
+
+
+def steps_in_words(num_steps: int) -> str:
+    """1 step, 2 steps."""
+    return f"{num_steps} step" + "s" * (num_steps != 1)
+
+
+def line_of(sampler: str) -> str:
+    """The text without the option that says how many steps there are: samplers of one line over their number.
+
+    It need not be that of a sampler which is known here.
+    """
+    name, _, options = sampler.partition(":")
+    kept = ",".join(option for option in options.split(",") if not option.startswith("sigmas="))
+    return f"{name}:{kept}" if kept else name
 
 
 def own_steps(sampler: str) -> int | None:

@@ -84,6 +84,19 @@ def test_what_stands_in_the_directory_is_on_the_page(workdir):
         assert text in page, text
 
 
+def test_a_line_over_nfe_is_one_sampler_but_for_its_number_of_steps(tmp_path):
+    """Weights of guidance are lines of their own; the noise levels of re-noising say how many steps there are."""
+    workdir = Path(make_workdir(tmp_path / "run"))
+    samplers = {"addim:guidance=0.5": 8, "addim:guidance=3.0": 8, "consistency": 1, "consistency:sigmas=2.0,clip=static": 2}
+    rows = [ROW | {"sampler": sampler, "nfe": nfe, "fd_classifier": 2.0 + nfe} for sampler, nfe in samplers.items()]
+    rows.append(ROW | {"sampler": "consistency:sigmas=2.0", "nfe": 2, "fd_classifier": 3.0})
+    (workdir / "eval" / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, by_nfe, *_ = charts_of(run_report.html_of(str(workdir)))
+    names = ("addim:guidance=0.5", "addim:guidance=3.0", "consistency", "consistency:clip=static")
+    assert all(f"digits_cd4, {name} " in by_nfe for name in names) and by_nfe.count("digits_cd4") == len(names)
+    assert "consistency 3 at 1 to 3 at 2" in by_nfe
+
+
 def test_the_command(workdir, capfd):
     """Writes it of any work directory, and says where."""
     Path(run_report.path_of(workdir)).unlink(missing_ok=True)

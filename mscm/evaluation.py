@@ -114,7 +114,7 @@ def chosen_sampler(experiment: Experiment, text: str | None, num_steps: int | No
     default = default_samplers(experiment)[-1]
     text = default.sampler if text is None else text
     if num_steps is None:
-        num_steps = own_steps(text) or default.num_steps
+        num_steps = own_steps(text) or experiment.student_steps or default.num_steps
     spec = SamplerSpec(text, num_steps)
     check_sampler(experiment, spec, force=force)
     return spec
@@ -366,7 +366,7 @@ def make_network(experiment: Experiment, directory: str) -> FeatureNetwork:
     _check_network(experiment.eval)
     network = _loaded_network(experiment)
     if network is None:
-        source = experiment.data.open()
+        source = captions.without_tokens(experiment.data.open())
         with distributed.main_first():
             network = classifiers.load_or_train(source, directory).network
     return network.for_calls_of(experiment.eval.batch_size)
@@ -440,6 +440,7 @@ def _gathered(
     source: sources.Source, indices: np.ndarray, network: FeatureNetwork, spec: EvalSpec, path: str
 ) -> Iterator[reference_statistics.Reference]:
     """Statistics of images that all processes decode together; `path` as `computed_reference`'s `partial`."""
+    source = captions.without_tokens(source)
     key = [reference_statistics.describe(source), network.fingerprint, spec.num_kept]
     key.append(files.fingerprint({"indices": indices}))
     partial = gathering.Partial(path, key, writes=distributed.is_main())

@@ -497,11 +497,14 @@ def _rows(condition: Condition) -> Any:
     return jax.tree.leaves(condition)[0].shape[0]
 
 
-def build(config: ConfigDict, *, heirs: tuple[str, ...] = ()) -> Experiment:
+def build(
+    config: ConfigDict, *, heirs: tuple[str, ...] = (), load: Callable[[str], ConfigDict] = load_config
+) -> Experiment:
     """Everything that the config decides, as functions.
 
     Args:
       heirs: files of the teachers that come from this one.
+      load: the config of a file, by which the config of a student names its teacher's.
 
     Raises:
       ConfigError: a key is missing, unknown, unread or has an impossible value; nothing has been compiled yet.
@@ -511,7 +514,7 @@ def build(config: ConfigDict, *, heirs: tuple[str, ...] = ()) -> Experiment:
         for path, value in flat(json.loads(config.to_json_best_effort())).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"config.{path}: got {value}, expected a finite number")
-        experiment = _build(root, config, heirs)
+        experiment = _build(root, config, heirs, load)
     except ConfigError:
         raise
     except ValueError as error:  # a sentence of the part that refused its arguments
@@ -520,7 +523,9 @@ def build(config: ConfigDict, *, heirs: tuple[str, ...] = ()) -> Experiment:
     return experiment
 
 
-def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experiment:
+def _build(
+    root: Section, config: ConfigDict, heirs: tuple[str, ...], load: Callable[[str], ConfigDict]
+) -> Experiment:
     data = _data(root.section("data"))
     model_section = root.section("model")
     model = model_section.choose("name", MODELS)(model_section, data)
@@ -544,7 +549,7 @@ def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experim
         labels=eval_section.choose("labels", LABELS),
         network=eval_section.choose("network", FEATURE_NETWORKS),
         precision=eval_section.choose("precision", tuple(DTYPES)),
-        alignment=eval_section.choose("alignment", ALIGNMENTS) if eval_section.has("alignment") else None,
+        alignment=_alignment(eval_section),
         alignment_weights=(
             eval_section.optional_text("alignment_weights") if eval_section.has("alignment_weights") else None
         ),
@@ -559,7 +564,7 @@ def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experim
             f"expected {'balanced or uniform' if data.text is None else 'captions'}"
         )
     if spec.alignment is not None and data.text is None:
-        raise ConfigError(f"config.eval.alignment: got {spec.alignment!r}, expected None for a model of labels")
+        raise ConfigError(f"config.eval.alignment: got {spec.alignment!r}, expected 'none' for a model of labels")
     optimizer_section = root.section("optimizer")
     if config.model.name == "ncsnpp" and config.optimizer.get("weight_decay"):
         raise ConfigError(
@@ -572,7 +577,7 @@ def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experim
     mesh = root.section("mesh")
     objective = root.section("objective")
     phases = _phases(objective) if "phase_steps" in config.objective else ()
-    teacher = _teacher(root.optional_section("teacher"), config, phases, heirs)
+    teacher = _teacher(root.optional_section("teacher"), config, phases, heirs, load)
     make_method = objective.choose("name", OBJECTIVES)
     _check_teacher(config, teacher)
     parts = Parts(
@@ -642,18 +647,28 @@ def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...]) -> Experim
     return experiment
 
 
+def _alignment(section: Section) -> str | None:
+    # Not None in a config: the command line cannot set that where there is a text.
+    name = section.choose("alignment", ("none", *ALIGNMENTS)) if section.has("alignment") else "none"
+    return None if name == "none" else name
+
+
 def _check_samplers(experiment: Experiment) -> None:
     """Refuses now what would otherwise be refused after the training."""
-    spec, model = experiment.eval, experiment.lineage("")[0].experiment
+    spec = experiment.eval
     for sampler in spec.student_samplers:
         try:
             own = own_steps(sampler)
             if own is None or experiment.config["objective"]["name"] != "consistency":
                 raise ConfigError(f"got {sampler!r}, expected None, or of a consistency model consistency:sigmas=...")
-            SamplerSpec(sampler, own).plan(experiment.schedule)
+            chosen = SamplerSpec(sampler, own)
+            chosen.plan(experiment.schedule)
+            experiment.for_sampler(chosen)
         except ConfigError as error:
             raise ConfigError(f"config.eval.student_samplers: {error}") from error
-    for sampler in spec.teacher_samplers if model.student_steps is None else ():
+    models = [member.experiment for member in experiment.lineage("")]
+    diffusion = [model for model in models if model.student_steps is None]
+    for sampler, model in itertools.product(spec.teacher_samplers, diffusion):
         try:
             if own_steps(sampler) is not None:
                 raise ConfigError(f"got {sampler!r}, expected a sampler of diffusion models with any number of steps")
@@ -825,7 +840,11 @@ def _boxed_shapes(model: nn.Module, data: DataSpec) -> Params:
 
 
 def _teacher(
-    section: Section | None, config: ConfigDict, phases: tuple[int, ...], heirs: tuple[str, ...]
+    section: Section | None,
+    config: ConfigDict,
+    phases: tuple[int, ...],
+    heirs: tuple[str, ...],
+    load: Callable[[str], ConfigDict],
 ) -> TeacherSpec | None:
     if section is None:
         return None
@@ -839,17 +858,17 @@ def _teacher(
         lengths = config.objective.get("num_steps_before")
         if lengths:
             before.objective.num_steps_before, before.train.num_steps = lengths[:-1], lengths[-1]
-        experiment = build(before, heirs=heirs)
+        experiment = build(before, heirs=heirs, load=load)
         experiment = dataclasses.replace(experiment, name=f"{config.name}_{phases[-2]}")
         return TeacherSpec(experiment, None, phase=phases[-2])
-    of_teacher = load_config(file)
+    of_teacher = load(file)
     of_teacher.data = config.data  # so that --config.data.path is said once
     of_teacher.mesh = config.mesh
     if "attention" in config.model and "attention" in of_teacher.model:
         of_teacher.model.attention = config.model.attention  # it runs on the same devices
     if config.prediction in PRECONDITIONED and of_teacher.get("prediction") in ON_ANY_SCHEDULE:
         of_teacher.schedule = config.schedule  # on whose levels the student asks it
-    experiment = build(of_teacher, heirs=(*heirs, file))
+    experiment = build(of_teacher, heirs=(*heirs, file), load=load)
     if guidance and experiment.method.guidance_range is not None:
         raise ConfigError(
             f"config.teacher.guidance: got {guidance}, expected 0.0 because the weight is an input of "

@@ -72,14 +72,14 @@ IMAGE_DISTANCES: dict[str, Callable[..., PerExample]] = {
 FEATURE_PRECISIONS = ("float32", "bfloat16")
 _STEPS_LIMIT = 2.0**24  # float32 counts to it
 INTERVAL_WEIGHTS: dict[str, distances.IntervalWeight | None] = {"one": None, "inverse_gap": distances.inverse_gap}
-SOLVERS: dict[str, Callable[..., solvers.Solver]] = {
-    "addim": lambda *, x_var_frac: functools.partial(solvers.addim, x_var_frac=x_var_frac),
-    "clipped_ddim": lambda: solvers.clipped_ddim,
-    "ddim": lambda: solvers.ddim,  # Euler's step in sigma / alpha
-    "heun": lambda: solvers.heun,
+SOLVERS: dict[str, Callable[[Section], solvers.Solver]] = {
+    "addim": lambda section: functools.partial(solvers.addim, x_var_frac=section.number("x_var_frac", minimum=0.0)),
+    "clipped_ddim": lambda section: solvers.clipped_ddim,
+    "ddim": lambda section: solvers.ddim,  # Euler's step in sigma / alpha
+    "heun": lambda section: solvers.heun,
 }
 GRIDS: dict[str, Callable[..., Array]] = {
-    "constant": lambda step, *, points, num_steps: jnp.full_like(step, points),
+    "constant": curriculum.constant_grid_points,
     "cm": curriculum.cm_grid_points,
     "ict": curriculum.ict_grid_points,
 }
@@ -274,7 +274,7 @@ def _phase(section: Section) -> tuple[int, int]:
 
 def _solver(section: Section) -> solvers.Solver:
     solver = section.section("solver")
-    return solver.bind(solver.choose("name", SOLVERS))()
+    return solver.choose("name", SOLVERS)(solver)
 
 
 def _progressive(section: Section, parts: Parts) -> Method:
@@ -410,7 +410,8 @@ def _consistency_target_decay(section: Section, grid: Section, points_at: Callab
 
 
 def _guided(section: Section, parts: Parts) -> Method:
-    low, high = section.number("guidance_low", minimum=0.0), section.number("guidance_high", minimum=0.0)
+    low = section.number("guidance_low", minimum=0.0)
+    high = section.number("guidance_high", minimum=float(low))
     distance = scaled(section, section.choose("distance", SQUARED), parts)
     if not parts.has_null:
         raise ConfigError(

@@ -8,11 +8,13 @@ if TYPE_CHECKING:
     from mscm.experiment import Experiment
     from mscm.sampling import SamplerSpec
 
-NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps. Default: a student's own; a teacher's largest.")
+NUM_STEPS = flags.DEFINE_integer(
+    "num_steps", None, "Sampling steps. Default: a student's own; the last of config.eval for a teacher."
+)
 SAMPLER = flags.DEFINE_string(
     "sampler",
     None,
-    "Such as ddim:eta=0.5: docs/howto/sample.md. Default: ddim for a student, a teacher's last in config.eval.",
+    "Such as ddim:eta=0.5: docs/howto/sample.md. Default: the last of config.eval; ddim for a student without.",
 )
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read. Default: the newest.")
 EMA = flags.DEFINE_string(

@@ -673,6 +673,18 @@ def test_an_impossible_value_is_refused(path, value, sentence):
         ("digits_guided", "teacher__config", "configs/digits_teacher.py", "expected one that knows the null class"),
         ("digits_guided", "model__guidance_input", False, "guidance_input: got False, expected True because"),
         ("digits_guided_cd4", "objective__distil", False, "objective.distil: got False, expected True"),
+        ("digits_guided", "objective__guidance_low", 5.0, "guidance_high: got 4.0, expected a number of at least 5.0"),
+        ("digits_guided", "eval__teacher_samplers", ("addim:guidance=5",), "got 5.0, expected one weight from 0 to 4"),
+        (
+            "digits_guided_cd4",
+            "eval__teacher_samplers",
+            ("addim:guidance=1,guidance_low=-1",),
+            "guidance: got 1.0 at some times, expected one weight from 0 to 4",
+        ),
+        ("digits_cm_cd", "eval__student_samplers", ("consistency:guidance=1",), "student_samplers: .* got 1.0, exp"),
+        ("digits_cm_cd", "objective__grid__points", 1, "got points=1 of a grid, expected a whole number of at least 2"),
+        ("digits_pd", "objective__solver", {"name": "addim", "x_var_frac": -1.0}, "solver.x_var_frac: got -1.0, expe"),
+        ("digits_cd4", "eval__alignment", "digits", "eval.alignment: got 'digits', expected 'none' for a model of lab"),
     ],
 )
 def test_an_impossible_value_of_the_other_methods_is_refused(name, path, value, sentence):

@@ -111,6 +111,15 @@ def test_a_student_takes_its_own_steps():
         evaluation.check_sampler(student, SamplerSpec("ddim", 0), force=True)
 
 
+def test_a_consistency_model_has_one_step_by_default(model):
+    """Where a sampler is asked for; else the last that it is scored with. A diffusion model has the most."""
+    student = build(digits.consistency_distillation())
+    assert evaluation.chosen_sampler(student, None, None, force=False).num_steps == 8
+    assert evaluation.chosen_sampler(student, "ddim", None, force=False) == SamplerSpec("ddim", 1)
+    assert evaluation.chosen_sampler(student, "consistency:sigmas=1.0", None, force=False).num_steps == 2
+    assert evaluation.chosen_sampler(model[0], "heun", None, force=False) == SamplerSpec("heun", 256)
+
+
 def test_a_student_may_clip_and_one_of_a_single_segment_is_a_consistency_model():
     """Clipping changes no time; a consistency model may also be noised anew."""
     for student_steps in (1, 2):

@@ -19,6 +19,14 @@ def teacher_steps(
     return jnp.exp(jnp.log(start) + fraction * (jnp.log(end) - jnp.log(start)))
 
 
+def constant_grid_points(step: int | Int[Array, ""], *, points: int, num_steps: int) -> Int[Array, ""]:
+    """N(k) of consistency distillation: `points`, whatever `num_steps` are; arXiv:2303.01469."""
+    del num_steps
+    if type(points) is not int or points < 2:
+        raise ValueError(f"got points={points!r} of a grid, expected a whole number of at least 2")
+    return jnp.full_like(step, points)
+
+
 def cm_grid_points(step: int | Int[Array, ""], *, start: int, end: int, num_steps: int) -> Int[Array, ""]:
     """N(k) of consistency training: ceil(sqrt(k / K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1; arXiv:2303.01469.
 

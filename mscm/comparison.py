@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from mscm import atomic, evaluation
 from mscm.checkpoint import CheckpointError
-from mscm.config import ConfigError, decides, flat, read_config
+from mscm.config import ConfigError, decides, flat, load_config, read_config
 from mscm.data import sources, transforms
 from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import paths
@@ -165,7 +165,7 @@ def read_run(workdir: str) -> Run:
         )
     rows = evaluation.read_scores(os.path.join(workdir, "eval", "scores.jsonl"))
     rows = [row for row in rows if "ema" not in row]  # of the average that all runs have
-    experiment = _on_one_device(config)
+    experiment = _on_one_device(workdir, config)
     lineage = experiment.lineage(workdir)
     if not any(row["model"] == experiment.name for row in rows):
         raise ConfigError(
@@ -179,13 +179,27 @@ def read_run(workdir: str) -> Run:
     return Run(workdir, model, ancestors, rows)
 
 
-def _on_one_device(config: dict[str, Any]) -> Experiment:
-    """The experiment of a config as JSON, wherever it was trained: a time per image is one device's."""
+def _on_one_device(workdir: str, config: dict[str, Any]) -> Experiment:
+    """The experiment of a config as JSON, wherever it was trained: a time per image is one device's.
+
+    Its teachers are what their work directories say; their files may have changed, and are read where these are gone.
+    """
+    of_teachers, home, student = {}, workdir, config
+    while student.get("teacher"):
+        home = student["teacher"]["workdir"] or os.path.join(home, "teacher")
+        found = read_config(home)
+        if found is None:
+            break
+        of_teachers[student["teacher"]["config"]] = student = found
+
+    def load(file: str) -> ConfigDict:
+        return ConfigDict(of_teachers[file]) if file in of_teachers else load_config(file)
+
     here = ConfigDict(config)
     here.mesh = dict(data=-1, fsdp=1, tensor=1)
     if "attention" in here.get("model", {}):
         here.model.attention = "auto"
-    return build(here).on(jax.devices()[:1])
+    return build(here, load=load).on(jax.devices()[:1])
 
 
 def _settings(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -300,18 +314,22 @@ def choose_metric(comparison: Comparison, metric: str | None) -> str:
 def draw(comparison: Comparison, *, timed: bool) -> list[Drawn | None]:
     """Images from common noise for each point, image i from the same noise and of the same class; and their time.
 
-    None for a point whose checkpoint is not here; a warning says why.
+    None for a point whose checkpoint is not here, or the captions of its images; a warning says why.
     """
-    drawn, params, failed = [], {}, set()
+    drawn: list[Drawn | None] = []
+    params, failed = {}, set()
     for point in comparison.points:
         key = (point.model.workdir, point.step)
-        if key not in params and key not in failed:
-            try:
+        drawn.append(None)
+        if key in failed:
+            continue
+        try:
+            if key not in params:
                 params = {key: point.model.params(point.step)}  # of one model at a time
-            except CheckpointError as error:
-                failed.add(key)
-                logging.warning("No samples of %s: %s", point.model.experiment.name, error)
-        drawn.append(None if key in failed else _draw(point, params[key], timed=timed))
+            drawn[-1] = _draw(point, params[key], timed=timed)
+        except (CheckpointError, ConfigError) as error:
+            failed.add(key)
+            logging.warning("No samples of %s: %s", point.model.experiment.name, error)
     return drawn
 
 

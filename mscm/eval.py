@@ -85,6 +85,8 @@ def _refuse_flags_without_effect() -> None:
     given += ["--once"] if ONCE.value else []
     if IMAGES.value is not None and EMA.present:
         raise ConfigError("--ema: got it with --images, expected none: no checkpoint is read")
+    if IMAGES.value is not None and SAVE_EVERY.present:
+        raise ConfigError("--save_every_seconds: got it with --images, expected none: images are scored in one go")
     if len(given) > 1:
         raise ConfigError(f"got {' and '.join(given)}, expected one of them: each says what to score")
     if IMAGES.value == "":

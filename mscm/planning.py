@@ -81,8 +81,8 @@ def plan_for(config: ConfigDict, topology: str, num_slices: int = 1, *, file: st
             )
         if ended.returncode:
             raise RuntimeError(f"got exit code {ended.returncode} from the process that compiles; its error is above")
-        with open(reply, encoding="utf-8") as file:
-            answer = json.load(file)
+        with open(reply, encoding="utf-8") as written:
+            answer = json.load(written)
     if "error" in answer:
         raise ConfigError(answer["error"])
     collectives = answer["collectives"]
@@ -103,7 +103,7 @@ def plan_here(config: ConfigDict) -> Plan:
 
 
 def with_largest_batch(plan: Plan, config: ConfigDict, *, file: str | None = None) -> Plan:
-    """The plan of a config with the largest global batch that fits, each attempt a program compiled as by `plan_for`."""
+    """The plan of a config with the largest global batch that fits, each attempt a compilation as by `plan_for`."""
 
     def fits(batch_size: int) -> bool:
         if batch_size == plan.global_batch_size:

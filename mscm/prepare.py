@@ -50,6 +50,8 @@ def main() -> None:
 
     if TEXT_ENCODER.value is not None and not CAPTIONS.value:
         raise ConfigError("--text_encoder: got it without --captions, expected both")
+    if TEXT_LENGTH.present and TEXT_ENCODER.value is None:
+        raise ConfigError("--text_length: got it without --text_encoder, expected both")
     try:
         if VERIFY.value:
             _verify()

@@ -104,7 +104,7 @@ def html_of(workdir: str) -> str:
     return page.document(
         name,
         page.text(f"Work directory {workdir}; this page was made at {_moment(_now())}."),
-        page.facts(_summary(workdir, config, own, scores)),
+        page.facts(_summary(config, own, scores)),
         page.section("Samples", *_samples(workdir, scores)),
         page.section("Scores", *scores.parts()),
         page.section("Training", *_curves(own.scalars)),
@@ -119,13 +119,17 @@ def _members_before(workdir: str) -> list[tuple[str, str]]:
     """Title and folder of what was trained below a work directory before its model."""
     phases = epath.Path(workdir) / "phases"
     names = [path.name for path in phases.iterdir() if path.name.isdecimal()] if phases.is_dir() else []
-    found = [("Teacher's training", os.path.join(workdir, "teacher"))]
+    found: list[tuple[str, str]] = []
+    of, folder = "Teacher", os.path.join(workdir, "teacher")
+    while not found or epath.Path(folder).is_dir():
+        found.append((f"{of}'s training", folder))
+        of, folder = f"{of}'s teacher", os.path.join(folder, "teacher")
     for name in sorted(names, key=int, reverse=True)[:_MAX_PHASES]:
         found.append((f"Training of the phase of {name[:9]} steps", os.path.join(workdir, "phases", name)))
     return found
 
 
-def _summary(workdir: str, config: Mapping[str, Any], own: events.Events, scores: "_Scores") -> dict[str, Any]:
+def _summary(config: Mapping[str, Any], own: events.Events, scores: "_Scores") -> dict[str, Any]:
     """What a reader asks first."""
     last = {scalar.name: scalar for scalar in own.scalars}
     train = config.get("train")

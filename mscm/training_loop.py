@@ -38,6 +38,7 @@ from mscm.types import Key, Params
 
 _BAD = "bad_steps_in_a_row"  # of a checkpoint's facts
 RATE = "steps_per_second"  # the same: in the last report before it
+_AHEAD = 2  # batches that are copied to the devices
 
 
 class _Origin(TypedDict):
@@ -307,9 +308,9 @@ def device_memory(experiment: Experiment) -> contextlib.AbstractContextManager[N
     spec, count = experiment.train, experiment.mesh.devices.size
     return failures.device_memory(
         f"{experiment.name}: training steps on {spec.batch_size} images on {count} devices",
-        f"raise config.train.num_microbatches (now {spec.num_microbatches}), set config.model.remat=full, or cut the "
-        f"state over devices with config.mesh.fsdp (now {experiment.mesh.shape['fsdp']}), none of which changes the "
-        "result",
+        f"set config.model.remat=full or cut the state over devices with config.mesh.fsdp (now "
+        f"{experiment.mesh.shape['fsdp']}), which change no result, or raise config.train.num_microbatches (now "
+        f"{spec.num_microbatches}), which changes what is drawn at random and not what is learned",
     )
 
 
@@ -414,14 +415,14 @@ def batches(experiment: Experiment, source: sources.Source, start_step: int) -> 
         items.close()
 
 
-def on_device(experiment: Experiment, items: Iterator[pipeline.Item], *, ahead: int = 2) -> Iterator[Batch]:
+def on_device(experiment: Experiment, items: Iterator[pipeline.Item]) -> Iterator[Batch]:
     """The whole batches, copied to the devices while the steps before them run."""
     batch_size, mesh = experiment.train.batch_size, experiment.mesh
     rows = partition.local_rows(batch_size, mesh)
     queue: collections.deque[Batch] = collections.deque()
     for item in items:
         queue.append(partition.global_batch(item, rows, batch_size, mesh))
-        if len(queue) > ahead:
+        if len(queue) > _AHEAD:
             yield queue.popleft()
 
 

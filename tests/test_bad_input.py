@@ -631,6 +631,7 @@ DATA = [
         write("out/train-00000-of-00001.array_record.done.json", '{"settings": "x"}'),
     ),
     ("prepare --output=nowhere --verify", "nowhere: got no train.json"),
+    ("prepare --output=out --text_length=77", "--text_length: got it without --text_encoder, expected both"),
     *(
         (PREPARE + words, sentence, prepare)
         for words, sentence, prepare in (
@@ -828,6 +829,7 @@ AVERAGES = [
     (f"{EVAL} --ema=", "--ema: got '', expected one or more averages"),
     (f"{EVAL} --ema=main,main", "--ema: got 'main,main', expected one or more averages, each of them once"),
     (f"{EVAL} --ema=main --images=x.npz", "--ema: got it with --images, expected none"),
+    (f"{EVAL} --save_every_seconds=9 --images=x.npz", "--save_every_seconds: got it with --images, expected none"),
     *(
         (
             f"{command} --config=c.py {TRAINED} --ema={average}",

@@ -218,7 +218,7 @@ def test_what_is_no_scored_run_is_refused(tmp_path):
         comparison.choose_metric(found, "fid")
 
 
-def test_samples_are_from_common_noise(four_runs, monkeypatch):
+def test_samples_are_from_common_noise(four_runs, monkeypatch, caplog):
     """Every point is drawn with one key and the same indices and labels, timed in batches of config.eval.batch_size."""
     asked = []
 
@@ -244,6 +244,24 @@ def test_samples_are_from_common_noise(four_runs, monkeypatch):
         assert all((d.seconds_per_image is not None) == timed for d in drawn)
     monkeypatch.setattr(comparison, "median_seconds", lambda work: 2.0)
     assert {d.seconds_per_image for d in comparison.draw(found, timed=True)} == {2.0 / 4096}
+
+    def gone(experiment):
+        raise ConfigError("config.data: got no captions")
+
+    monkeypatch.setattr(comparison.evaluation, "conditions_in_turn", gone)
+    caplog.clear()
+    assert comparison.draw(found, timed=True) == [None] * len(found.points)
+    assert caplog.text.count("No samples of toy_mixture_teacher: config.data: got no captions") == 1
+
+
+def test_a_teacher_is_what_its_work_directory_says(tmp_path):
+    """Its config file may be gone since, or say something else; it is read where the directory is gone."""
+    student = make_run(tmp_path / "run", "cd2", [{"nfe": 2, "fd_pixels": 1.0}], teacher__config="gone.py")
+    with pytest.raises(ConfigError, match="got config file 'gone.py'"):
+        comparison.compare([student])
+    make_run(tmp_path / "run" / "teacher", "teacher", [], name="as_it_was")
+    (model,) = comparison.read_run(student).ancestors
+    assert model.experiment.name == "as_it_was"
 
 
 def test_times_are_the_median_of_a_few_calls():

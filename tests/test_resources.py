@@ -319,8 +319,8 @@ def test_training_beyond_the_memory_of_the_devices(whole, workdir, monkeypatch):
     assert status == 71
     assert re.match(
         r"digits_teacher: training steps on 8 images on 1 devices: got more than the memory of a device \(Out of "
-        r"memory allocating \d+ bytes\), expected less: raise config.train.num_microbatches \(now 1\), set "
-        r"config.model.remat=full, .* config.mesh.fsdp \(now 1\), .* mscm.plan says what fits; the same",
+        r"memory allocating \d+ bytes\), expected less: set config.model.remat=full or cut .* with "
+        r"config.mesh.fsdp \(now 1\), .* config.train.num_microbatches \(now 1\), .* mscm.plan says what fits; ",
         sentence,
     )
     assert_goes_on(whole, workdir)

@@ -84,10 +84,20 @@ def test_what_stands_in_the_directory_is_on_the_page(workdir):
         assert text in page, text
 
 
+def test_the_teacher_of_a_teacher_is_on_the_page(tmp_path):
+    workdir = Path(make_workdir(tmp_path / "run"))
+    add_events(workdir / "teacher" / "teacher")
+    page = run_report.html_of(str(workdir))
+    assert re.findall("<h2>([^<]*raining)</h2>", page) == [
+        "Training", "Teacher&#x27;s training", "Teacher&#x27;s teacher&#x27;s training"
+    ]
+
+
 def test_a_line_over_nfe_is_one_sampler_but_for_its_number_of_steps(tmp_path):
     """Weights of guidance are lines of their own; the noise levels of re-noising say how many steps there are."""
     workdir = Path(make_workdir(tmp_path / "run"))
-    samplers = {"addim:guidance=0.5": 8, "addim:guidance=3.0": 8, "consistency": 1, "consistency:sigmas=2.0,clip=static": 2}
+    samplers = {"addim:guidance=0.5": 8, "addim:guidance=3.0": 8, "consistency": 1}
+    samplers |= {"consistency:sigmas=2.0,clip=static": 2}
     rows = [ROW | {"sampler": sampler, "nfe": nfe, "fd_classifier": 2.0 + nfe} for sampler, nfe in samplers.items()]
     rows.append(ROW | {"sampler": "consistency:sigmas=2.0", "nfe": 2, "fd_classifier": 3.0})
     (workdir / "eval" / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

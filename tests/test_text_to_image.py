@@ -234,7 +234,7 @@ def test_prompts_are_for_captions(capfd):
         ({"data.text.encoder": "t5"}, "config.data.text: got no key 'features'"),
         ({"model.text.num_blocks": 0}, "got 0 blocks that read bytes, expected at least 1"),
         ({"model.text.width": 33}, "got a text of width 33, expected a multiple of head_dim=32"),
-        ({"eval.alignment": "words"}, "config.eval.alignment: got 'words', expected one of digits, clip"),
+        ({"eval.alignment": "words"}, "config.eval.alignment: got 'words', expected one of none, digits, clip"),
     ],
 )
 def test_settings_of_text_that_cannot_be(changes, sentence):
@@ -250,3 +250,22 @@ def test_a_data_set_without_captions_is_refused():
     config.data.update(dict(name="digits", split="all", resolution=8, num_classes=10))
     with pytest.raises(ConfigError, match="config.data.text: got 'digits', whose images have no captions"):
         build(config).data.open()
+
+
+def test_scores_of_images_read_no_tokens(student, tmp_path, monkeypatch):
+    """An encoder's are a megabyte each: neither a reference nor the training of a classifier asks for them."""
+    experiment, _ = student
+    monkeypatch.setattr(captions.WithTokens, "texts", None)
+    with evaluation.computed_reference(
+        experiment, evaluation.make_network(experiment, str(tmp_path)), str(tmp_path / "partial.npz")
+    ) as reference:
+        assert reference.data["count"] == 16384
+
+    def load_or_train(source, directory):
+        assert source.load(np.arange(2)).keys() == {"image", "label"}
+        raise InterruptedError
+
+    monkeypatch.setattr(evaluation.classifiers, "load_or_train", load_or_train)
+    of_classifier = dataclasses.replace(experiment, eval=dataclasses.replace(experiment.eval, network="classifier"))
+    with pytest.raises(InterruptedError):
+        evaluation.make_network(of_classifier, str(tmp_path))

@@ -123,6 +123,11 @@ for _name in WithTokens.__annotations__:
     setattr(WithTokens, _name, property(attrgetter(f"source.{_name}")))
 
 
+def without_tokens(source: Source) -> Source:
+    """The source of images and labels alone: an encoder's tokens are larger than the images."""
+    return source.source if isinstance(source, WithTokens) else source
+
+
 def _captions_of(source: Source) -> Sequence[tuple[str, ...]]:
     if source.captions is None:
         raise ValueError(f"got {source.name!r}, whose images have no captions, expected a captioned data set")

@@ -137,7 +137,7 @@ def open_files(path: str | os.PathLike, *, split: str | None = None) -> ImageFil
             )
         empty = {folder for folder in empty if split in PurePosixPath(folder).parts[:-1]}
         parents = chosen
-    _check_classes(path, parents, empty, split)
+    _check_classes(path, parents, empty)
     class_names = tuple(sorted(PurePosixPath(parent).name for parent in parents))
     label_of = {parent: class_names.index(PurePosixPath(parent).name) for parent in parents}
     names = sorted(name for name in images if str(PurePosixPath(name).parent) in parents)
@@ -170,7 +170,7 @@ def _images_in(path: str, example: str) -> tuple[dict[str, Place], list[str], It
     return images, others, folders
 
 
-def _check_classes(path: str, parents: set[str], empty: set[str], split: str | None) -> None:
+def _check_classes(path: str, parents: set[str], empty: set[str]) -> None:
     if "." in parents:
         raise ValueError(f"{path}: got images that are in no folder, expected one folder per class: CLASS/NAME.jpg")
     by_name = collections.defaultdict(list)

@@ -30,6 +30,7 @@ from mscm.metrics.features import FeatureNetwork, Outputs
 ARCHITECTURE = "conv64-v2"  # change it with the network or its training: cached weights of another one are refused
 FEATURE_DIM = 64
 EVAL_BATCH = 256
+_BATCH_SIZE, _LEARNING_RATE = 64, 2e-3
 MAX_IMAGES = 50_000  # in memory while it trains; of more, so many are drawn
 MAX_EXAMPLES = 150_000  # seen in training, at least one epoch: a minute on two CPU cores at 32 pixels
 
@@ -113,9 +114,7 @@ class Classifier:
         return FeatureNetwork("classifier", self.fingerprint, self.params, forward, EVAL_BATCH, shape)
 
 
-def train_classifier(
-    source: LabelledImages, *, seed: int = 0, num_epochs: int = 12, batch_size: int = 64, learning_rate: float = 2e-3
-) -> Classifier:
+def train_classifier(source: LabelledImages, *, seed: int = 0, num_epochs: int = 12) -> Classifier:
     """Trains `SmallConvNet` on `source`; bit for bit the same on one machine.
 
     AdamW under a cosine schedule; `num_epochs` is reduced to what `MAX_EXAMPLES` allows.
@@ -127,10 +126,11 @@ def train_classifier(
     data = source.load(chosen)
     images, labels = data["image"], data["label"]
     num_epochs = max(1, min(num_epochs, MAX_EXAMPLES // len(images)))
-    batch_size = min(batch_size, len(images))
+    batch_size = min(_BATCH_SIZE, len(images))
     steps_per_epoch = len(images) // batch_size
     model = SmallConvNet(source.num_classes)
-    optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, num_epochs * steps_per_epoch), weight_decay=1e-2)
+    rate = optax.cosine_decay_schedule(_LEARNING_RATE, num_epochs * steps_per_epoch)
+    optimizer = optax.adamw(rate, weight_decay=1e-2)
 
     def loss_fn(params: Mapping[str, Any], images: Array, labels: Array) -> Array:
         _, logits = _applied(model, params, images)
@@ -163,7 +163,7 @@ def train_classifier(
             "num_images": len(images),
             "num_epochs": num_epochs,
             "batch_size": batch_size,
-            "learning_rate": learning_rate,
+            "learning_rate": _LEARNING_RATE,
         },
     )
     logging.info(

@@ -60,8 +60,6 @@ def side_by_side(
     panels: Mapping[str, UInt8[np.ndarray, "n h w c"]],
     *,
     columns: int,
-    scale: int | None = None,
-    padding: int = 2,
     captions: Sequence[str] | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """One titled grid per entry, beside each other; image i has the same place in every panel."""
@@ -71,7 +69,7 @@ def side_by_side(
     if len(set(counts.values())) > 1:
         raise ValueError(f"side_by_side: got {counts} images, expected equally many in every panel to be comparable.")
     grids = [
-        image_grid(images, columns=columns, scale=scale, padding=padding, title=title, captions=captions)
+        image_grid(images, columns=columns, title=title, captions=captions)
         for title, images in panels.items()
     ]
     height = max(grid.shape[0] for grid in grids)

@@ -190,8 +190,7 @@ class Experiment:
     method: Method
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
-    ema_decay: float
-    ema_warmup: bool
+    update_ema: ema_lib.Update  # of the average that images are sampled from
     further: Mapping[str, Average]  # averages beside that one, by name
     snapshot_every_steps: int | None  # of the power averages, for all others of their kind; None: there are none
     train: TrainSpec
@@ -375,8 +374,7 @@ class Experiment:
             partition.on_mesh(self.loss_fn, self.mesh),
             self.optimizer,
             self.learning_rate,
-            ema_decay=self.ema_decay,
-            ema_warmup=self.ema_warmup,
+            update_ema=self.update_ema,
             num_segments=self.student_steps if self.method.has_segments else None,
             target_decay=self.method.target_decay,
             further={name: average.update for name, average in self.further.items()},
@@ -539,32 +537,7 @@ def _build(
             "schedule 'karras': its noise has a standard deviation of up to sigma_max, which only these scale"
         )
     train = _train(root.section("train"))
-    eval_section = root.section("eval")
-    spec = EvalSpec(
-        **{key: eval_section.number(key, minimum=least) for key, least in _EVAL_NUMBERS.items()},
-        seeds=eval_section.whole_numbers("seeds", minimum=0, distinct=True),
-        teacher_steps=eval_section.whole_numbers("teacher_steps", distinct=True),
-        teacher_samplers=eval_section.texts("teacher_samplers"),
-        student_samplers=eval_section.texts("student_samplers") if eval_section.take("student_samplers") else (),
-        labels=eval_section.choose("labels", LABELS),
-        network=eval_section.choose("network", FEATURE_NETWORKS),
-        precision=eval_section.choose("precision", tuple(DTYPES)),
-        alignment=_alignment(eval_section),
-        alignment_weights=(
-            eval_section.optional_text("alignment_weights") if eval_section.has("alignment_weights") else None
-        ),
-        at_end=bool(eval_section.take("at_end")),
-        weights=eval_section.optional_text("weights"),
-        reference=eval_section.optional_text("reference"),
-        reference_split=eval_section.optional_text("reference_split"),
-    )
-    if (spec.labels == "captions") != (data.text is not None):
-        raise ConfigError(
-            f"config.eval.labels: got {spec.labels!r} for a model of {'labels' if data.text is None else 'captions'}, "
-            f"expected {'balanced or uniform' if data.text is None else 'captions'}"
-        )
-    if spec.alignment is not None and data.text is None:
-        raise ConfigError(f"config.eval.alignment: got {spec.alignment!r}, expected 'none' for a model of labels")
+    spec = _eval(root.section("eval"), data)
     optimizer_section = root.section("optimizer")
     if config.model.name == "ncsnpp" and config.optimizer.get("weight_decay"):
         raise ConfigError(
@@ -595,22 +568,7 @@ def _build(
     method = make_method(objective, parts)
     if teacher is None and method.distil:
         raise ConfigError(NO_TEACHER)
-    if method.guidance_range is not None and not method.distil:
-        raise ConfigError(
-            "config.objective.distil: got False, expected True: what the weight of guidance means only its teacher says"
-        )
-    if (method.guidance_range is not None) != model.guidance_input:
-        raise ConfigError(
-            f"config.model.guidance_input: got {model.guidance_input}, expected {not model.guidance_input} because the "
-            f"weight of guidance is {'no' if method.guidance_range is None else 'an'} input of what is trained"
-        )
-    if teacher is not None and teacher.experiment.guidance and not method.distil:
-        raise ConfigError("config.teacher.guidance: expected 0.0, because objective.distil = False asks no teacher")
-    if teacher is not None and teacher.experiment.guidance and method.guidance_range is not None:
-        raise ConfigError(
-            f"config.teacher.guidance: got {teacher.experiment.guidance}, expected 0.0 because the weight is an input "
-            "of what is trained: its loss guides, and the guidance would count twice"
-        )
+    _check_guidance(method, model, 0.0 if teacher is None else teacher.experiment.guidance)
     experiment = Experiment(
         name=root.name("name"),
         seed=root.number("seed", minimum=0),
@@ -622,8 +580,7 @@ def _build(
         method=method,
         optimizer=optimizer_section.bind(optimizers.make_optimizer)(learning_rate),
         learning_rate=learning_rate,
-        ema_decay=ema.number("decay", minimum=0.0, below=1.0),
-        ema_warmup=bool(ema.take("warmup")),
+        update_ema=_exponential(ema),
         **_further(ema, train),
         train=train,
         eval=spec,
@@ -631,26 +588,76 @@ def _build(
         mesh_sizes=partition.MeshSizes(**_fields(mesh, partition.MeshSizes)),
     )
     jax.eval_shape(schedule, jnp.zeros((1,)))
-    ours = parameter_shapes(experiment.abstract_params())  # shapes that do not fit are errors of the config
-    if teacher is not None:
-        theirs = parameter_shapes(teacher.experiment.abstract_params())
-        if experiment.adds_guidance:
-            ours = {name: shape for name, shape in ours.items() if name in theirs}
-        mismatch = first_mismatch(ours, theirs)
-        if mismatch:
-            name, got, expected = mismatch
-            raise ConfigError(
-                f"config.model: got shape {got} for parameter {name}, expected the teacher's {expected}, "
-                "because the student starts from the teacher's weights"
-            )
+    _check_shapes(experiment)
     _check_samplers(experiment)
     return experiment
 
 
-def _alignment(section: Section) -> str | None:
+def _eval(section: Section, data: DataSpec) -> EvalSpec:
     # Not None in a config: the command line cannot set that where there is a text.
-    name = section.choose("alignment", ("none", *ALIGNMENTS)) if section.has("alignment") else "none"
-    return None if name == "none" else name
+    alignment = section.choose("alignment", ("none", *ALIGNMENTS)) if section.has("alignment") else "none"
+    spec = EvalSpec(
+        **{key: section.number(key, minimum=least) for key, least in _EVAL_NUMBERS.items()},
+        seeds=section.whole_numbers("seeds", minimum=0, distinct=True),
+        teacher_steps=section.whole_numbers("teacher_steps", distinct=True),
+        teacher_samplers=section.texts("teacher_samplers"),
+        student_samplers=section.texts("student_samplers") if section.take("student_samplers") else (),
+        labels=section.choose("labels", LABELS),
+        network=section.choose("network", FEATURE_NETWORKS),
+        precision=section.choose("precision", tuple(DTYPES)),
+        alignment=None if alignment == "none" else alignment,
+        alignment_weights=section.optional_text("alignment_weights") if section.has("alignment_weights") else None,
+        at_end=bool(section.take("at_end")),
+        weights=section.optional_text("weights"),
+        reference=section.optional_text("reference"),
+        reference_split=section.optional_text("reference_split"),
+    )
+    if (spec.labels == "captions") != (data.text is not None):
+        raise ConfigError(
+            f"config.eval.labels: got {spec.labels!r} for a model of {'labels' if data.text is None else 'captions'}, "
+            f"expected {'balanced or uniform' if data.text is None else 'captions'}"
+        )
+    if spec.alignment is not None and data.text is None:
+        raise ConfigError(f"config.eval.alignment: got {spec.alignment!r}, expected 'none' for a model of labels")
+    return spec
+
+
+def _check_guidance(method: Method, model: nn.Module, of_teacher: float) -> None:
+    """Refuses a weight of guidance that counts twice or not at all; `of_teacher`: of one that is fixed."""
+    is_input = method.guidance_range is not None
+    if is_input and not method.distil:
+        raise ConfigError(
+            "config.objective.distil: got False, expected True: what the weight of guidance means only its teacher says"
+        )
+    if is_input != model.guidance_input:
+        raise ConfigError(
+            f"config.model.guidance_input: got {model.guidance_input}, expected {is_input} because the weight of "
+            f"guidance is {'an' if is_input else 'no'} input of what is trained"
+        )
+    if of_teacher and not method.distil:
+        raise ConfigError("config.teacher.guidance: expected 0.0, because objective.distil = False asks no teacher")
+    if of_teacher and is_input:
+        raise ConfigError(
+            f"config.teacher.guidance: got {of_teacher}, expected 0.0 because the weight is an input of what is "
+            "trained: its loss guides, and the guidance would count twice"
+        )
+
+
+def _check_shapes(experiment: Experiment) -> None:
+    """Shapes that do not fit are errors of the config."""
+    ours = parameter_shapes(experiment.abstract_params())
+    if experiment.teacher is None:
+        return
+    theirs = parameter_shapes(experiment.teacher_experiment.abstract_params())
+    if experiment.adds_guidance:
+        ours = {name: shape for name, shape in ours.items() if name in theirs}
+    mismatch = first_mismatch(ours, theirs)
+    if mismatch:
+        name, got, expected = mismatch
+        raise ConfigError(
+            f"config.model: got shape {got} for parameter {name}, expected the teacher's {expected}, "
+            "because the student starts from the teacher's weights"
+        )
 
 
 def _check_samplers(experiment: Experiment) -> None:
@@ -745,10 +752,14 @@ def _further(section: Section, train: TrainSpec) -> dict[str, Any]:
     return {"further": further, "snapshot_every_steps": every}
 
 
+def _exponential(section: Section) -> ema_lib.Update:
+    decay = section.number("decay", minimum=0.0, below=1.0)
+    return ema_lib.exponential(decay=decay, warmup=bool(section.take("warmup")))
+
+
 def _average(section: Section) -> Average:
     if not section.has("sigma_rel"):
-        decay = section.number("decay", minimum=0.0, below=1.0)
-        return Average(ema_lib.exponential(decay=decay, warmup=bool(section.take("warmup"))), None)
+        return Average(_exponential(section), None)
     sigma_rel = section.number("sigma_rel", minimum=0.0)
     try:
         return Average(ema_lib.power(sigma_rel=sigma_rel), sigma_rel)

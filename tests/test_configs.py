@@ -278,8 +278,9 @@ def test_tracts_average_is_as_long_as_its_phases():
     for num_steps in (config.train.num_steps, 200):
         config.train.num_steps = num_steps
         for member in build(config).lineage("DIR")[1:]:
-            assert member.experiment.ema_decay ** member.experiment.train.num_steps == pytest.approx(1e-3)
-            assert member.experiment.train.num_steps == num_steps and not member.experiment.ema_warmup
+            ema = member.experiment.config["ema"]
+            assert ema["decay"] ** member.experiment.train.num_steps == pytest.approx(1e-3)
+            assert member.experiment.train.num_steps == num_steps and not ema["warmup"]
 
 
 @pytest.mark.parametrize(

@@ -152,10 +152,10 @@ def read_keys(configs=CONFIGS):
 
         originals["_build"] = experiment._build
 
-        def build_one(root, config, heirs):
+        def build_one(root, config, *others):
             current.append(config)
             try:
-                return originals["_build"](root, config, heirs)
+                return originals["_build"](root, config, *others)
             finally:
                 current.pop()
 

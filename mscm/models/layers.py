@@ -215,17 +215,26 @@ class ConditionEmbedding(nn.Module):
         if self.features < 4 or self.features % 2:
             raise ValueError(f"got emb_dim={self.features}, expected an even number from 4: half of the time features "
                              "are sines, half cosines")
-        if self.logsnr_input not in LOGSNR_INPUTS:
-            raise ValueError(f"got logsnr_input {self.logsnr_input!r}, expected one of "
-                             f"{', '.join(LOGSNR_INPUTS)}")
+        check_logsnr_input(self.logsnr_input)
         if self.fourier_scale is not None and not self.fourier_scale > 0:
             raise ValueError(f"got fourier_scale={self.fourier_scale}, expected a number above 0, or None for "
                              "sinusoids")
-        if labels is None and self.num_classes is not None:
-            raise ValueError(f"got no labels, expected one per example in [0, {self.num_classes}] because num_classes="
-                             f"{self.num_classes}: pass {self.num_classes}, the null class, for unconditional output")
+        check_labels_are_given(labels, self.num_classes)
         if labels is not None and self.num_classes is None:
             raise ValueError("got labels, expected None because num_classes=None: set num_classes or drop the labels")
+
+
+def check_logsnr_input(name: str) -> None:
+    """Refuses with a ValueError what is not one of LOGSNR_INPUTS."""
+    if name not in LOGSNR_INPUTS:
+        raise ValueError(f"got logsnr_input {name!r}, expected one of {', '.join(LOGSNR_INPUTS)}")
+
+
+def check_labels_are_given(labels: Labels | None, num_classes: int | None) -> None:
+    """Refuses with a ValueError that a network of classes is asked without one."""
+    if labels is None and num_classes is not None:
+        raise ValueError(f"got no labels, expected one per example in [0, {num_classes}] because num_classes="
+                         f"{num_classes}: pass {num_classes}, the null class, for unconditional output")
 
 
 def guidance_features(guidance: Times, num_features: int) -> Embedding:

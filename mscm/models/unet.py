@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from mscm.models import attention, layers
 from mscm.models.layers import Embedding, Resized
 from mscm.models.placement import place
-from mscm.models.uvit import REMAT_POLICIES, Output, remat
+from mscm.models.uvit import Output, remat
 from mscm.types import Images, Labels, Times
 
 _INIT = nn.initializers.variance_scaling
@@ -297,15 +297,8 @@ class UNet(nn.Module):
             raise ValueError("got no channel_mult, expected a multiple of `channels` for each level")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"got dropout {self.dropout}, expected a rate in [0, 1); 0.0 switches it off")
-        if self.logsnr_input not in layers.LOGSNR_INPUTS:
-            raise ValueError(f"got logsnr_input {self.logsnr_input!r}, expected one of "
-                             f"{', '.join(layers.LOGSNR_INPUTS)}")
-        if self.remat_policy is not None and self.remat_policy not in REMAT_POLICIES:
-            raise ValueError(f"got remat_policy {self.remat_policy!r}, expected None or one of "
-                             f"{', '.join(REMAT_POLICIES)}")
-        if labels is None and self.num_classes is not None:
-            raise ValueError(f"got no labels, expected one per example in [0, {self.num_classes}] because num_classes="
-                             f"{self.num_classes}: pass {self.num_classes}, the null class, for unconditional output")
+        layers.check_logsnr_input(self.logsnr_input)
+        layers.check_labels_are_given(labels, self.num_classes)
         divisor = 2 ** (len(self.channel_mult) - 1)
         if z.shape[1] != z.shape[2] or z.shape[1] % divisor:
             raise ValueError(f"got images of {z.shape[1]} x {z.shape[2]} pixels, expected squares of a multiple of "

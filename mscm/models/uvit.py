@@ -248,14 +248,17 @@ class UViT(nn.Module):
             if stage.kind == "transformer":
                 num_tokens = math.prod(side // (patch_size * 2**i) for side in z.shape[1:3])
                 attention.check(self.attention, num_tokens=num_tokens, head_dim=head_dim, dtype=self.dtype)
-        if self.remat_policy is not None and self.remat_policy not in REMAT_POLICIES:
-            raise ValueError(f"got remat_policy {self.remat_policy!r}, expected None or one of "
-                             f"{', '.join(REMAT_POLICIES)}")
 
 
 def remat(block: type[_Module], policy: str | None, *, scanned: bool) -> type[_Module]:
-    """A block that keeps of its inside what one of REMAT_POLICIES says; all of it where there is none."""
+    """A block that keeps of its inside what one of REMAT_POLICIES says; all of it where there is none.
+
+    Raises:
+      ValueError: there is no such policy.
+    """
     if policy is None:
         return block
+    if policy not in REMAT_POLICIES:
+        raise ValueError(f"got remat_policy {policy!r}, expected None or one of {', '.join(REMAT_POLICIES)}")
     # Inside a scan nothing can be merged with the forward pass anyway, and the barrier against it would cost time.
     return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=not scanned)

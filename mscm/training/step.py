@@ -57,8 +57,7 @@ def make_train_steps(
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     *,
-    ema_decay: float,
-    ema_warmup: bool,
+    update_ema: ema_lib.Update,
     num_segments: int | None,
     target_decay: TargetDecay | None = None,
     further: Mapping[str, ema_lib.Update] = types.MappingProxyType({}),
@@ -92,11 +91,10 @@ def make_train_steps(
             gradient, (loss, metrics) = accumulate(functools.partial(gradient_of, state.params), batch, key)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = ema_lib.decay_at(state.step, decay=ema_decay, warmup=ema_warmup)
         averages = summarize(loss, metrics, num_segments=num_segments)
         averages["gradient_norm"] = _average(optax.tree.norm(gradient))
         averages["learning_rate"] = _average(learning_rate(state.step))
-        ema, target = ema_lib.update(state.ema, params, decay), state.target
+        ema, target = update_ema(state.ema, params, state.step), state.target
         if target_decay is not None:
             target = ema_lib.update(target, params, target_decay(state.step))
         averaged = {name: average(state.further[name], params, state.step) for name, average in further.items()}

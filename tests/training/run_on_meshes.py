@@ -17,8 +17,9 @@ from jax.experimental import multihost_utils
 from configs import base, captioned_digits, digits
 from mscm import averages as averages_lib
 from mscm import distributed, training_loop
-from mscm import experiment as experiments
 from mscm.checkpoint import Checkpoints, snapshots
+from mscm.config import load_config
+from mscm.experiment import build
 
 
 def captioned_student():
@@ -51,7 +52,7 @@ def train(family: str, directory: str, name: str, mesh: str, num_steps: int) -> 
     config = small(STUDENTS[family]())
     data, fsdp, tensor = map(int, mesh.split("x"))
     config.mesh = dict(data=data, fsdp=fsdp, tensor=tensor)
-    experiment = experiments.build(config)
+    experiment = build(config, load=lambda file: small(load_config(file)))
     source = experiment.data.open()
     teacher = experiment.teacher.experiment
     with Checkpoints(f"{directory}/{name}", keep=1) as checkpoints, snapshots(f"{directory}/{name}") as taken:
@@ -88,8 +89,6 @@ def main(family: str, directory: str, jobs: list[str]) -> None:
     """All jobs, in the process that the last argument may name."""
     if "," in jobs[-1]:
         distributed.start(jobs.pop())
-    load = experiments.load_config
-    experiments.load_config = lambda path: small(load(path))
     for job in jobs:
         name, mesh, num_steps = job.split(":")
         train(family, directory, name, mesh, int(num_steps))

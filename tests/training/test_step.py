@@ -7,9 +7,11 @@ import optax
 import pytest
 
 from configs import digits
-from mscm import experiment as experiments
 from mscm import methods
 from mscm.checkpoint import Checkpoints
+from mscm.config import load_config
+from mscm.experiment import build
+from mscm.training import ema
 from mscm.training.step import LOGSNR_EDGES, band_names, init_state, make_train_steps, summarize
 from mscm.training_loop import initial_state
 
@@ -26,7 +28,7 @@ def _steps(loss_fn=_loss_fn, **options):
     optimizer = optax.adam(1e-2)
     rate = optax.linear_schedule(0.0, 1.0, 10)
     return optimizer, make_train_steps(
-        loss_fn, optimizer, rate, ema_decay=0.9, ema_warmup=True, num_segments=None, **options
+        loss_fn, optimizer, rate, update_ema=ema.exponential(decay=0.9, warmup=True), num_segments=None, **options
     )
 
 
@@ -107,8 +109,7 @@ def test_the_target_network_follows_with_a_decay_of_its_own():
         loss_fn,
         optimizer,
         optax.linear_schedule(0.0, 1.0, 10),  # of the metric only
-        ema_decay=0.0,
-        ema_warmup=False,
+        update_ema=ema.exponential(decay=0.0, warmup=False),
         num_segments=None,
         target_decay=lambda step: 0.9 - 0.4 * step,
     )
@@ -153,11 +154,10 @@ def _tiny(config, dropout=0.0):
 
 
 @pytest.fixture
-def student(monkeypatch):
+def student():
     """The experiment of a small student that drops out half of its units."""
-    load = experiments.load_config
-    monkeypatch.setattr(experiments, "load_config", lambda path: _tiny(load(path), 0.5))
-    return experiments.build(_tiny(digits.student(student_steps=2, distil=True), 0.5))
+    config = _tiny(digits.student(student_steps=2, distil=True), 0.5)
+    return build(config, load=lambda path: _tiny(load_config(path), 0.5))
 
 
 def test_dropout_is_the_same_in_both_calls_of_the_student(student, monkeypatch):

@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from mscm import atomic, evaluation
+from mscm import atomic, evaluation, score_rows
 from mscm.checkpoint import CheckpointError
 from mscm.config import ConfigError, decides, flat, load_config, read_config
 from mscm.data import sources, transforms
@@ -80,7 +80,7 @@ class Run:
     def newest(self, model: Model, settings: tuple[Any, ...]) -> list[dict[str, Any]]:
         """The rows of the newest checkpoint of the newest training of `model` that has scores of these settings."""
         name = model.experiment.name
-        return evaluation.newest_rows(
+        return score_rows.newest(
             [row for row in self.rows if row["model"] == name and _settings(row) == settings]
         )
 
@@ -147,7 +147,7 @@ def compare(workdirs: Sequence[str]) -> Comparison:
     real = [row for run in runs for row in run.rows if row["labels"] is None and row["identity"] == settings[0]]
     rows = list(entries.values())
     described = rows[0][1]
-    metrics = [name for name in evaluation.metric_names(described) if all(name in row for _, row in rows)]
+    metrics = [name for name in score_rows.metric_names(described) if all(name in row for _, row in rows)]
     return Comparison(_points(rows, metrics), metrics, real[-1] if real else None, described)
 
 
@@ -163,7 +163,7 @@ def read_run(workdir: str) -> Run:
             f"--workdir: got {workdir}, which has no config.json, expected the work directory of a training, as "
             "mscm.main makes it"
         )
-    rows = evaluation.read_scores(os.path.join(workdir, "eval", "scores.jsonl"))
+    rows = score_rows.read(os.path.join(workdir, "eval", "scores.jsonl"))
     rows = [row for row in rows if "ema" not in row]  # of the average that all runs have
     experiment = _on_one_device(workdir, config)
     lineage = experiment.lineage(workdir)
@@ -242,7 +242,7 @@ def _points(entries: Sequence[tuple[Model, dict[str, Any]]], metrics: Sequence[s
         points.append(
             Point(
                 name, spec.sampler, row["nfe"], len(runs), len(runs[0]), row["num_images"],
-                {key: mean_and_spread([[other[key] for other in rows] for rows in runs]) for key in metrics},
+                {key: over_runs_or_seeds([[other[key] for other in rows] for rows in runs]) for key in metrics},
                 model, row["step"], spec,
             )
         )
@@ -261,14 +261,13 @@ def _training(model: Model) -> str:
     return json.dumps({key: value for key, value in decides(model.config).items() if key != "name"}, sort_keys=True)
 
 
-def mean_and_spread(scores: Sequence[Sequence[float]]) -> tuple[float, float | None]:
+def over_runs_or_seeds(scores: Sequence[Sequence[float]]) -> tuple[float, float | None]:
     """Mean over runs and seeds, and standard deviation: of the runs' means, or over the seeds of a single run.
 
     `scores` has the seeds of one run in each entry. The deviation of a sample (ddof = 1); None of a single score.
     """
-    means = [statistics.fmean(of_run) for of_run in scores]
-    values = means if len(means) > 1 else scores[0]
-    return statistics.fmean(means), statistics.stdev(values) if len(values) > 1 else None
+    means = [score_rows.mean_and_spread(of_run)[0] for of_run in scores]
+    return score_rows.mean_and_spread(means if len(means) > 1 else scores[0])
 
 
 def _methods(entries: Sequence[tuple[Model, dict[str, Any]]]) -> list[str]:

@@ -43,7 +43,13 @@ SAVE_EVERY = flags.DEFINE_float(
 def main() -> None:
     """Scores what is new, prints all."""
     _refuse_flags_without_effect()
-    from mscm import averages, distributed, evaluation, run_report  # here and not above: --help must not wait for jax
+    from mscm import (  # here and not above: --help must not wait for jax
+        averages,
+        distributed,
+        evaluation,
+        run_report,
+        score_rows,
+    )
     from mscm.checkpoint import reading
     from mscm.config import ConfigError
     from mscm.evaluation_loop import Evaluation
@@ -75,7 +81,7 @@ def main() -> None:
         rows += job.real_rows(make=make)
     run_report.update(workdir)
     if distributed.is_main():
-        print(f"\nstep {step}\n{evaluation.result_table(rows)}\n\nall checkpoints: {job.scores_file}\n", flush=True)
+        print(f"\nstep {step}\n{score_rows.table(rows)}\n\nall checkpoints: {job.scores_file}\n", flush=True)
 
 
 def _refuse_flags_without_effect() -> None:
@@ -95,7 +101,7 @@ def _refuse_flags_without_effect() -> None:
 
 def _score_images(experiment: "Experiment", workdir: str) -> None:
     """Prints a table of one line, and writes the line to a file beside the other scores."""
-    from mscm import distributed, evaluation
+    from mscm import distributed, score_rows
     from mscm.config import ConfigError
     from mscm.data import loose
     from mscm.evaluation_loop import Evaluation
@@ -114,7 +120,7 @@ def _score_images(experiment: "Experiment", workdir: str) -> None:
     if distributed.is_main():
         path = os.path.join(job.directory, "images.jsonl")
         cli.append_json_line(path, row)
-        print(f"\n{evaluation.result_table(rows)}\n\nalso in {path}\n", flush=True)
+        print(f"\n{score_rows.table(rows)}\n\nalso in {path}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mscm import cli, compilation, distributed, failures, stopping, terminal
+from mscm import compilation, distributed, failures, stopping, terminal
 from mscm.checkpoint import reading
 from mscm.config import ConfigError
 from mscm.data import captioned_digits, captions, embeddings, sources, transforms
@@ -26,15 +26,12 @@ from mscm.metrics import alignment, clip, features, files, gathering, reference_
 from mscm.metrics import classifier as classifiers
 from mscm.metrics.features import FeatureNetwork, Outputs
 from mscm.metrics.statistics import Statistics
-from mscm.report import grid, table
+from mscm.report import grid
 from mscm.sampling import SamplerSpec, own_steps
 from mscm.training import partition
 from mscm.types import Condition, Images, Int, Key, Params, Text
 
 GRID_IMAGES, _GRID_COLUMNS, _CAPTIONED_COLUMNS = 50, 10, 5
-
-# Of a row of scores: what it is a score of. A row is written once for each.
-ROW_KEY = ("identity", "run", "model", "step", "sampler", "nfe", "seed", "num_images", "labels")
 
 # Folded into the key of an evaluation for the noise of the steps: no image has this index.
 _STEPS = np.uint32(2**32 - 1)
@@ -555,72 +552,6 @@ def _captions_in_turn(
     """Example and epoch of each: after all examples comes the next caption of each."""
     order = np.random.RandomState(seed).permutation(len(source))
     return order[indices % len(source)], indices // len(source)
-
-
-def read_scores(path: str) -> list[dict[str, Any]]:
-    """The rows of a file of scores; none where there is no file.
-
-    Raises:
-      ConfigError: it holds something else.
-    """
-    rows = cli.read_json_lines(path)
-    for row in rows:
-        if not isinstance(row, dict) or not row.keys() >= set(ROW_KEY):
-            raise ConfigError(f"{path}: got a line that is no score, expected those of mscm.eval; move the file away")
-    return rows
-
-
-def metrics_of(row: dict[str, Any]) -> dict[str, float]:
-    """The metrics of a row of scores by name: what else it says, of how it was made, is no fraction."""
-    return {name: value for name, value in row.items() if isinstance(value, float)}
-
-
-def metric_names(row: dict[str, Any]) -> list[str]:
-    """The same by name, without deviations: the columns of a table."""
-    return [name for name in metrics_of(row) if not name.endswith("_std")]
-
-
-def newest_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of rows of one model those of the newest checkpoint of the newest training; none of none."""
-    rows = [row for row in rows if row["run"] == rows[-1]["run"]]
-    newest = max((row["step"] for row in rows), default=None)
-    return [row for row in rows if row["step"] == newest]
-
-
-def name_of(row: dict[str, Any]) -> str:
-    """Of the pictures and events of a row, beside its step: those under other settings are others."""
-    name = f"{row['model']}_{SamplerSpec.of_row(row).file_name}_{row['num_images']}_{row['labels']}"
-    name += f"_ema_{row['ema']}" if "ema" in row else ""
-    return f"{name}_seed{row['seed']}" if row["seed"] else name
-
-
-def samples_path(directory: str, row: dict[str, Any]) -> str:
-    """Of the first images of a row below the directory of the scores, without the ending."""
-    return os.path.join(directory, "samples", f"{name_of(row)}_{row['step']:08d}")
-
-
-def result_table(rows: list[dict[str, Any]]) -> str:
-    """The scores as a person reads them: one line for each model and sampler, mean and deviation over seeds."""
-    known = ("model", "sampler", "nfe", "num_images", "num_steps", "ema", "ema_error")
-    several = any("ema" in row for row in rows)
-    metrics = metric_names(rows[0])
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(key) for key in known), []).append(row)
-    body = []
-    for (model, sampler, nfe, count, _, ema, error), group in groups.items():
-        average = [f"{ema or 'main'}{f' ({error} off)' if error else ''}" if sampler else ""] if several else []
-        scores = (_over_seeds([row.get(name) for row in group]) for name in metrics)
-        body.append([model, sampler or "", nfe or "", count, *average, *scores])
-    return table.format_table(["model", "sampler", "NFE", "images", *["EMA"] * several, *metrics], body)
-
-
-def _over_seeds(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return ""
-    text = f"{np.mean(known):.4g}"
-    return text if len(known) == 1 else f"{text} ± {np.std(known, ddof=1):.2g}"
 
 
 def sample_grid(models: list[tuple[Experiment, Params, SamplerSpec]], batch_size: int) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mscm import atomic, averages, cli, distributed, evaluation, run_report, stopping, terminal
+from mscm import atomic, averages, cli, distributed, evaluation, run_report, score_rows, stopping, terminal
 from mscm.arrays import read_npz
 from mscm.checkpoint import CheckpointError, Checkpoints, UnreadableCheckpoint, reading
 from mscm.config import run_of
@@ -69,7 +69,7 @@ class Evaluation:
         with contextlib.ExitStack() as stack:
             owner = os.path.join(self.directory, "owner.json")
             self._check_ours = stack.enter_context(distributed.holding(owner, "evaluation", wait=wait))
-            evaluation.read_scores(self.scores_file)  # refuses what is none, before what takes long
+            score_rows.read(self.scores_file)  # refuses what is none, before what takes long
             self.scorer = Scorer(experiment, self.directory, allow_mismatch=allow_mismatch)
             self._writer = stack.enter_context(Writer(self.directory, active=distributed.is_main()))
             self._writer.write_texts(0, {events.HARDWARE: distributed.hardware()})
@@ -87,7 +87,7 @@ class Evaluation:
         settings = (spec.num_images, spec.labels)
         return [
             row
-            for row in evaluation.read_scores(self.scores_file)
+            for row in score_rows.read(self.scores_file)
             if row["identity"] == self.scorer.identity
             # The row of real images has no labels.
             if row["labels"] is None or ((row["num_images"], row["labels"]) == settings and row["seed"] in spec.seeds)
@@ -277,7 +277,7 @@ class Evaluation:
                 f"{self._workdir}: got no checkpoint that stayed long enough to be scored; keep more of them with "
                 "config.train.keep_checkpoints"
             )
-        rows = evaluation.newest_rows(rows)
+        rows = score_rows.newest(rows)
         return rows[0]["step"], rows
 
     def ancestor_rows(self, specs: list[SamplerSpec], *, make: bool = True) -> list[dict[str, Any]]:
@@ -307,7 +307,7 @@ class Evaluation:
         if self.scorer.spec.reference:
             return []
         count = self.scorer.size_of_half()
-        row = dict.fromkeys(evaluation.ROW_KEY) | {"model": "real, half against half", "nfe": 0, "num_images": count}
+        row = dict.fromkeys(score_rows.KEY) | {"model": "real, half against half", "nfe": 0, "num_images": count}
         row |= self.scorer.describe()
         there = distributed.agree([other for other in self.rows() if _key_of(other) == _key_of(row)])
         if there or not make:
@@ -328,12 +328,12 @@ class Evaluation:
     def _write(self, row: dict[str, Any], gathered: Gathering) -> None:
         """All that belongs to a row, and then the row: who finds it there finds the rest."""
         self._check_ours()
-        samples_path, samples = evaluation.samples_path(self.directory, row), gathered.samples
+        samples_path, samples = score_rows.samples_path(self.directory, row), gathered.samples
         panel = {os.path.basename(samples_path): samples}
         grid.save_png(f"{samples_path}.png", evaluation.grid_of(self.experiment, panel, row["seed"]))
         with atomic.writing(f"{samples_path}.npz") as file:
             np.savez(file, images=samples)
-        name, metrics = evaluation.name_of(row), evaluation.metrics_of(row)
+        name, metrics = score_rows.name_of(row), score_rows.metrics_of(row)
         self._writer.write_scalars(row["step"], {f"{metric}/{name}": value for metric, value in metrics.items()})
         self._writer.flush()
         cli.append_json_line(self.scores_file, row)
@@ -378,7 +378,7 @@ class Evaluation:
         """The first images of some rows side by side: image i is of the same noise and class in all of them."""
         panels = {}
         for row in rows:
-            images = read_npz(f"{evaluation.samples_path(self.directory, row)}.npz")["images"]
+            images = read_npz(f"{score_rows.samples_path(self.directory, row)}.npz")["images"]
             panels[f"{row['model']}, {SamplerSpec.of_row(row)}"] = images
         return evaluation.grid_of(self.experiment, panels, rows[0]["seed"])
 
@@ -394,7 +394,7 @@ class Evaluation:
                 values.setdefault(row["step"], []).append(row[metric])
         there = self._steps()
         means = {
-            step: float(np.mean(distances))
+            step: score_rows.mean_and_spread(distances)[0]
             for step, distances in values.items()
             if step in there or self._has_copy(run, step)
         }
@@ -420,4 +420,4 @@ def _run_of_copy(workdir: str | os.PathLike) -> str | None:
 
 
 def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return *(row[name] for name in evaluation.ROW_KEY), row.get("num_steps"), row.get("ema")
+    return *(row[name] for name in score_rows.KEY), row.get("num_steps"), row.get("ema")

@@ -17,7 +17,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
-from mscm import atomic, distributed, evaluation, failures, sampling, terminal
+from mscm import atomic, distributed, failures, sampling, score_rows, terminal
 from mscm.arrays import read_npz
 from mscm.checkpoint import reading
 from mscm.config import ConfigError, flat, read_config
@@ -161,22 +161,22 @@ class _Scores:
         path = os.path.join(workdir, "eval", "scores.jsonl")
         if _size(path) > _MAX_SCORES_BYTES:
             raise ConfigError(f"{path}: got more than {_MAX_SCORES_BYTES} bytes, expected a file of scores")
-        self.rows = [row for row in evaluation.read_scores(path) if _is_sound(row)]
+        self.rows = [row for row in score_rows.read(path) if _is_sound(row)]
         images = [row for row in self.rows if row["labels"] is not None]
         if model is None and images:
             model = images[-1]["model"]
         own = [row for row in images if row["model"] == model]
         self.model, self.own, self.newest, self.others, self.real = model, [], [], [], None
         last = own[-1] if own else {}
-        self.metrics = evaluation.metric_names(last)[:_MAX_METRICS]
+        self.metrics = score_rows.metric_names(last)[:_MAX_METRICS]
         if not self.metrics:
             return
         images = [row for row in images if self._has_numbers(row)]
         same = [row for row in images if all(row[key] == last[key] for key in ("identity", "num_images", "labels"))]
         self.own = [row for row in same if row["model"] == model and row["run"] == last["run"]]
-        self.newest = evaluation.newest_rows(self.own)
+        self.newest = score_rows.newest(self.own)
         for other in dict.fromkeys(row["model"] for row in same if row["model"] != model):
-            rows = evaluation.newest_rows([row for row in same if row["model"] == other])
+            rows = score_rows.newest([row for row in same if row["model"] == other])
             self.others += sorted(rows, key=lambda row: row["nfe"])
         real = [row for row in self.rows if row["labels"] is None and row["identity"] == last["identity"]]
         real = [row for row in real if self._has_numbers(row)]
@@ -200,7 +200,7 @@ class _Scores:
     def mean(self, rows: Sequence[dict[str, Any]]) -> float | None:
         """Of the metric over the seeds."""
         values = [row[self.metric] for row in rows if self.metric in row]
-        return float(np.mean(values)) if values else None
+        return score_rows.mean_and_spread(values)[0] if values else None
 
     def parts(self) -> Iterator[str]:
         """Charts and the table of the newest."""
@@ -264,15 +264,12 @@ def _lines(
     for row in rows:
         if metric in row:
             groups.setdefault(label(row), {}).setdefault(row[x], []).append(row[metric])
-    return [
-        charts.Line(
-            name,
-            sorted(by_x),
-            [float(np.mean(by_x[at])) for at in sorted(by_x)],
-            [float(np.std(by_x[at], ddof=1)) if len(by_x[at]) > 1 else None for at in sorted(by_x)],
-        )
-        for name, by_x in groups.items()
-    ]
+    lines = []
+    for name, by_x in groups.items():
+        places = sorted(by_x)
+        means, spreads = zip(*(score_rows.mean_and_spread(by_x[at]) for at in places), strict=True)
+        lines.append(charts.Line(name, places, means, spreads))
+    return lines
 
 
 def _curves(scalars: Sequence[events.Scalar]) -> Iterator[str]:
@@ -336,8 +333,8 @@ def _samples(workdir: str, scores: _Scores) -> Iterator[str]:
 def _read_samples(workdir: str, row: dict[str, Any]) -> UInt8[np.ndarray, "n h w c"] | None:
     """The first images of a row; None where they are not there, or no images."""
     try:
-        path = f"{evaluation.samples_path(os.path.join(workdir, 'eval'), row)}.npz"
-        if os.path.basename(path) != f"{evaluation.name_of(row)}_{row['step']:08d}.npz":
+        path = f"{score_rows.samples_path(os.path.join(workdir, 'eval'), row)}.npz"
+        if os.path.basename(path) != f"{score_rows.name_of(row)}_{row['step']:08d}.npz":
             return None  # a name that leads out of the folder
         if not 0 < _size(path) <= _MAX_SAMPLES_BYTES:
             return None

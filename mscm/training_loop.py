@@ -15,7 +15,7 @@ from absl import logging
 from clu import parameter_overview
 from etils import epath
 
-from mscm import atomic, distributed, evaluation, failures, planning, run_report, stopping, terminal
+from mscm import atomic, distributed, evaluation, failures, planning, run_report, score_rows, stopping, terminal
 from mscm.checkpoint import (
     CHECKPOINTS,
     SNAPSHOTS,
@@ -557,7 +557,7 @@ def finish(experiment: Experiment, workdir: str) -> None:
         rows += job.real_rows()
     if distributed.is_main():
         atomic.write_text(os.path.join(report, "scores.json"), json.dumps(rows, indent=2) + "\n")
-        print(f"\n{evaluation.result_table(rows)}\n\nsamples: {grid_path}\n", flush=True)
+        print(f"\n{score_rows.table(rows)}\n\nsamples: {grid_path}\n", flush=True)
 
 
 def _write_grid(report: str, experiment: Experiment, samples: np.ndarray) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import base, digits
-from mscm import averages, cli, comparison, dry_run, evaluation, planning, training_loop
+from mscm import averages, cli, comparison, dry_run, planning, score_rows, training_loop
 from mscm.checkpoint import SNAPSHOTS, CheckpointError, Checkpoints, reading
 from mscm.config import ConfigError, load_config, run_hash
 from mscm.experiment import build
@@ -232,7 +232,7 @@ def test_a_sweep_scores_each_average_once(run, tmp_path, capfd, monkeypatch):
     rows = cli.read_json_lines(tmp_path / "run" / "eval" / "scores.jsonl")
     assert [row.get("ema") for row in rows] == [None, "short", "0.08"] and len({row["fd_pixels"] for row in rows}) == 3
     assert "ema_error" not in rows[1] and re.fullmatch(r"0\.\d+%|\d(\.\d)?%", rows[2]["ema_error"])
-    assert "ema" not in evaluation.metrics_of(rows[2]) and "ema_error" not in evaluation.metrics_of(rows[2])
+    assert "ema" not in score_rows.metrics_of(rows[2]) and "ema_error" not in score_rows.metrics_of(rows[2])
     table = capfd.readouterr().out
     assert "| EMA" in table and "| main" in table and f"0.08 ({rows[2]['ema_error']} off)" in table
     best = [path.name for path in (tmp_path / "run" / "eval" / "best").iterdir()]

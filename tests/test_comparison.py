@@ -101,10 +101,11 @@ def test_a_phone_shows_the_page_of_a_comparison(four_runs, tmp_path):
         ([[1.0, 3.0]], (2.0, 2.0**0.5)),
         ([[1.0], [3.0], [5.0]], (3.0, 2.0)),
         ([[1.0, 3.0], [4.0, 6.0]], (3.5, 4.5**0.5)),  # of 2 and 5
+        ([[1.0], [np.nan]], (np.nan, np.nan)),  # one that has diverged
     ],
 )
 def test_mean_and_spread(scores, expected):
-    assert comparison.mean_and_spread(scores) == pytest.approx(expected)
+    assert comparison.over_runs_or_seeds(scores) == pytest.approx(expected, nan_ok=True)
 
 
 def test_methods_of_one_name_are_told_apart_by_what_their_configs_say(tmp_path):

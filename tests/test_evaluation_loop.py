@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from mscm import cli, evaluation, evaluation_loop, lease
+from mscm import cli, evaluation, evaluation_loop, lease, score_rows
 from mscm.checkpoint import CheckpointError, Checkpoints, reading
 from mscm.config import ConfigError, run_hash
 from mscm.evaluation_loop import Evaluation
@@ -130,7 +130,7 @@ def test_each_seed_gives_a_row(states, workdir):
     distances = [row["fd_classifier"] for row in rows]
     report = (workdir / "report" / "index.html").read_text()
     assert "fd_classifier by training step" in report and report.count("data:image/png") == 1
-    table = evaluation.result_table(rows).splitlines()
+    table = score_rows.table(rows).splitlines()
     assert len(table) == 3 and f"{np.mean(distances):.4g} ± {np.std(distances, ddof=1):.2g}" in table[2]
 
 
@@ -150,7 +150,7 @@ def test_a_row_says_sampler_and_evaluations(states, workdir):
     assert names == {f"digits_teacher_{sampler}_2_60_balanced_00000010" for sampler in samplers}
     assert job.best(rows[0]["run"]) == (10, rows[1]["fd_classifier"])  # by the last sampler, as mscm.sample has it
     assert job.grid(rows).ndim == 3
-    table = evaluation.result_table(rows)
+    table = score_rows.table(rows)
     assert "heun:grid=karras,clip=static" in table and len(table.splitlines()) == 4
 
 

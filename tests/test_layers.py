@@ -36,7 +36,7 @@ LAYERS = (
                  "mscm.run_flags", "mscm.process_flags", "mscm.sampler_flags", "mscm.training_loop",
                  "mscm.distributed", "mscm.planning", "mscm.evaluation_loop", "mscm.averages",
                  "mscm.comparison", "mscm.demonstration", "mscm.dry_run", "mscm.exporting", "mscm.replay",
-                 "mscm.run_report", "mscm.stopping", "mscm.teachers")),
+                 "mscm.run_report", "mscm.score_rows", "mscm.stopping", "mscm.teachers")),
     (6, "main", ("mscm.main",)),
     (6, "eval", ("mscm.eval",)),
     (6, "sample", ("mscm.sample",)),

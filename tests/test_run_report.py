@@ -13,9 +13,9 @@ from absl import logging
 
 from mscm import atomic, run_report, stopping, training_loop
 from mscm.config import ConfigError, load_config
-from mscm.evaluation import samples_path
 from mscm.report import events, grid
 from mscm.report.writer import Writer
+from mscm.score_rows import samples_path
 from tests import browser, commands, tiny_run
 from tests.report.test_page import HOSTILE, Tags
 

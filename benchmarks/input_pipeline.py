@@ -8,7 +8,7 @@ and labels from the records and from the files as they are, turn by turn. This p
 files with worker processes, PyTorch both with worker processes; either has --workers of them. PyTorch reads example by
 example and decodes PNG with Pillow, as its data sets are written; once more it asks for all records of a batch at once
 and decodes them with our function, to tell what the rest of a loader costs. Without PyTorch it measures this pipeline
-alone. One host of the paper's set-up needs batches of 2048 at 2.7 steps/s over 8 hosts; the table says how many cores
+alone. One host of the paper's set-up needs batches of 2048 at 2.7 steps/s over 16 hosts; the table says how many cores
 that takes.
 """
 
@@ -38,7 +38,7 @@ WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Threads or processes 
 SECONDS = flags.DEFINE_float("seconds", 5.0, "Length of one measurement.")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Measurements of each; the table shows the median.", lower_bound=1)
 
-PAPER_RATE = 2048 * 2.7 / 8  # images per second and host, arXiv:2403.06807v3: 64 chips of v5e are 8 hosts
+PAPER_RATE = 2048 * 2.7 / 16  # images per second and host, arXiv:2403.06807v3: 64 chips of v5e are 16 hosts
 
 Batches = Iterator[object]
 Loaders = dict[str, Callable[[], Batches]]

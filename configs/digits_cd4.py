@@ -2,8 +2,8 @@
 
 Command:   python -m mscm.main --config=configs/digits_cd4.py --workdir=DIR
 Hardware:  two CPU cores
-Cost:      4 to 5 minutes, half of them the teacher (--config.teacher.workdir=DIR reuses one)
-Expected:  fd_classifier of the README, section Results (the runs of its table are longer)
+Cost:      3 to 4 minutes, half of them the teacher (--config.teacher.workdir=DIR reuses one)
+Expected:  fd_classifier of the README, section Results
 """
 
 from configs import digits

@@ -3,7 +3,7 @@
 Command:   python -m mscm.main --config=configs/digits_ct2.py --workdir=DIR
 Hardware:  two CPU cores
 Cost:      4 to 5 minutes, half of them the teacher (--config.teacher.workdir=DIR reuses one)
-Expected:  fd_classifier of the README, section Results (the runs of its table are longer)
+Expected:  fd_classifier of the README, section Results
 """
 
 from configs import digits

@@ -3,7 +3,7 @@
 Command:   python -m mscm.main --config=configs/digits_edm.py --workdir=DIR
 Hardware:  two CPU cores
 Cost:      about as digits_teacher
-Expected:  fd_classifier 1.41 with 256 steps of aDDIM (one seed)
+Expected:  fd_classifier 1.33 with 32 steps of Heun (NFE 63), 5.18 with 4 (NFE 7), one seed
 """
 
 from configs import digits

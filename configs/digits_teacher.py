@@ -3,7 +3,7 @@
 Command:   python -m mscm.main --config=configs/digits_teacher.py --workdir=DIR
 Hardware:  two CPU cores
 Cost:      a minute and a half to train, and as much again to score
-Expected:  fd_classifier of the README, section Results (the runs of its table are longer)
+Expected:  fd_classifier of the README, section Results
 """
 
 from configs import digits

@@ -1,7 +1,7 @@
 """ImageNet 128x128, consistency distillation, 8 steps.
 
-Command:   python -m mscm.main --config=configs/imagenet128_cd8.py --workdir=DIR
-           python -m mscm.main --config=configs/imagenet128_cd8.py:large --workdir=DIR
+Command:   python -m mscm.main --config=configs/imagenet128_cd8.py --workdir=DIR --config.data.path=DATA
+           python -m mscm.main --config=configs/imagenet128_cd8.py:large --workdir=DIR --config.data.path=DATA
 Hardware:  64 TPU v5e chips; large: 256 (the paper's)
 Cost:      about 33 hours at 1.7 steps/s; large: about 31 hours at 1.8 steps/s (the paper's rates), after the teacher
            (configs/imagenet128_teacher.py), which is trained first unless config.teacher.workdir names one

@@ -1,7 +1,7 @@
 """ImageNet 128x128, consistency training, 4 steps.
 
-Command:   python -m mscm.main --config=configs/imagenet128_ct4.py --workdir=DIR
-           python -m mscm.main --config=configs/imagenet128_ct4.py:large --workdir=DIR
+Command:   python -m mscm.main --config=configs/imagenet128_ct4.py --workdir=DIR --config.data.path=DATA
+           python -m mscm.main --config=configs/imagenet128_ct4.py:large --workdir=DIR --config.data.path=DATA
 Hardware:  64 TPU v5e chips; large: 256 (the paper's)
 Cost:      about 25 hours at 2.2 steps/s; large: about 25 hours at 2.2 steps/s (the paper's rates), after the teacher
            (configs/imagenet128_teacher.py), which is trained first unless config.teacher.workdir names one

@@ -1,7 +1,7 @@
 """ImageNet 64x64, consistency distillation, 2 steps.
 
-Command:   python -m mscm.main --config=configs/imagenet64_cd2.py --workdir=DIR
-           python -m mscm.main --config=configs/imagenet64_cd2.py:large --workdir=DIR
+Command:   python -m mscm.main --config=configs/imagenet64_cd2.py --workdir=DIR --config.data.path=DATA
+           python -m mscm.main --config=configs/imagenet64_cd2.py:large --workdir=DIR --config.data.path=DATA
 Hardware:  64 TPU v5e chips; large: 256 (the paper's)
 Cost:      about 22 hours at 2.5 steps/s; large: about 22 hours at 2.5 steps/s (the paper's rates), after the teacher
            (configs/imagenet64_teacher.py), which is trained first unless config.teacher.workdir names one

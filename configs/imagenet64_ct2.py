@@ -1,7 +1,7 @@
 """ImageNet 64x64, consistency training, 2 steps.
 
-Command:   python -m mscm.main --config=configs/imagenet64_ct2.py --workdir=DIR
-           python -m mscm.main --config=configs/imagenet64_ct2.py:large --workdir=DIR
+Command:   python -m mscm.main --config=configs/imagenet64_ct2.py --workdir=DIR --config.data.path=DATA
+           python -m mscm.main --config=configs/imagenet64_ct2.py:large --workdir=DIR --config.data.path=DATA
 Hardware:  64 TPU v5e chips; large: 256 (the paper's)
 Cost:      about 21 hours at 2.7 steps/s; large: about 19 hours at 2.9 steps/s (the paper's rates), after the teacher
            (configs/imagenet64_teacher.py), which is trained first unless config.teacher.workdir names one

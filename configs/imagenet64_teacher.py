@@ -1,7 +1,7 @@
 """ImageNet 64x64, the diffusion model that the ImageNet 64 students start from.
 
-Command:   python -m mscm.main --config=configs/imagenet64_teacher.py --workdir=DIR
-           python -m mscm.main --config=configs/imagenet64_teacher.py:large --workdir=DIR
+Command:   python -m mscm.main --config=configs/imagenet64_teacher.py --workdir=DIR --config.data.path=DATA
+           python -m mscm.main --config=configs/imagenet64_teacher.py:large --workdir=DIR --config.data.path=DATA
 Hardware:  64 TPU v5e chips; large: 256 (the paper's for the students; it gives none for the teacher)
 Cost:      about 33 hours; large: about 33 hours (estimates: the students' rates in the paper, scaled by the count of
            network evaluations in a step)

@@ -1,7 +1,7 @@
 """Text to image, 512x512, consistency distillation, 4 steps.
 
-Command:   python -m mscm.main --config=configs/t2i512_cd4.py --workdir=DIR
-           python -m mscm.main --config=configs/t2i512_cd4.py:high --workdir=DIR
+Command:   python -m mscm.main --config=configs/t2i512_cd4.py --workdir=DIR --config.data.path=DATA
+           python -m mscm.main --config=configs/t2i512_cd4.py:high --workdir=DIR --config.data.path=DATA
 Hardware:  256 TPU v5e chips (the paper's)
 Cost:      about 12 hours at 0.71 steps/s (the paper's rate), after the teacher (configs/t2i512_teacher.py), which is
            trained first unless config.teacher.workdir names one

@@ -3,7 +3,8 @@
 # again when one fails.
 #
 #   IMAGE=REGISTRY/mscm CLAIM=mscm launch/jobset.sh NAME \
-#       python -m mscm.main --config=configs/imagenet64_cd8.py --workdir=/data/cd8 --distributed=auto |
+#       python -m mscm.main --config=configs/imagenet64_cd8.py --workdir=/data/cd8 \
+#         --config.data.path=/data/imagenet64 --distributed=auto |
 #     kubectl apply -f -
 #
 # The cluster has the JobSet controller and a node pool of that accelerator and topology. CLAIM is a claim of a

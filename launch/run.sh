@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Installs mscm on this machine and runs one command, again after each failure, until it succeeds.
+# Installs mscm on this machine and runs one command until it succeeds: again after each failure that came later than
+# MIN_SECONDS (60) after its start, at most MAX_RETRIES (20) times.
 #
-#   launch/run.sh tpu    python -m mscm.main --config=configs/imagenet64_cd8.py --workdir=DIR     # a TPU VM
+#   launch/run.sh tpu    python -m mscm.main --config=configs/imagenet64_cd8.py --workdir=DIR --config.data.path=DATA
 #   launch/run.sh cuda   python -m mscm.main --config=... --workdir=DIR                           # GPU, CUDA 13
 #   launch/run.sh cuda12 python -m mscm.main --config=... --workdir=DIR                           # GPU, CUDA 12
 #
 # The first argument is an extra of setup.cfg. A run continues from the last checkpoint of its work directory, so the
 # same command is right for a start and for a restart; as a start-up script of the machine it also survives a reboot.
-# Exit status 75 (stopped by SIGTERM, and saved) is started again at once and is no failure. SIGTERM to this script,
+# Exit status 75 (stopped by SIGTERM, and saved) is started again after ten seconds and is no failure. SIGTERM to this script,
 # Ctrl-C and the end of its terminal are passed on to the command, and its end is then the script's too.
 # VENV, PYTHON, MAX_RETRIES and MIN_SECONDS may be set in the environment.
 set -euo pipefail

@@ -9,7 +9,7 @@
 # Runs one command on all GPUs of a SLURM job, and again when the job was preempted or its time is up.
 #
 #   sbatch --nodes=2 --cpus-per-task=8 launch/slurm.sh cuda \
-#       python -m mscm.main --config=configs/imagenet64_cd8.py --workdir=DIR --distributed=auto
+#       python -m mscm.main --config=configs/imagenet64_cd8.py --workdir=DIR --config.data.path=DATA --distributed=auto
 #
 # Submitted from the root of the checkout, which all nodes must see, as they must the work directory. The first argument
 # is an extra, cuda or cuda12. Nodes of four GPUs: sbatch --gpus-per-node=4 --ntasks-per-node=4. What each task prints

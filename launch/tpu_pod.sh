@@ -3,7 +3,8 @@
 # again on new ones after each preemption, until it succeeds.
 #
 #   launch/tpu_pod.sh run NAME \
-#       python -m mscm.main --config=configs/imagenet64_cd8.py --workdir=/mnt/mscm/cd8 --distributed=auto
+#       python -m mscm.main --config=configs/imagenet64_cd8.py --workdir=/mnt/mscm/cd8 \
+#         --config.data.path=/mnt/mscm/imagenet64 --distributed=auto
 #   launch/tpu_pod.sh delete NAME
 #
 # `run` requests the pod as a queued resource, waits until it is active, copies this checkout to all workers and starts

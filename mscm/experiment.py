@@ -4,6 +4,7 @@
 typing error is one sentence from here, before anything is compiled.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -864,7 +865,7 @@ def _teacher(
     if file in heirs:
         raise ConfigError(f"config.teacher.config: got {file!r}, whose model is its own teacher, expected another")
     if len(phases) > 2:  # the phase before this one, with the same teacher before it
-        before = config.copy_and_resolve_references()
+        before = copy.deepcopy(config)  # with its references: TRACT's average follows the length of the phase
         before.objective.phase_steps = phases[:-1]
         lengths = config.objective.get("num_steps_before")
         if lengths:

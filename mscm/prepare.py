@@ -30,7 +30,9 @@ TEXT_ENCODER = flags.DEFINE_string(
     "text_encoder", None, "Directory of a T5 and its tokeniser: with --captions, what it makes of them is stored too."
 )
 TEXT_LENGTH = flags.DEFINE_integer("text_length", 128, "Tokens of a caption that it is given at most.", lower_bound=1)
-SPLIT = flags.DEFINE_string("split", None, "Folder above the class folders to read. Default: there is none.")
+SPLIT = flags.DEFINE_string(
+    "split", None, "Folder above the class folders to read (default: there is none), or the split of tfds:NAME."
+)
 NAME = flags.DEFINE_string("name", None, "What config.data.split calls the result. Default: --split, else train.")
 TRANSFORM = flags.DEFINE_string("transform", "area", "area, adm or lanczos.")
 ENCODING = flags.DEFINE_enum("encoding", "png", ["png", "raw"], "png: smaller; raw: faster to read.")

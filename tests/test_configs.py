@@ -281,6 +281,12 @@ def test_tracts_average_is_as_long_as_its_phases():
             ema = member.experiment.config["ema"]
             assert ema["decay"] ** member.experiment.train.num_steps == pytest.approx(1e-3)
             assert member.experiment.train.num_steps == num_steps and not ema["warmup"]
+    config.objective.num_steps_before = (400,)
+    lengths = {}
+    for member in build(config).lineage("DIR")[1:]:
+        lengths[member.experiment.name] = num_steps = member.experiment.train.num_steps
+        assert member.experiment.config["ema"]["decay"] ** num_steps == pytest.approx(1e-3)
+    assert [*lengths.values()] == [400, 200]
 
 
 @pytest.mark.parametrize(

@@ -544,7 +544,7 @@ def test_what_cannot_be_scored_is_said_before_training(network_and_reference, se
 def start_eval(directory, *flags):
     """`python -m mscm.eval`."""
     words = [sys.executable, "-m", "mscm.eval", f"--config={directory / 'config.py'}", f"--workdir={directory / 'run'}"]
-    words += ["--save_every_seconds=0", *flags]
+    words += flags if any(flag.startswith("--images") for flag in flags) else ["--save_every_seconds=0", *flags]
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

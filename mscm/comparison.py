@@ -184,16 +184,13 @@ def _on_one_device(workdir: str, config: dict[str, Any]) -> Experiment:
 
     Its teachers are what their work directories say; their files may have changed, and are read where these are gone.
     """
-    of_teachers, home, student = {}, workdir, config
-    while student.get("teacher"):
-        home = student["teacher"]["workdir"] or os.path.join(home, "teacher")
-        found = read_config(home)
-        if found is None:
-            break
-        of_teachers[student["teacher"]["config"]] = student = found
+    home = workdir
 
-    def load(file: str) -> ConfigDict:
-        return ConfigDict(of_teachers[file]) if file in of_teachers else load_config(file)
+    def load(file: str, given: str | None) -> ConfigDict:
+        nonlocal home  # the teacher's, whose teacher is asked for next
+        home = given or os.path.join(home, "teacher")
+        found = read_config(home)
+        return load_config(file) if found is None else ConfigDict(found)
 
     here = ConfigDict(config)
     here.mesh = dict(data=-1, fsdp=1, tensor=1)

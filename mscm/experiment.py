@@ -60,6 +60,7 @@ ALIGNMENTS = ("digits", "clip")
 FEATURE_NETWORKS = ("classifier", "pixels", *weights.SCORING)
 MAIN_AVERAGE = "main"  # what the others may not be called
 _ATTENDING = uvit.UViT | unet.UNet  # networks with a choice of kernels
+Load = Callable[[str, str | None], ConfigDict]  # file and work directory by which a student names its teacher
 # What does not ask a teacher may be trained from nothing, but for multistep consistency training: as in its paper.
 STARTS_FROM_TEACHER = ("multistep_consistency", "tract", "progressive", "guided")
 NO_TEACHER = "config.teacher: got None, expected a section naming the diffusion model to start from"
@@ -496,14 +497,17 @@ def _rows(condition: Condition) -> Any:
     return jax.tree.leaves(condition)[0].shape[0]
 
 
-def build(
-    config: ConfigDict, *, heirs: tuple[str, ...] = (), load: Callable[[str], ConfigDict] = load_config
-) -> Experiment:
+def _from_file(file: str, workdir: str | None) -> ConfigDict:
+    del workdir
+    return load_config(file)
+
+
+def build(config: ConfigDict, *, heirs: tuple[str, ...] = (), load: Load = _from_file) -> Experiment:
     """Everything that the config decides, as functions.
 
     Args:
       heirs: files of the teachers that come from this one.
-      load: the config of a file, by which the config of a student names its teacher's.
+      load: the config of a teacher, of the file and the work directory that its student names.
 
     Raises:
       ConfigError: a key is missing, unknown, unread or has an impossible value; nothing has been compiled yet.
@@ -522,9 +526,7 @@ def build(
     return experiment
 
 
-def _build(
-    root: Section, config: ConfigDict, heirs: tuple[str, ...], load: Callable[[str], ConfigDict]
-) -> Experiment:
+def _build(root: Section, config: ConfigDict, heirs: tuple[str, ...], load: Load) -> Experiment:
     data = _data(root.section("data"))
     model_section = root.section("model")
     model = model_section.choose("name", MODELS)(model_section, data)
@@ -852,11 +854,7 @@ def _boxed_shapes(model: nn.Module, data: DataSpec) -> Params:
 
 
 def _teacher(
-    section: Section | None,
-    config: ConfigDict,
-    phases: tuple[int, ...],
-    heirs: tuple[str, ...],
-    load: Callable[[str], ConfigDict],
+    section: Section | None, config: ConfigDict, phases: tuple[int, ...], heirs: tuple[str, ...], load: Load
 ) -> TeacherSpec | None:
     if section is None:
         return None
@@ -873,7 +871,7 @@ def _teacher(
         experiment = build(before, heirs=heirs, load=load)
         experiment = dataclasses.replace(experiment, name=f"{config.name}_{phases[-2]}")
         return TeacherSpec(experiment, None, phase=phases[-2])
-    of_teacher = load(file)
+    of_teacher = load(file, workdir)
     of_teacher.data = config.data  # so that --config.data.path is said once
     of_teacher.mesh = config.mesh
     if "attention" in config.model and "attention" in of_teacher.model:

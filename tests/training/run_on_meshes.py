@@ -52,7 +52,7 @@ def train(family: str, directory: str, name: str, mesh: str, num_steps: int) -> 
     config = small(STUDENTS[family]())
     data, fsdp, tensor = map(int, mesh.split("x"))
     config.mesh = dict(data=data, fsdp=fsdp, tensor=tensor)
-    experiment = build(config, load=lambda file: small(load_config(file)))
+    experiment = build(config, load=lambda file, _: small(load_config(file)))
     source = experiment.data.open()
     teacher = experiment.teacher.experiment
     with Checkpoints(f"{directory}/{name}", keep=1) as checkpoints, snapshots(f"{directory}/{name}") as taken:

@@ -157,7 +157,7 @@ def _tiny(config, dropout=0.0):
 def student():
     """The experiment of a small student that drops out half of its units."""
     config = _tiny(digits.student(student_steps=2, distil=True), 0.5)
-    return build(config, load=lambda path: _tiny(load_config(path), 0.5))
+    return build(config, load=lambda file, _: _tiny(load_config(file), 0.5))
 
 
 def test_dropout_is_the_same_in_both_calls_of_the_student(student, monkeypatch):

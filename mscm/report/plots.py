@@ -94,7 +94,8 @@ def scores_against_nfe(
         if is_long:
             figure.legend(handles, labels, loc="outside right center")
         else:
-            axes.legend(handles, labels)
+            # Opaque: the level would strike it through.
+            axes.legend(handles, labels, frameon=True, facecolor="white", edgecolor="none", framealpha=1.0)
         return figure
 
 

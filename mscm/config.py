@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 
 # Where and how fast a training runs, what it writes, and what scores it: keys that may change while it goes on.
 _DECIDES_NOTHING = (
-    "eval", "mesh", "path", "num_threads", "num_workers", "workdir", "attention", "remat", "num_microbatches",
-    "steps_per_dispatch", "log_every_steps", "save_every_steps", "keep_checkpoints",
-    "max_bad_steps", "snapshot_every_steps",
+    "eval", "mesh", "data.path", "data.num_threads", "data.num_workers", "model.attention", "model.remat",
+    "teacher.workdir", "train.num_microbatches", "train.steps_per_dispatch", "train.log_every_steps",
+    "train.save_every_steps", "train.keep_checkpoints", "train.max_bad_steps", "ema.snapshot_every_steps",
 )
 
 
@@ -217,11 +217,13 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
     return config
 
 
-def decides(section: Any) -> Any:
-    """Of a config as JSON: what decides the parameters."""
-    if not isinstance(section, dict):
-        return section
-    return {name: decides(value) for name, value in section.items() if name not in _DECIDES_NOTHING}
+def decides(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Of a config as JSON, or of its section `prefix`: what decides the parameters."""
+    return {
+        name: decides(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in config.items()
+        if prefix + name not in _DECIDES_NOTHING
+    }
 
 
 def run_hash(config: dict[str, Any]) -> str:

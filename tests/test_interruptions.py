@@ -239,12 +239,13 @@ def test_another_number_of_steps_a_dispatch_saves_and_ends_where_it_should(whole
     "changes",
     [
         {"train__log_every_steps": 4, "train__save_every_steps": 2, "train__keep_checkpoints": 9},
+        {"train__max_bad_steps": 3},
         {"train__steps_per_dispatch": 1, "train__num_microbatches": 2},
         {"data__path": "elsewhere", "data__num_workers": 1, "data__num_threads": 3},
         {"mesh__data": 1, "model__attention": "xla", "model__remat": "full"},
         {"eval__num_images": 40, "eval__seeds": (0, 1), "eval__teacher_steps": (2,)},
     ],
-    ids=["what it writes", "dispatches", "where the data is", "devices", "evaluation"],
+    ids=["what it writes", "what it skips", "dispatches", "where the data is", "devices", "evaluation"],
 )
 def test_what_decides_nothing_may_change(whole, changes):
     before = changed(whole).config
@@ -258,6 +259,8 @@ def test_a_key_that_only_one_config_has_is_a_difference():
     assert differences(one, other) == {"b.c": "b.c: got None, expected 'no such key'"}
     assert differences(other, one) == {"b.c": "b.c: got 'no such key', expected None"}
     assert differences(one, one) == {}
+    # A key of an extension is no path of ours because it is called so.
+    assert list(differences({"objective": {"path": 1}, "data": {"path": 1}}, {})) == ["objective.path"]
 
 
 def test_a_directory_without_checkpoints_takes_any_config(whole, tmp_path):

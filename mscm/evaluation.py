@@ -414,7 +414,7 @@ def _reference(experiment: Experiment, network: FeatureNetwork, directory: str) 
     spec = experiment.eval
     if spec.reference:
         return _load_reference(spec.reference)
-    source = _reference_source(experiment)
+    source = captions.without_tokens(_reference_source(experiment))
     path = os.path.join(directory, f"reference_{network.name}_{source.split}.npz")
     stored = None
     with contextlib.suppress(FileNotFoundError, ValueError):  # absent, damaged or of another kind: made again

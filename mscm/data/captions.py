@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
@@ -82,7 +83,6 @@ class WithTokens:
     channels: int
     labels: Int32[np.ndarray, "n"]
     captions: Sequence[tuple[str, ...]]
-    fingerprint: str
 
     def __init__(self, source: Source, text: TextSpec):
         """Opens what a frozen encoder has made of the captions, where the tokens are that.
@@ -99,6 +99,14 @@ class WithTokens:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the images and captions, and of the encoder: a training does not go on with the tokens of another one."""
+        if self._embeddings is None:
+            return self.source.fingerprint
+        of_both = f"{self.source.fingerprint} {self._embeddings.card.encoder_fingerprint}"
+        return hashlib.sha256(of_both.encode()).hexdigest()
 
     def load(self, indices: Integer[np.ndarray, "b"]) -> dict[str, np.ndarray]:
         """The examples at `indices`, with the first caption of each."""

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,17 @@ def write(directory, encoder=ENCODER, report=lambda *_: None):
 def opened(directory, **changes):
     spec = TextSpec(**({"encoder": "words-small", "length": LENGTH, "features": FEATURES} | changes))
     return WithTokens(sources.open_source("x", split="train", path=directory), spec)
+
+
+def test_the_tokens_of_another_encoder_are_other_data(prepared, tmp_path):
+    """Of the same name: a training with the one does not go on with the other."""
+    other = shutil.copytree(prepared, tmp_path / "other")
+    write(prepared)
+    write(other, dataclasses.replace(ENCODER, fingerprint="e" * 64))
+    bare = sources.open_source("x", split="train", path=prepared)
+    assert captions.without_tokens(opened(prepared)).fingerprint == bare.fingerprint
+    assert len({bare.fingerprint, opened(prepared).fingerprint, opened(other).fingerprint}) == 3
+    assert opened(prepared).fingerprint == opened(prepared, length=2).fingerprint
 
 
 def test_the_cache_gives_what_the_encoder_gave(prepared, monkeypatch):

@@ -90,7 +90,6 @@ class Point:
     """The scores of one model under one sampler, over runs and seeds."""
 
     method: str
-    sampler: str
     nfe: int
     num_runs: int
     num_seeds: int  # of the noise, in each run
@@ -99,6 +98,10 @@ class Point:
     model: Model  # of the first run
     step: int
     spec: SamplerSpec
+
+    @property
+    def sampler(self) -> str:
+        return self.spec.sampler
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -238,7 +241,7 @@ def _points(entries: Sequence[tuple[Model, dict[str, Any]]], metrics: Sequence[s
         runs = [list(rows.values()) for rows in by_seed.values()]
         points.append(
             Point(
-                name, spec.sampler, row["nfe"], len(runs), len(runs[0]), row["num_images"],
+                name, row["nfe"], len(runs), len(runs[0]), row["num_images"],
                 {key: over_runs_or_seeds([[other[key] for other in rows] for rows in runs]) for key in metrics},
                 model, row["step"], spec,
             )
@@ -467,7 +470,7 @@ def _table(comparison: Comparison, drawn: Sequence[Drawn | None]) -> tuple[list[
     timed = any(images is not None and images.seconds_per_image is not None for images in drawn)
     rows = []
     for point, images in zip(comparison.points, drawn, strict=True):
-        row = [*_of_point(point), *(_with_spread(*point.scores[key]) for key in metrics)]
+        row = [*_of_point(point), *(score_rows.with_spread(*point.scores[key]) for key in metrics)]
         if timed:
             seconds = None if images is None else images.seconds_per_image
             row.append(None if seconds is None else f"{1000 * seconds:.3g}")
@@ -484,10 +487,6 @@ def _table(comparison: Comparison, drawn: Sequence[Drawn | None]) -> tuple[list[
     if timed:
         notes.append(f"Times are medians over batches after compilation, on one device: {device_name()}.")
     return header, rows, " ".join(notes)
-
-
-def _with_spread(mean: float, spread: float | None) -> str:
-    return f"{mean:.4g}" if spread is None else f"{mean:.4g} ± {spread:.2g}"
 
 
 def _panels(points: Sequence[Point]) -> list[tuple[str, int, Point]]:

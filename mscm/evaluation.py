@@ -406,6 +406,10 @@ def computed_reference(
 
 
 def _reference_source(experiment: Experiment) -> sources.Source:
+    return captions.without_tokens(_scored_source(experiment))
+
+
+def _scored_source(experiment: Experiment) -> sources.Source:
     return dataclasses.replace(experiment.data, split=reference_facts(experiment)["split"]).open()
 
 
@@ -414,7 +418,7 @@ def _reference(experiment: Experiment, network: FeatureNetwork, directory: str) 
     spec = experiment.eval
     if spec.reference:
         return _load_reference(spec.reference)
-    source = captions.without_tokens(_reference_source(experiment))
+    source = _reference_source(experiment)
     path = os.path.join(directory, f"reference_{network.name}_{source.split}.npz")
     stored = None
     with contextlib.suppress(FileNotFoundError, ValueError):  # absent, damaged or of another kind: made again
@@ -437,7 +441,6 @@ def _gathered(
     source: sources.Source, indices: np.ndarray, network: FeatureNetwork, spec: EvalSpec, path: str
 ) -> Iterator[reference_statistics.Reference]:
     """Statistics of images that all processes decode together; `path` as `computed_reference`'s `partial`."""
-    source = captions.without_tokens(source)
     key = [reference_statistics.describe(source), network.fingerprint, spec.num_kept]
     key.append(files.fingerprint({"indices": indices}))
     partial = gathering.Partial(path, key, writes=distributed.is_main())
@@ -540,7 +543,7 @@ def captions_in_turn(experiment: Experiment, indices: Int[np.ndarray, "b"], seed
 
 @functools.lru_cache(maxsize=2)  # every row of scores asks for its tokens, its words and those of its grid
 def _captioned(experiment: Experiment) -> captions.WithTokens:
-    source = _reference_source(experiment)
+    source = _scored_source(experiment)
     if not isinstance(source, captions.WithTokens):
         raise ConfigError(f"config.data.text: got None for {source.name!r}, expected the captions that images show")
     return source

@@ -77,10 +77,14 @@ def _over_seeds(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return ""
-    mean, spread = mean_and_spread(known)
-    return f"{mean:.4g}" if spread is None else f"{mean:.4g} ± {spread:.2g}"
+    return with_spread(*mean_and_spread(known))
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean, and the standard deviation of a sample (ddof = 1); None of a single value. nan where a score is."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def with_spread(mean: float, spread: float | None) -> str:
+    """Both as tables show them."""
+    return f"{mean:.4g}" if spread is None else f"{mean:.4g} ± {spread:.2g}"

@@ -129,6 +129,7 @@ def progressive(
         phase_steps=phase_steps,
         num_steps_before=num_steps_before or placeholder(tuple),
         solver=dict(name="addim", x_var_frac=0.75),
+        later_solver="ddim",
         distance="v_mse",
         multiscale=multiscale or placeholder(tuple),
     )
@@ -148,7 +149,11 @@ def tract(
     multiscale: tuple[int, ...] | None = None,
     teacher: str = "teacher",
 ) -> ConfigDict:
-    """TRACT in phases of `train.num_steps` each; arXiv:2303.04248."""
+    """TRACT in phases of `train.num_steps` each; arXiv:2303.04248.
+
+    Each phase starts from the average of the one before, with a new optimiser and a new self-teacher; the authors' code
+    changes the teacher only, and goes on with the rest.
+    """
     _without_dropout(config)
     config.objective = dict(
         name="tract",
@@ -159,7 +164,8 @@ def tract(
         distance="truncated_snr_mse",
         multiscale=multiscale or placeholder(tuple),
     )
-    # Over a phase, however long it is, the average forgets all but a thousandth of where it began.
+    # Over a phase, however long it is, the average forgets all but a thousandth of where it began, as in the authors'
+    # code; the paper says a ten-thousandth.
     config.ema.decay = FieldReference(1e-3) ** (1.0 / config.train.get_ref("num_steps").to_float())
     config.ema.warmup = False
     return _of_teacher(config, family=family, run=run, variant=variant, teacher=teacher)
@@ -179,6 +185,7 @@ def tract_of_edm(
     steps = (teacher_steps, student_steps)
     config = tract(config, family=family, phase_steps=steps, run=run, variant=variant, teacher=teacher)
     config.objective.update(dict(solver=dict(name="heun"), distance="edm_mse"))
+    config.optimizer.clip_norm = placeholder(float)
     _on_edm_levels(config, "edm", num_steps=teacher_steps)
     return config
 

@@ -5,7 +5,7 @@ Command:   python -m mscm.main --config=configs/cifar10_tract_edm1.py --workdir=
 Hardware:  one GPU; small: two CPU cores
 Cost:      100,000 steps of 512 images, after the teacher (configs/cifar10_edm.py); the time is not measured yet
 Expected:  fd_classifier not measured yet; the paper's network has a Frechet distance with Inception of 3.78
-           (arXiv:2303.04248; not reproduced here: this is our U-ViT)
+           (arXiv:2303.04248, without classes; not reproduced here: this is our U-ViT, with classes)
 """
 
 from configs import cifar10

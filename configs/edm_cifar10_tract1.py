@@ -3,8 +3,8 @@
 Command:   python -m mscm.main --config=configs/edm_cifar10_tract1.py --workdir=DIR --config.teacher.workdir=TEACHER
 Hardware:  one GPU
 Cost:      187,500 steps of 512 images; the time is not measured yet
-Expected:  fd_classifier not measured yet; a Frechet distance with Inception of 3.78 in the paper's numbers
-           (arXiv:2303.04248; not reproduced here)
+Expected:  fd_classifier not measured yet; for uncond-ve, the paper's teacher, a Frechet distance with Inception of 3.78
+           in its numbers (arXiv:2303.04248; not reproduced here)
 
 TEACHER is the work directory of the import (configs/edm_cifar10_teacher.py); variants as there. What is distilled from
 EDM's networks is under their licence, CC BY-NC-SA 4.0.

@@ -90,9 +90,12 @@ def teacher(*, resolution: int, variant: str) -> ConfigDict:
     """The diffusion model that the students start from."""
     config = _base(resolution=resolution, variant=variant)
     config.train.num_steps = 500_000
-    return base.teacher(
+    config = base.teacher(
         config, family=f"imagenet{resolution}", variant=variant, multiscale=_multiscale(resolution)
     )
+    # The paper samples its diffusion models with guidance at this size only, and says neither weight nor dropout.
+    config.objective.label_dropout = 0.1 if resolution == 128 else 0.0
+    return config
 
 
 def student(*, resolution: int, student_steps: int, distil: bool, variant: str) -> ConfigDict:

@@ -19,12 +19,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from mscm import compilation
 from mscm.checkpoint import ON_ANY_SCHEDULE, first_mismatch, parameter_shapes
-from mscm.config import ConfigError, Section, flat, load_config
+from mscm.config import ConfigError, Section, flat, load_config, read_config
 from mscm.data import captions, sources
 from mscm.diffusion import denoiser as denoisers
 from mscm.diffusion import schedule as schedules
@@ -459,15 +460,16 @@ class Experiment:
     def lineage(self, workdir: str) -> list[Member]:
         """This model in `workdir` and all that it comes from, oldest first: its teacher, then the phases before it.
 
-        Nothing is older than a model whose work directory the config names.
+        Nothing is older than a model whose work directory the config names, or the run of `workdir` was given.
         """
         members, home = [Member(self, workdir, is_given=False)], workdir
         while (spec := members[-1].experiment.teacher) is not None and not members[-1].is_given:
             if spec.phase is not None:
-                below = os.path.join(home, "phases", str(spec.phase))
-            else:
-                below = home = spec.workdir or os.path.join(home, "teacher")
-            members.append(Member(spec.experiment, below, is_given=spec.workdir is not None))
+                members.append(Member(spec.experiment, os.path.join(home, "phases", str(spec.phase)), is_given=False))
+                continue
+            given = spec.workdir or given_teacher(home)
+            home = given or os.path.join(home, "teacher")
+            members.append(Member(spec.experiment, home, is_given=given is not None))
         return members[::-1]
 
     def diffusion_teacher(self, workdir: str) -> Member | None:
@@ -490,6 +492,17 @@ class Experiment:
             "parameters": parameter_shapes(self.abstract_params()),
             "config": self.config,
         }
+
+
+def given_teacher(workdir: str) -> str | None:
+    """The work directory of the teacher that the run of `workdir` was given; None where it has its own, or none yet."""
+    if not workdir or epath.Path(workdir, "teacher").exists():
+        return None
+    try:
+        teacher = (read_config(workdir) or {}).get("teacher")
+    except ConfigError:  # a file that is cut: the training writes it again
+        return None
+    return teacher.get("workdir") if isinstance(teacher, dict) else None
 
 
 def _rows(condition: Condition) -> Any:

@@ -139,6 +139,7 @@ class Method:
     student_steps: int | None = None  # None: a diffusion model
     distil: bool = False  # whether training calls the teacher
     has_segments: bool = False  # whether the loss says in which of `student_steps` segments an example is
+    sampler: str = "ddim"  # of a student with its own steps: a text of mscm.sampling
     target_decay: TargetDecay | None = None  # None: the loss has no target network
     guidance_range: tuple[float, float] | None = None  # of the weights that are an input; None: they are not
     features: Features = Features()
@@ -272,6 +273,19 @@ def _phase(section: Section) -> tuple[int, int]:
     return teacher_steps, student_steps
 
 
+def _of_phase(loss_fn: LossFn, student_steps: int, parts: Parts, target_decay: TargetDecay | None = None) -> Method:
+    """PD and TRACT sample with x_hat within the range of images, as in their papers: arXiv:2202.00512, 2303.04248."""
+    return Method(
+        loss_fn,
+        student_steps,
+        distil=True,
+        has_segments=True,
+        sampler="ddim:clip=static",
+        target_decay=target_decay,
+        guidance_range=parts.guidance_range,
+    )
+
+
 def _solver(section: Section) -> solvers.Solver:
     solver = section.section("solver")
     return solver.choose("name", SOLVERS)(solver)
@@ -285,6 +299,9 @@ def _progressive(section: Section, parts: Parts) -> Method:
             "progressive distillation makes one step of two"
         )
     distance, solver = scaled(section, section.choose("distance", SQUARED), parts), _solver(section)
+    later = section.choose("later_solver", {"ddim": solvers.ddim, "same": solver})
+    if len(section.whole_numbers("phase_steps")) > 2:  # the teacher is the student of the phase before
+        solver = later
 
     def loss_fn(params: Params, target: Params, frozen: Frozen, batch: Batch, key: Key, step: Step) -> Loss:
         del target, step
@@ -300,7 +317,7 @@ def _progressive(section: Section, parts: Parts) -> Method:
             distance=distance,
         )
 
-    return Method(loss_fn, student_steps, distil=True, has_segments=True, guidance_range=parts.guidance_range)
+    return _of_phase(loss_fn, student_steps, parts)
 
 
 def _tract(section: Section, parts: Parts) -> Method:
@@ -324,14 +341,7 @@ def _tract(section: Section, parts: Parts) -> Method:
             distance=distance,
         )
 
-    return Method(
-        loss_fn,
-        student_steps,
-        distil=True,
-        has_segments=True,
-        target_decay=functools.partial(ema.bias_corrected_decay, decay=decay),
-        guidance_range=parts.guidance_range,
-    )
+    return _of_phase(loss_fn, student_steps, parts, functools.partial(ema.bias_corrected_decay, decay=decay))
 
 
 def _consistency(section: Section, parts: Parts) -> Method:

@@ -18,7 +18,7 @@ LAYERS = (
     (6, "report_command", ("mscm.report.__main__",)),
     (0, "types", ("mscm.types",)),
     (0, "compilation", ("mscm.compilation",)),
-    (0, "terminal", ("mscm.terminal",)),
+    (0, "terminal", ("mscm.output", "mscm.terminal")),
     (0, "files", ("mscm.arrays", "mscm.atomic", "mscm.failures", "mscm.processes", "mscm.remote", "mscm.torch_files")),
     (1, "diffusion", ("mscm.diffusion.schedule", "mscm.diffusion.prediction", "mscm.diffusion.steps")),
     (2, "diffusion", ("mscm.diffusion.denoiser", "mscm.diffusion.sampler", "mscm.diffusion.paths")),

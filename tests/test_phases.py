@@ -79,7 +79,7 @@ def test_without_scores_the_grid_has_the_last_phase_beside_the_diffusion_model(w
     monkeypatch.setattr(training_loop, "_write_grid", lambda *args: None)
     training_loop.finish(dataclasses.replace(whole.experiment, eval=at_end), str(whole.workdir))
     names = [(model.name, str(spec)) for model, _, spec in drawn]
-    assert names == [("digits_tract2", "ddim 2 steps"), ("digits_teacher", "addim 3 steps")]
+    assert names == [("digits_tract2", "ddim:clip=static 2 steps"), ("digits_teacher", "addim 3 steps")]
     for (_, params, _), state in zip(drawn, _states(whole.experiment, whole.workdir)[::-2], strict=True):
         jax.tree.map(np.testing.assert_array_equal, params, state.ema)
 
@@ -88,10 +88,10 @@ def test_scores_are_of_all_phases(whole):
     """The last phase, the teacher with its steps and with the largest number, the phase between, and real images."""
     rows = json.loads((whole.workdir / "report" / "scores.json").read_text())
     assert [(row["model"], row["sampler"], row["nfe"]) for row in rows] == [
-        ("digits_tract2", "ddim", 2),
+        ("digits_tract2", "ddim:clip=static", 2),
         ("digits_teacher", "addim", 2),
         ("digits_teacher", "addim", 3),
-        ("digits_tract2_4", "ddim", 4),
+        ("digits_tract2_4", "ddim:clip=static", 4),
         ("real, half against half", None, 0),
     ]
 

@@ -9,6 +9,8 @@ Both x_hat of the target are clipped to [-1, 1] before the step that they make; 
 clips the self-teacher's only: solver = solvers.heun, distance = distance.edm_mse, schedule.karras with num_steps = T.
 """
 
+import math
+
 import jax.numpy as jnp
 
 from mscm.objectives import distance as distances
@@ -30,7 +32,9 @@ def tract_loss(
     solver: solvers.Solver = solvers.clipped_ddim,
     distance: Distance = distances.truncated_snr_mse,
 ) -> tuple[PerExample, Metrics]:
-    """One phase of TRACT: one loss per example, a mean over pixels (the authors' code sums, a constant factor).
+    """One phase of TRACT: one loss per example, a sum over pixels, as the authors' code has it.
+
+    Their gradients are that much larger, and the clipping of their norm at 1 makes nearly all of them equally long.
 
     Gradient flows through student(z_t, t) only. Consumes `key`. Metrics are per example: `logsnr`, `segment`.
 
@@ -39,7 +43,7 @@ def tract_loss(
     """
     if student_steps < 1 or teacher_steps < 1 or teacher_steps % student_steps:
         raise ValueError(f"got {teacher_steps} teacher steps for {student_steps} student steps, expected a multiple")
-    return consistency_loss(
+    mean, metrics = consistency_loss(
         student,
         teacher,
         schedule,
@@ -51,3 +55,4 @@ def tract_loss(
         solver=solver,
         distance=distance,
     )
+    return math.prod(x.shape[1:]) * mean, metrics

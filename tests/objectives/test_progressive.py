@@ -157,6 +157,43 @@ def test_one_step_of_the_student_is_two_of_the_teacher(x64, schedule_):
     np.testing.assert_allclose(x_target[:1], oracle(z_r, r)[:1], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("later", [0.0, 0.75])
+def test_phases_keep_the_spread_of_a_gaussian(x64, later):
+    """Steps of 64 halved to 1, each student the best linear one: only a diffusion model's lack the variance of x.
+
+    The data is a standard Gaussian in a quarter of its dimensions, where the first teacher is the posterior mean.
+    Corrected in every phase, as if students answered with means too, the samples become too wide.
+    """
+    rng = np.random.default_rng(0)
+    inside = (np.arange(256) < 64).reshape(1, 16, 16, 1)
+    x, noise = (jnp.asarray(rng.normal(size=(64, 16, 16, 1)) * part) for part in (inside, 1.0))
+
+    @functools.partial(jax.jit, static_argnames="x_var_frac")
+    def fit(gains, at, step, num_steps, x_var_frac):
+        """The factors, inside and outside, by which a student answers that replaces the two steps of `gains`."""
+
+        def linear(z, t):
+            return gains[jnp.argmin(jnp.abs(at - t[0]))][None] * z
+
+        t, r, s = (jnp.full(len(x), (step - part) / num_steps) for part in (0.0, 0.5, 1.0))
+        lvl_t = trigonometric(t)
+        z_t = lvl_t.alpha * x + lvl_t.sigma * noise
+        solver = functools.partial(solvers.addim, x_var_frac=x_var_frac)
+        x_target = progressive.target(linear, trigonometric, x, z_t, t, r, s, solver=solver)
+        ratio = [jnp.sum(x_target * z_t * part) / jnp.sum(z_t**2 * part) for part in (inside, ~inside)]
+        return jnp.where(inside, *ratio)
+
+    at = jnp.arange(1, 65) / 64
+    alpha = jnp.cos(jnp.pi / 2 * at)[:, None, None, None]
+    gains = alpha * inside  # alpha / (alpha^2 + sigma^2) inside, and nothing where there is no data
+    for num_steps in (32, 16, 8, 4, 2, 1):
+        frac = 0.75 if num_steps == 32 else later
+        gains = jnp.concatenate([fit(gains, at, step, num_steps, frac) for step in range(1, num_steps + 1)])
+        at = jnp.arange(1, num_steps + 1) / num_steps
+    spread = float(jnp.abs(gains[0, 0, 0, 0]))
+    assert (1.1 < spread < 1.5) if later else spread == pytest.approx(1.0, abs=0.05)
+
+
 def test_tract_groups_of_two(x64):
     """The first position of TRACT's groups of two, with the teacher as self-teacher, has this target, on VP and VE."""
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Writes a JobSet that runs one command on all hosts of a TPU slice of Google Kubernetes Engine, or of several slices,
-# again when one fails.
+# again when one fails; not where the command refuses (exit status 2): a wrong flag would be refused again.
 #
 #   IMAGE=REGISTRY/mscm CLAIM=mscm launch/jobset.sh NAME \
 #       python -m mscm.main --config=configs/imagenet64_cd8.py --workdir=/data/cd8 \
@@ -67,6 +67,9 @@ spec:
     enableDNSHostnames: true  # the headless service by which the hosts find each other
   failurePolicy:
     maxRestarts: $max_restarts
+    rules:
+      - action: FailJobSet
+        onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
     - name: slice
       replicas: $num_slices
@@ -76,6 +79,10 @@ spec:
           parallelism: $hosts
           completions: $hosts
           backoffLimit: 0  # one host cannot be restarted alone: the JobSet restarts them all
+          podFailurePolicy:
+            rules:
+              - action: FailJob
+                onExitCodes: {containerName: mscm, operator: In, values: [2]}
           template:
             spec:
               restartPolicy: Never

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs mscm on this machine and runs one command until it succeeds: again after each failure that came later than
-# MIN_SECONDS (60) after its start, at most MAX_RETRIES (20) times.
+# MIN_SECONDS (60) after its start, at most MAX_RETRIES (20) times, and not after a refusal (exit status 2).
 #
 #   launch/run.sh tpu    python -m mscm.main --config=configs/imagenet64_cd8.py --workdir=DIR --config.data.path=DATA
 #   launch/run.sh cuda   python -m mscm.main --config=... --workdir=DIR                           # GPU, CUDA 13
@@ -84,7 +84,12 @@ while [[ -z "$asked" ]]; do
     pause
     continue
   fi
-  # A wrong flag or work directory fails before anything compiles; trying it again would only repeat the message.
+  # 2 is a refusal, of a wrong flag or of a loss that is not finite: it would be the same again.
+  if (( status == 2 )); then
+    echo "$0: exit status 2, a refusal; giving up" >&2
+    exit "$status"
+  fi
+  # What fails before anything compiles is no preemption either: a package that is missing, a disk that is full.
   if (( SECONDS - started < min_seconds )); then
     echo "$0: exit status $status within $min_seconds seconds; not a preemption, giving up" >&2
     exit "$status"

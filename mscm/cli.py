@@ -5,6 +5,8 @@ import json
 import logging as python_logging
 import os
 import platform
+import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,13 +15,17 @@ from typing import Any, Literal, NoReturn, TypeVar
 from absl import app, flags, logging
 from etils import epath
 
-from mscm import atomic, failures, processes, remote
-from mscm.config import ConfigError, find_config, load_config
+from mscm import atomic, failures, output, processes, remote
+from mscm.config import ConfigError, check_override, find_config, load_config
 
 # Their progress notes are not this program's, their warnings are; what they print as an error they also raise.
 _QUIET = ("orbax", "jax", "grain", "matplotlib")
 # Of the files that a user names, and not of a machine that has trouble.
 _WRONG_PLACE = (FileExistsError, IsADirectoryError, NotADirectoryError)
+_INTERRUPTED = ("interrupted; run the same command again to continue", 130)  # as a shell says it
+
+# --config.PATH, or --noconfig.PATH of what is true or false.
+_OVERRIDE = re.compile(r"--?(?:no)?config\.(.+)")
 
 _Value = TypeVar("_Value")
 
@@ -29,7 +35,7 @@ flags.disclaim_key_flags()  # the flag below is the command's, whose --help list
 def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
     """Runs a command: parses flags, and prints errors of the user's making as one sentence (exit code 2).
 
-    Also those of the machine's, each kind with an exit code of its own: `failures`.
+    Also those of the machine's and a directory that another holds, each kind with an exit code of its own: `failures`.
     """
     flags.mark_flags_as_required(list(required))
     _define_verbose(flags.FLAGS)
@@ -54,14 +60,17 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
         python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
         sys.unraisablehook = _without_closed_loops
         try:
+            if signal.getsignal(signal.SIGINT) is _end_at_once:  # from here on there may be something to leave
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             main()
         except (ConfigError, CheckpointError, LeaseError, FloatingPointError, BrokenImage, *_WRONG_PLACE) as error:
             sentence = str(error)
             if isinstance(error, OSError) and error.filename is not None:
                 sentence = f"{error.filename}: {error.strerror}"
+            status = failures.EX_UNAVAILABLE if isinstance(error, LeaseError) else 2
             _trace_if_verbose()
-            distributed.end_all(sentence, 2)
-            _fail(sentence)
+            distributed.end_all(sentence, status)
+            _fail(sentence, status)
         except Exception as error:
             explained = failures.explain(error)
             if explained is not None:
@@ -79,13 +88,33 @@ def run(main: Callable[[], None], *, doc: str, required: Sequence[str]) -> None:
             print(stopped, file=sys.stderr)
             sys.exit(stopped.status)
         except KeyboardInterrupt:
-            sentence, status = "interrupted; run the same command again to continue", 130  # as a shell says it
+            sentence, status = _INTERRUPTED
             distributed.end_all(sentence, status)
             print(sentence, file=sys.stderr)
             sys.exit(status)
+        if printed.error is not None:
+            _fail(
+                f"standard output: got an error ({printed.error.strerror}), expected to print to it; all else is done: "
+                "make room, or print elsewhere",
+                failures.EX_CANTCREAT,
+            )
 
     sys.modules["__main__"].__doc__ = doc  # what --help prints above the flags
-    app.run(wrapped, flags_parser=_parse)
+    with output.lasting() as printed:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _end_at_once)
+        app.run(wrapped, flags_parser=_parse)
+
+
+def _end_at_once(number: int, frame: object) -> NoReturn:
+    """What Ctrl-C does while there is nothing to end but imports.
+
+    Compiled libraries make an ImportError of a KeyboardInterrupt, or a segmentation fault.
+    """
+    del number, frame
+    sentence, status = _INTERRUPTED
+    print(sentence, file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 def path_of(flag: flags.FlagHolder) -> str:
@@ -118,17 +147,29 @@ def output_of(flag: flags.FlagHolder, what: Literal["file", "folder"] = "file") 
     """What a flag gives to write to; its folder is made now, before what takes long.
 
     Raises:
-      ConfigError: it is something else, or its folder cannot be made.
+      ConfigError: it is something else, or its folder cannot be made or written to.
     """
     path = epath.Path(path_of(flag))
+    folder = path.parent if what == "file" else path
     try:
         if what == "file" and path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        (path.parent if what == "file" else path).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        check_can_write(folder)
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"--{flag.name}: got {flag.value!r}, expected a {what} to write to: {reason}") from error
     return flag.value
+
+
+def check_can_write(folder: str | os.PathLike) -> None:
+    """Looks at a folder before what takes long; a bucket says it only when it is written to.
+
+    Raises:
+      PermissionError: this process may not write there.
+    """
+    if not remote.is_url(folder) and os.path.isdir(folder) and not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(folder))
 
 
 def _keep_compiled_programs() -> None:
@@ -154,13 +195,13 @@ def _can_write_to(folder: str) -> bool:
 def _parse(argv: list[str]) -> list[str]:
     """Flags and config overrides; what is wrong with them is a sentence, not a traceback."""
     try:
-        rest = flags.FLAGS([_checked(word) for word in _joined(argv)])
+        rest = flags.FLAGS(_checked([_without_tilde(word) for word in _joined(argv)]))
         if len(rest) > 1:
             raise ConfigError(f"got {' '.join(rest[1:])}, expected flags only, such as --workdir=DIR")
     except (ConfigError, flags.Error) as error:
         _trace_if_verbose()
         _fail(str(error))
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         # ml_collections hands on the repr of a KeyError: escapes within quotes.
         text = str(error).replace("\\n", " ").replace("\\'", "'").removeprefix("'").removesuffix("'")
         _trace_if_verbose()
@@ -207,14 +248,33 @@ def _joined(argv: list[str]) -> list[str]:
     return words
 
 
-def _checked(word: str) -> str:
-    """A --config flag with the path at which its file was found; the flag's own errors are tracebacks."""
-    name, _, path = word.partition("=")
-    if name not in ("-config", "--config"):
-        return word
-    load_config(path)
-    file, colon, variant = path.partition(":")
-    return f"--config={find_config(file)}{colon}{variant}"
+def _without_tilde(word: str) -> str:
+    """`--workdir=~/DIR` with the home directory: shells leave it as it is after an equals sign."""
+    name, equals, value = word.partition("=")
+    paths = (os.path.expanduser(path) if path.startswith("~/") else path for path in value.split(","))
+    return f"{name}{equals}{','.join(paths)}"
+
+
+def _checked(words: Sequence[str]) -> list[str]:
+    """The words, with the path at which the file of --config was found.
+
+    The flag's own errors are tracebacks, and of an override the name of the key alone.
+
+    Raises:
+      ConfigError: the config cannot be loaded, or has no such key as one that is overridden.
+    """
+    config, checked = None, []
+    for word in words:
+        name, _, path = word.partition("=")
+        override = _OVERRIDE.fullmatch(name)
+        if name in ("-config", "--config"):
+            config = load_config(path)
+            file, _, variant = path.partition(":")
+            word = f"--config={find_config(file)}" + (f":{variant}" if variant else "")  # as load_config takes it
+        elif config is not None and override:
+            check_override(config, override[1])
+        checked.append(word)
+    return checked
 
 
 def _without_closed_loops(unraisable: Any) -> None:

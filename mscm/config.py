@@ -18,6 +18,8 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from mscm import remote
+
 # Where and how fast a training runs, what it writes, and what scores it: keys that may change while it goes on.
 _DECIDES_NOTHING = (
     "eval", "mesh", "data.path", "data.num_threads", "data.num_workers", "model.attention", "model.remat",
@@ -197,6 +199,33 @@ def load_config(path: str) -> ConfigDict:
     return config
 
 
+def check_override(config: ConfigDict, path: str) -> None:
+    """Refuses an override, by its dotted path, of what a config does not have; an index of a value is not looked at.
+
+    Raises:
+      ConfigError: a name on the path is not in its section, or that is a value.
+    """
+    section, above = config, "config"
+    for name in path.partition("[")[0].split("."):
+        if not isinstance(section, ConfigDict):
+            raise ConfigError(f"{above}: got an override of {name!r} below it, expected a section: it is {section!r}")
+        if name not in section:
+            hint = _meant(config, section, above, name)
+            choices = ", ".join(sorted(section))
+            raise ConfigError(
+                f"{above}.{name}: got an override of a key that is not there{hint}, expected one of {choices}"
+            )
+        section, above = section[name], f"{above}.{name}"
+
+
+def _meant(config: ConfigDict, section: ConfigDict, above: str, name: str) -> str:
+    """A hint at the path that was meant: a similar name in the section, or the same name in another."""
+    close = difflib.get_close_matches(name, sorted(section), n=1)
+    elsewhere = [path for path in flat(config.to_dict(), "config.") if path.endswith(f".{name}")]
+    paths = [f"{above}.{near}" for near in close] or elsewhere
+    return f" (did you mean {' or '.join(map(repr, paths))}?)" if paths else ""
+
+
 def _in_file(file: str, error: Exception) -> str:
     return f"{file}: got {type(error).__name__} ({error}), expected a Python file that runs; --verbose says where"
 
@@ -206,10 +235,11 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
 
     Raises:
       ConfigError: its file holds something else.
+      PermissionError: this user may not read it.
     """
     path = epath.Path(workdir) / "config.json"
     try:
-        config = json.loads(path.read_text()) if path.exists() else None
+        config = json.loads(path.read_text()) if remote.exists(path) else None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: got a file that is no JSON ({error}), expected a config") from error
     if not isinstance(config, dict | None):

@@ -15,9 +15,11 @@ import os
 import shutil
 from collections.abc import Iterator
 
+from mscm import remote
 from mscm.processes import Died
 
 # As sysexits.h has them.
+EX_UNAVAILABLE = 69  # another process is at work there
 EX_OSERR = 71  # out of memory, or a process was killed
 EX_CANTCREAT = 73  # no room, or no permission
 EX_IOERR = 74  # data cannot be read
@@ -112,7 +114,7 @@ def _of_storage(error: OSError) -> tuple[str, int]:
 
 def _free(path: str) -> str:
     """What is left on the disk of a path; nothing where nobody says it."""
-    if "://" in path:
+    if remote.is_url(path):
         return ""
     folder = os.path.abspath(path)
     while not os.path.isdir(folder):

@@ -13,6 +13,11 @@ from fsspec import config
 _LIBRARIES = {"gs": (("gcsfs", "tensorflow"), "mscm[gs]"), "s3": (("s3fs", "tensorflow"), "mscm[s3]")}
 
 
+def is_url(path: str | os.PathLike) -> bool:
+    """Whether it is no path of this machine's disks."""
+    return "://" in os.fspath(path)
+
+
 def check(path: str | os.PathLike) -> None:
     """Looks whether files of this path can be read here.
 
@@ -33,7 +38,34 @@ def check(path: str | os.PathLike) -> None:
 
 def absolute(path: str | os.PathLike) -> epath.Path:
     """The same path from any directory; epath's own would take gs: for a folder."""
-    return epath.Path(path) if "://" in os.fspath(path) else epath.Path(path).absolute()
+    return epath.Path(path) if is_url(path) else epath.Path(path).absolute()
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Whether there is a file or a directory.
+
+    Raises:
+      PermissionError: this user may not look, which epath takes for absence.
+    """
+    if epath.Path(path).exists():
+        return True
+    if not is_url(path):
+        try:
+            os.stat(path)
+        except PermissionError:
+            raise
+        except (OSError, ValueError):  # absent, or nothing can be called so
+            pass
+    return False
+
+
+def size(path: str | os.PathLike) -> int:
+    """Bytes of a file; epath would also ask for its owner's name, who may have none in a container.
+
+    Raises:
+      OSError: it is not there, or nobody says it.
+    """
+    return epath.Path(path).stat().length if is_url(path) else os.path.getsize(path)
 
 
 def look_each_time() -> None:

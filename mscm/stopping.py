@@ -12,7 +12,6 @@ there are several. Of these, SIGTERM ends all where they next call `end_if_asked
 
 import contextlib
 import itertools
-import os
 import signal
 from collections.abc import Iterator
 
@@ -89,18 +88,7 @@ def _on_signal(number: int, frame: object) -> None:
     _asked = _asked or number
     if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if number == signal.SIGHUP:
-        _leave_terminal()
     if number != signal.SIGTERM and jax.process_count() > 1 and _is_deferred:
         signal.raise_signal(signal.SIGTERM)
     if not _is_deferred:
         raise Stopped("stopped by a signal", alone=True)
-
-
-def _leave_terminal() -> None:
-    """What is printed after the end of the terminal goes nowhere: as an error it would end the process unsaved."""
-    for output in (1, 2):
-        try:
-            os.write(output, b"")
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), output)

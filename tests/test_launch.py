@@ -226,7 +226,7 @@ def test_an_old_python_is_refused(fake):
 
 @pytest.mark.parametrize(
     ("exits", "status", "retries"),
-    [([75] * 3 + [0], 0, 0), ([75, 1, 75, 1, 75, 1], 1, 2), ([75, 130], 130, 0), ([75, 2, 75, 0], 0, 1)],
+    [([75, 75, 75, 0], 0, 0), ([75, 1, 75, 1, 75, 1], 1, 2), ([75, 130], 130, 0), ([75, 1, 0], 0, 1), ([1, 2], 2, 1)],
 )
 def test_a_run_that_was_stopped_and_has_saved_is_started_again_and_no_failure(fake, exits, status, retries):
     """Status 75, however soon and often; the failures between them are counted."""
@@ -243,9 +243,9 @@ def test_a_run_that_was_stopped_and_has_saved_is_started_again_and_no_failure(fa
 def test_a_run_that_was_stopped_at_once_is_no_wrong_flag(fake):
     write(fake / "venv/bin/python", PYTHON)
     write(fake / "bin/sleep", "#!/usr/bin/env bash\n")
-    (fake / "exits").write_text("75\n2\n")
+    (fake / "exits").write_text("75\n1\n")
     result = run(fake, "run.sh", "tpu", "python", "train", VENV=str(fake / "venv"))
-    assert result.returncode == 2 and "exit status 2 within 60 seconds" in result.stderr
+    assert result.returncode == 1 and "exit status 1 within 60 seconds" in result.stderr
 
 
 # Starts, says so, and takes a moment to end when a signal asks it: with $STATUS.
@@ -539,12 +539,16 @@ def test_the_jobset_has_a_host_for_every_four_chips(fake):
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert jobset["metadata"]["name"] == "cd8"
     assert jobset["spec"]["network"] == {"enableDNSHostnames": True}
-    assert jobset["spec"]["failurePolicy"] == {"maxRestarts": 20}
+    fails_with_refusal = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert jobset["spec"]["failurePolicy"] == {"maxRestarts": 20, "rules": [fails_with_refusal]}
     (replicated,) = jobset["spec"]["replicatedJobs"]
     assert replicated["replicas"] == 1
     job = replicated["template"]["spec"]
     assert (job["completionMode"], job["parallelism"], job["completions"]) == ("Indexed", 16, 16)
     assert job["backoffLimit"] == 0
+    (refusal,) = job["podFailurePolicy"]["rules"]
+    assert refusal["action"] == "FailJob"
+    assert refusal["onExitCodes"] == {"containerName": "mscm", "operator": "In", "values": [2]}
     spec = job["template"]["spec"]
     assert spec["restartPolicy"] == "Never"
     assert spec["nodeSelector"] == {

@@ -43,6 +43,7 @@ _MEANING = ("student_steps", "schedule", "prediction", "logsnr_input")
 ON_ANY_SCHEDULE = ("edm",)
 
 _FILES = "files.json"
+_NOTE = "_CHECKPOINT_METADATA"  # which Orbax writes
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "ema_snapshots"
 _ALL = 2**31  # to keep
 _CHUNK = 2**22
@@ -265,8 +266,11 @@ class Checkpoints:
     def _naming_damage(self, step: int) -> Iterator[None]:
         """For what the files' sizes do not tell: no list of them was written, or their bytes are others."""
         try:
-            yield
+            with _unwrapped():
+                yield
         # What Orbax raises for files; another type says that a device is too small, say.
+        except PermissionError:
+            raise
         except (KeyError, TypeError, ValueError, OSError) as error:
             reason = " ".join(str(error).split())
             raise UnreadableCheckpoint(
@@ -341,6 +345,17 @@ def set_damaged_aside(workdir: str | os.PathLike) -> None:
             logging.warning("Moved to %s (%s); step %d is the newest that is whole", aside, damaged[step], whole[-1])
 
 
+@contextlib.contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Raises what ended the reading of an array: damage, no memory, a signal. Orbax makes a bare Exception of each."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception or error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
+
+
 def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
     for path in folder.iterdir():
         if path.is_dir():
@@ -352,7 +367,7 @@ def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
 def _write_list(folder: epath.Path) -> None:
     """Writes down size and checksum of the files of a checkpoint that is finished."""
     with failures.naming(folder):
-        files = _each(lambda path: [path.stat().length, _checksum(path)], _files_below(folder))
+        files = _each(lambda path: [remote.size(path), _checksum(path)], _files_below(folder))
         files = {os.fspath(path.relative_to(folder)): entry for path, entry in files.items()}
         atomic.write_text(folder / _FILES, json.dumps(files, indent=0))
 
@@ -376,23 +391,47 @@ def _listed(folder: epath.Path) -> dict[str, list[int]]:
     return {name: entry if isinstance(entry, list) else [entry] for name, entry in listed.items()}
 
 
+def _heads(folder: epath.Path) -> list[str]:
+    """The files without which nothing of a checkpoint's items is read: Orbax's note of the items, and a file of each.
+
+    Raises:
+      ValueError: the note is damaged.
+    """
+    try:
+        items = list(json.loads((folder / _NOTE).read_text())["item_handlers"])
+    except FileNotFoundError:
+        return [_NOTE]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{_NOTE} does not name the items ({type(error).__name__}: {error})") from error
+    return [_NOTE, *(f"{item}/{'metadata' if item == 'facts' else '_METADATA'}" for item in items)]
+
+
 def _damage(folder: epath.Path) -> str | None:
-    """What is wrong with the files of a checkpoint by their sizes; None where they are as when it was finished."""
+    """What is wrong with the files of a checkpoint by their sizes; None where they are as when it was finished.
+
+    Where nobody has written these down, an item that is not there; what else is missing its reader finds.
+
+    Raises:
+      PermissionError: this user may not look.
+    """
     try:
         expected = _listed(folder)
+        names = expected or _heads(folder)
     except ValueError as error:
         return str(error)
 
     def size(name: str) -> int | None:
         try:
-            return (folder / name).stat().length
+            return remote.size(folder / name)
+        except PermissionError:
+            raise
         except OSError:
             return None
 
-    for name, got in _each(size, expected).items():
+    for name, got in _each(size, names).items():
         if got is None:
             return f"{name} is missing"
-        if got != expected[name][0]:
+        if name in expected and got != expected[name][0]:
             return f"{name} has {got} bytes, expected {expected[name][0]}"
     return None
 
@@ -457,8 +496,13 @@ def first_mismatch(got: dict[str, list[int]], expected: dict[str, list[int]]) ->
 
 
 def is_there(workdir: str | os.PathLike, folder: str = CHECKPOINTS) -> bool:
-    """Whether a work directory has a folder of checkpoints, in which there may be none yet."""
-    return (epath.Path(workdir) / folder).is_dir()
+    """Whether a work directory has a folder of checkpoints, in which there may be none yet.
+
+    Raises:
+      PermissionError: this user may not look.
+    """
+    path = epath.Path(workdir) / folder
+    return remote.exists(path) and path.is_dir()
 
 
 @contextlib.contextmanager
@@ -467,6 +511,7 @@ def reading(workdir: str | os.PathLike, folder: str = CHECKPOINTS) -> Iterator[C
 
     Raises:
       CheckpointError: the directory holds no checkpoints.
+      PermissionError: as `is_there`.
     """
     if not is_there(workdir, folder):
         raise CheckpointError(

@@ -3,7 +3,7 @@
 import os
 import shutil
 
-from mscm import planning, terminal, training_loop
+from mscm import planning, remote, terminal, training_loop
 from mscm.checkpoint import is_there, num_bytes, reading
 from mscm.config import ConfigError
 from mscm.cost import chips
@@ -87,7 +87,7 @@ def _existing(workdir: str) -> str | None:
     Raises:
       ConfigError: the work directory cannot be made there.
     """
-    if "://" in workdir:
+    if remote.is_url(workdir):
         return None
     path = os.path.abspath(workdir)
     while not os.path.exists(path):

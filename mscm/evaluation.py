@@ -35,6 +35,7 @@ GRID_IMAGES, _GRID_COLUMNS, _CAPTIONED_COLUMNS = 50, 10, 5
 
 # Folded into the key of an evaluation for the noise of the steps: no image has this index.
 _STEPS = np.uint32(2**32 - 1)
+_MIN_REFERENCE = 8  # images: each half has more than the three neighbours of precision and recall
 
 HostCondition = Int[np.ndarray, "b"] | Text
 # (params, key, indices of the images, what they should show) -> images, whole on every device
@@ -77,13 +78,13 @@ class Shown:
 
 
 def default_samplers(experiment: Experiment) -> list[SamplerSpec]:
-    """A student's own steps with DDIM, or its `eval.student_samplers`; a diffusion model's `diffusion_samplers`."""
+    """A student's own steps with its method's sampler, or `eval.student_samplers`; else `diffusion_samplers`."""
     if experiment.eval.student_samplers:
         # Each has steps of its own: `build` has refused others.
         own = [(text, own_steps(text)) for text in experiment.eval.student_samplers]
         return [SamplerSpec(text, num_steps) for text, num_steps in own if num_steps is not None]
     if experiment.student_steps is not None:
-        return [SamplerSpec("ddim", experiment.student_steps)]
+        return [SamplerSpec(experiment.method.sampler, experiment.student_steps)]
     return diffusion_samplers(experiment)
 
 
@@ -487,7 +488,9 @@ def check(experiment: Experiment, source: sources.Source) -> None:
             if found:
                 raise ValueError(f"reference: got one of other images, {'; '.join(found)}; give the right one")
         else:
-            _reference_source(experiment)
+            count = len(_reference_source(experiment))
+            if count < _MIN_REFERENCE:
+                raise ValueError(f"got {count} images to compare with, expected at least {_MIN_REFERENCE}; add some")
     except ValueError as error:
         raise ConfigError(
             f"config.eval: {error}, or --config.eval.at_end=False to train without scores at the end"

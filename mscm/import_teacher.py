@@ -10,7 +10,7 @@ says. The licence of the weights is printed, written to DIR/LICENCE and recorded
 
 from absl import flags
 
-from mscm import cli, run_flags
+from mscm import cli, remote, run_flags
 
 flags.adopt_module_key_flags(run_flags)  # so that --help lists them
 
@@ -28,7 +28,7 @@ def main() -> None:
     origin, colon, path = cli.given(FROM).partition(":")
     if not colon or not path:
         raise ConfigError(f"--from: got {FROM.value!r}, expected ORIGIN:FILE, such as edm:FILE.pkl")
-    if "://" in path:
+    if remote.is_url(path):
         raise ConfigError(f"--from: got {path!r}, expected a file on this machine: nothing is downloaded")
     workdir = cli.output_of(run_flags.WORKDIR, "folder")
     experiment = build(run_flags.CONFIG.value)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
-from mscm import cli, terminal
+from mscm import cli, remote, terminal
 
 if TYPE_CHECKING:
     from mscm.data.embeddings import Encoder
@@ -63,7 +63,7 @@ def main() -> None:
             return
         encoder = t5.load(TEXT_ENCODER.value, length=TEXT_LENGTH.value)
         # Of a split that is there already, or was when this was killed.
-        if not records.card_path(cli.given(OUTPUT), _split_name()).exists():
+        if not records.card_path(_output(), _split_name()).exists():
             _prepare()
         _embed(encoder)
     except ValueError as error:
@@ -73,7 +73,7 @@ def main() -> None:
 def _prepare() -> None:
     from mscm.data import captioned_files, folders, preparation, tfds_source
 
-    source, output = cli.given(SOURCE), cli.given(OUTPUT)
+    source, output = cli.given(SOURCE), _output()
     settings = preparation.Settings(
         resolution=cli.given(RESOLUTION),
         transform=TRANSFORM.value,
@@ -111,7 +111,7 @@ def _embed(encoder: "Encoder") -> None:
     """Of all captions of a finished split."""
     from mscm.data import embeddings, records
 
-    output = cli.given(OUTPUT)
+    output = _output()
     source = records.RecordSource("records", output, split=_split_name())
     if source.captions is None or source.card.captions_sha256 is None:
         raise ValueError(f"{OUTPUT.value}: got split {_split_name()!r} without captions; prepare it again with them")
@@ -126,7 +126,7 @@ def _embed(encoder: "Encoder") -> None:
 def _verify() -> None:
     from mscm.data import embeddings, records
 
-    output = cli.given(OUTPUT)
+    output = _output()
     source = records.RecordSource("records", output, split=_split_name())
     source.verify()
     print(f"{len(source)} images are what the card says, checksum {source.card.checksum}: {OUTPUT.value}")
@@ -134,6 +134,15 @@ def _verify() -> None:
         embedded = source.open_embeddings()
         embedded.verify()
         print(f"{len(embedded)} captions are what {embedded.card.encoder} has made of them: {OUTPUT.value}")
+
+
+def _output() -> str:
+    """Raises ConfigError where it is no folder of a disk."""
+    from mscm.config import ConfigError
+
+    if remote.is_url(cli.given(OUTPUT)):
+        raise ConfigError(f"--output: got {OUTPUT.value!r}, expected a folder of a disk: no data is read from a bucket")
+    return cli.path_of(OUTPUT)
 
 
 def _split_name() -> str:

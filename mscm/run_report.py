@@ -17,7 +17,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
-from mscm import atomic, distributed, failures, sampling, score_rows, terminal
+from mscm import atomic, distributed, failures, remote, sampling, score_rows, terminal
 from mscm.arrays import read_npz
 from mscm.checkpoint import reading
 from mscm.config import ConfigError, flat, read_config
@@ -424,7 +424,7 @@ def _config(config: Mapping[str, Any]) -> Iterator[str]:
 def _size(path: str) -> int:
     """Of a file in bytes; 0 where there is none."""
     file = epath.Path(path)
-    return file.stat().length if file.exists() else 0
+    return remote.size(file) if file.exists() else 0
 
 
 def _now() -> float:

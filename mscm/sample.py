@@ -49,6 +49,7 @@ def main() -> None:
     spec, average = sampler_flags.chosen(experiment)
     if OUTPUT.value is None:
         output = os.path.join(workdir, "samples.png")
+        cli.check_can_write(workdir)
     else:
         output = cli.output_of(OUTPUT, "file" if OUTPUT.value.endswith((".png", ".npz")) else "folder")
     teacher = experiment.diffusion_teacher(workdir) if TEACHER.value else None

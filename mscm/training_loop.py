@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import copy
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from mscm.checkpoint import (
 from mscm.config import ConfigError, differences, run_hash, run_of
 from mscm.data import pipeline, sources
 from mscm.evaluation_loop import Evaluation
-from mscm.experiment import Experiment, Member
+from mscm.experiment import Experiment, Member, given_teacher
 from mscm.report import events, grid
 from mscm.report.writer import Writer
 from mscm.training import partition
@@ -112,6 +113,14 @@ def reporting(workdir: str) -> Iterator[None]:
     run_report.update(workdir)
 
 
+def _write_config(experiment: Experiment, workdir: str) -> None:
+    """As config.json, with the teacher's directory also where this start left it to the one before."""
+    config = copy.deepcopy(experiment.config)
+    if config["teacher"] is not None and config["teacher"]["workdir"] is None:
+        config["teacher"]["workdir"] = given_teacher(workdir)
+    atomic.write_text(os.path.join(workdir, "config.json"), json.dumps(config, indent=2) + "\n")
+
+
 def make_directory(workdir: str) -> None:
     """The directory of a run, also where it exists.
 
@@ -167,8 +176,11 @@ def check_config(member: Member, checkpoints: Checkpoints) -> None:
     config, remembered, done = member.experiment.config, checkpoints.facts()["config"], checkpoints.latest()
     differing = differences(config, remembered)
     # Not fewer steps than are done; old checkpoints have more than their config's, a dispatch having gone beyond.
-    if config["train"]["num_steps"] >= done:
+    num_steps = config["train"]["num_steps"]
+    if num_steps >= done:
         differing.pop("train.num_steps", None)
+    elif "train.num_steps" in differing:
+        differing["train.num_steps"] = f"train.num_steps: got {num_steps}, expected at least {done}"
     if differing:
         raise ConfigError(
             f"{member.workdir}: got another config than its checkpoint of step {done} was trained with: "
@@ -249,7 +261,7 @@ def train(
     spec = experiment.train
     is_main = distributed.is_main()
     if is_main:
-        atomic.write_text(os.path.join(workdir, "config.json"), json.dumps(experiment.config, indent=2) + "\n")
+        _write_config(experiment, workdir)
     with (
         stopping.deferred(),
         Checkpoints(workdir, keep=spec.keep_checkpoints) as checkpoints,

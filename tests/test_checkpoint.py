@@ -1,15 +1,30 @@
 """Checkpoints: what is saved comes back, and what does not fit is named."""
 
+import os
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.errors import JaxRuntimeError
 
-from mscm.checkpoint import SNAPSHOTS, CheckpointError, Checkpoints, parameter_shapes, reading, snapshots
+from mscm.checkpoint import (
+    SNAPSHOTS,
+    CheckpointError,
+    Checkpoints,
+    parameter_shapes,
+    reading,
+    snapshots,
+)
 from mscm.training.step import init_state
+
+ROOT = Path(__file__).resolve().parents[1]
 
 FACTS_MORE = {
     "name": "tiny", "student_steps": 2, "schedule": {"name": "cosine", "shift": 0.5}, "data": "9 cats", "nothing": None
@@ -171,6 +186,57 @@ def test_a_copy_of_the_average_alone_has_checksums(tmp_path):
     path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
     with reading(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="has other bytes than it was written"):
         checkpoints.restore_ema(jax.eval_shape(lambda: state.ema))
+
+
+# In a process of its own: Orbax leaves its other reads to the garbage collector, in the middle of some later test.
+READER = """
+import sys
+
+import jax
+
+from mscm.checkpoint import UnreadableCheckpoint, reading
+from tests.test_checkpoint import _state
+
+abstract = jax.eval_shape(lambda: _state(2, width=1000))
+for workdir in sys.argv[1:]:
+    with reading(workdir) as checkpoints:
+        for read, what in ((checkpoints.restore_ema, abstract.ema), (checkpoints.restore, abstract)):
+            try:
+                read(what)
+            except UnreadableCheckpoint as error:
+                print(error)
+"""
+
+
+def test_damaged_arrays_without_a_list_of_files_are_a_sentence(tmp_path):
+    """Large ones, that are files of their own, absent or empty: Orbax raises a bare Exception."""
+    state = _state(2, width=1000)
+    for name, damage in (("absent", Path.unlink), ("empty", lambda path: path.write_bytes(b""))):
+        with Checkpoints(tmp_path / name, keep=1) as checkpoints:
+            checkpoints.save(state, _facts(state))
+        step = tmp_path / name / "checkpoints" / "2"
+        (step / "files.json").unlink()
+        for item in ("ema", "opt"):
+            damage(max((step / item / "ocdbt.process_0" / "d").iterdir(), key=lambda file: file.stat().st_size))
+    command = [sys.executable, "-c", READER, str(tmp_path / "absent"), str(tmp_path / "empty")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = re.findall(r"(\w+)/checkpoints/2: got a checkpoint that cannot be read .ValueError: ", result.stdout)
+    assert found == ["absent"] * 2 + ["empty"] * 2, result.stdout
+
+
+@pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt, JaxRuntimeError])
+def test_what_ends_the_reading_of_an_array_is_no_damage(workdir, monkeypatch, kind):
+    """No memory and a signal stay what they are, though Orbax makes a bare Exception of them."""
+
+    def restore(*_, **__):
+        raise Exception("Encountered error while reading array index") from kind()
+
+    with reading(workdir) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", restore)
+        with pytest.raises(kind):
+            checkpoints.facts()
 
 
 def test_a_changed_snapshot_may_be_removed(tmp_path):

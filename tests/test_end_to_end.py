@@ -339,7 +339,7 @@ def test_commands_start_without_jax(name):
         ("--config=setup.cfg --workdir=x", "got config file 'setup.cfg', expected a Python file"),
         ("--config configs/digits_cd4.py:large --workdir=x", "expected 'configs/digits_cd4.py': this config has no"),
         ("--config=configs/imagenet64_cd8.py:huge --workdir=x", "got 'huge', expected one of '', 'large'"),
-        ("--config=configs/digits_cd4.py --workdir=x --config.train.num_stepz=3", '"num_steps" instead of "num_stepz"'),
+        ("--config=configs/digits_cd4.py --workdir=x --config.train.num_stepz=3", "mean 'config.train.num_steps"),
         ("--config=configs/digits_cd4.py --workdir=x --config.train.num_steps=3.5", "invalid literal for int()"),
         ("--config=configs/digits_cd4.py --workdri=x", "flag 'workdri'. Did you mean: workdir"),
         ("--config=configs/digits_cd4.py", "--workdir must have a value"),

@@ -24,6 +24,13 @@ def model():
     return experiment, params
 
 
+def test_too_few_images_to_compare_with_are_refused_before_training(model, monkeypatch):
+    experiment, _ = model
+    monkeypatch.setattr(evaluation, "_reference_source", lambda _: range(7))
+    with pytest.raises(ConfigError, match="got 7 images to compare with, expected at least 8; add some, or --conf"):
+        evaluation.check(experiment, experiment.data.open())
+
+
 def _images(model, *, batch_size, num_images=7, seed=0, labels=None, sampler="addim"):
     experiment, params = model
     batches = evaluation.generate(

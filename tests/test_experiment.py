@@ -342,6 +342,30 @@ print(tuple(build(config).for_evaluation().mesh.shape.values()))
     assert "train.batch_size: got 32" in refused and meshes == ["(5, 1, 1)"] * 2
 
 
+@pytest.mark.parametrize(
+    ("later_solver", "phase_steps", "corrects"),
+    [("ddim", (64, 32), True), ("ddim", (64, 32, 16), False), ("same", (64, 32, 16), True)],
+)
+def test_only_steps_of_a_diffusion_model_are_corrected(later_solver, phase_steps, corrects, monkeypatch):
+    """aDDIM in the first phase of progressive distillation; after it DDIM, or what the config says."""
+    used = []
+
+    def spy(student, teacher, schedule, x, key, *, solver, **options):
+        used.append(solver)
+        return jnp.zeros(BATCH), {}
+
+    monkeypatch.setattr(methods, "progressive_loss", spy)
+    config = digits.progressive()
+    config.objective.update(dict(later_solver=later_solver, phase_steps=phase_steps))
+    experiment = build(config)
+    monkeypatch.setattr(type(experiment), "answer", lambda *_: None)
+    experiment.loss_fn({}, {}, methods.Frozen(), _batch(), jax.random.key(0), jnp.int32(0))
+    x = z_t = jnp.ones((BATCH, 8, 8, 1))
+    t, s = jnp.full(BATCH, 0.5), jnp.full(BATCH, 0.25)
+    _, x_var = used[0](lambda z, t: 0.5 * z, x, z_t, t, s, experiment.schedule(t), experiment.schedule(s))
+    np.testing.assert_allclose(x_var, 0.75 * 0.25 * corrects, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("family", "loss"), [
     (lambda: digits.tract(student_steps=4), "tract_loss"), (digits.consistency_training, "consistency_model_loss"),
 ])

@@ -27,7 +27,7 @@ from mscm.dry_run import dry_run
 from mscm.experiment import build
 from mscm.replay import replay
 from mscm.report.writer import Writer
-from tests import tiny_run
+from tests import commands, tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,8 +116,9 @@ def other(workdir):
 
 
 def test_a_second_trainer_is_refused_while_the_first_lives(whole, workdir, other):
-    """It writes nothing, and names the first; killed, that one is not in the way."""
+    """It writes nothing, and names the first, with an exit status that may pass; killed, that one is not in the way."""
     before, experiment = listing(workdir), changed(whole, train__num_steps=12)
+    assert commands.run("main", f"--config={whole.file}", f"--workdir={workdir}") == 69
     with pytest.raises(lease.LeaseError, match=rf"process {other.pid} on .* is at work on this training, expected one"):
         training_loop.run(experiment, str(workdir))
     assert listing(workdir) == before
@@ -187,7 +188,7 @@ def test_another_config_is_refused_with_all_that_differs(whole, workdir):
 
 @pytest.mark.parametrize(("num_steps", "is_refused"), [(12, False), (8, False), (6, True)])
 def test_the_number_of_steps_may_change_if_they_are_not_done(whole, workdir, num_steps, is_refused):
-    with pytest.raises(ConfigError, match="train.num_steps: got 6, expected 8") if is_refused else nullcontext():
+    with pytest.raises(ConfigError, match="num_steps: got 6, expected at least 8") if is_refused else nullcontext():
         training_loop.check(changed(whole, train__num_steps=num_steps), str(workdir))
 
 
@@ -315,8 +316,11 @@ def test_an_unfinished_teacher_is_named_and_no_later_one_takes_its_place(whole, 
         go_on(given)
     assert listing(given.workdir) == before
     shutil.rmtree(given.teacher / "checkpoints" / "8")
+    given.config.teacher.workdir = None  # the run remembers
     go_on(given)
     assert newest_state(build(given.config), given.workdir)[0] == 8
+    assert build(given.config).diffusion_teacher(str(given.workdir)).workdir == str(given.teacher)
+    assert not (given.workdir / "teacher").exists()
 
 
 def test_a_teacher_of_another_training_is_refused(whole, given):
@@ -404,6 +408,59 @@ def test_without_a_whole_checkpoint_training_is_refused(whole, workdir):
     with pytest.raises(CheckpointError, match="got damaged checkpoints only .step 4: ema/.* is missing; step 8: ema/"):
         training_loop.run(changed(whole), str(workdir))
     assert listing(workdir) == before
+
+
+def emptied(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+def unlisted(*patterns):
+    """Takes files or folders away from a step, and what knows of them: a deletion or a copy that was cut."""
+
+    def how(step):
+        for pattern in ("files.json", *patterns):
+            path = next(step.glob(pattern))
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return how
+
+
+CUT_DELETIONS = {
+    "all": (emptied, "_CHECKPOINT_METADATA is missing"),
+    "facts": (unlisted("facts"), "facts/metadata is missing"),
+    "the optimiser": (unlisted("opt"), "opt/_METADATA is missing"),
+    "what an item begins with": (unlisted("params/_METADATA"), "params/_METADATA is missing"),
+    "the note of the items": (unlisted("_CHECKPOINT_METADATA"), "_CHECKPOINT_METADATA is missing"),
+    "a part of the note": (
+        lambda step: [unlisted()(step), truncate(step / "_CHECKPOINT_METADATA")],
+        "_CHECKPOINT_METADATA does not name the items .JSONDecodeError",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CUT_DELETIONS)
+def test_a_step_without_all_items_is_damaged_also_without_a_list(whole, workdir, caplog, name):
+    """A deletion that was cut; a reader takes the one before."""
+    how, reason = CUT_DELETIONS[name]
+    how(workdir / "checkpoints" / "8")
+    assert newest_state(changed(whole), workdir)[0] == 4
+    assert re.search(f"step 8 is damaged and not used: {reason}", caplog.text)
+
+
+def test_training_moves_a_step_without_files_aside(whole, workdir):
+    """One that was emptied, and one that nobody has made; it comes to the same end."""
+    emptied(workdir / "checkpoints" / "8")
+    (workdir / "checkpoints" / "99").mkdir()
+    training_loop.run(changed(whole), str(workdir))
+    assert_same_end(changed(whole), workdir, whole.workdir)
+    assert {path.name for path in (workdir / "damaged").iterdir()} == {"8", "99"}
+
+
+def test_a_step_that_only_lacks_the_list_is_whole(whole, workdir):
+    """Its training was killed before it wrote the list."""
+    (workdir / "checkpoints" / "8" / "files.json").unlink()
+    assert_same_end(changed(whole), workdir, whole.workdir)
 
 
 def flip(path):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from mscm import atomic, evaluation, failures, processes, training_loop
+from mscm import atomic, evaluation, failures, processes, run_report, training_loop
 from mscm.checkpoint import Checkpoints, reading
 from mscm.data import folders, images, preparation, records, sources
 from mscm.data import reading as data_reading
@@ -303,6 +304,59 @@ def test_no_permission(public, whole):
             assert status == 73 and sentence.startswith(f"{public}/run") and "got no permission (Permission" in sentence
     (public / "run").chmod(0o755)
     (public / "run" / "checkpoints").chmod(0o755)
+
+
+def test_what_may_not_be_read_is_neither_absent_nor_damaged(public, whole):
+    """A teacher, a config, an item of a checkpoint, a zip; each alone is closed."""
+    shutil.copytree(whole.workdir, public / "run")
+    step = public / "run" / "checkpoints" / "8"
+    with zipfile.ZipFile(public / "x.zip", "w") as archive:
+        archive.writestr("a/1.png", b"")
+
+    def restore():
+        with reading(public / "run") as checkpoints:
+            return checkpoints.restore_ema(whole.experiment.abstract_params())
+
+    def listed():
+        return folders.open_files(public / "x.zip")
+
+    (public / "closed").mkdir()
+    shutil.copy(public / "x.zip", public / "closed")
+    for closed, read in (
+        (public / "run", restore),
+        (public / "run", lambda: run_report.write(str(public / "run"))),
+        (public / "run" / "config.json", lambda: run_report.write(str(public / "run"))),
+        (public / "run" / "checkpoints", restore),
+        (step, restore),
+        (step / "ema", restore),
+        (step / "ema" / "_METADATA", restore),
+        (public / "x.zip", listed),
+        (public / "closed", lambda: folders.open_files(public / "closed" / "x.zip")),
+    ):
+        mode = closed.stat().st_mode
+        closed.chmod(0)
+        with without_privileges(), pytest.raises(PermissionError) as raised:
+            read()
+        closed.chmod(mode)
+        sentence, status = failures.explain(raised.value)
+        assert status == 73 and sentence.startswith(f"{closed}") and "got no permission (Permission" in sentence
+
+
+def test_a_checkpoint_of_a_user_without_a_name(public, whole):
+    """A container may run as any number."""
+    state = state_of(whole.experiment, whole.workdir)
+    if os.geteuid() != 0:
+        pytest.skip("only root may be another user")
+    os.chmod(public, 0o777)
+    os.seteuid(54321)
+    try:
+        with Checkpoints(public / "run", keep=1) as checkpoints:
+            checkpoints.save(state, {})
+        with reading(public / "run") as checkpoints:
+            assert checkpoints.steps() == [8]
+        assert (public / "run" / "checkpoints" / "8" / "files.json").exists()
+    finally:
+        os.seteuid(0)
 
 
 # Memory.

@@ -23,8 +23,11 @@ from typing import NamedTuple
 
 from absl import logging
 
+from mscm import remote
 from mscm.data import reading
 from mscm.data.images import MAX_BYTES, SUFFIXES, BrokenImage
+
+_ZIP_START = b"PK\x03\x04"  # of its first file
 
 
 class NoSuchSplit(ValueError):
@@ -120,6 +123,7 @@ def open_files(path: str | os.PathLike, *, split: str | None = None) -> ImageFil
       ValueError: no such path, not one of the three, cut, compressed so that files cannot be read one by one, a folder
         that may not be read, no images, no such split, several splits and none chosen, an empty class folder, class
         folders of different depth, or two classes of one name.
+      PermissionError: as `list_files`.
     """
     path = os.fspath(path)
     images, others, folders = _images_in(path, "CLASS/NAME.jpg")
@@ -131,10 +135,12 @@ def open_files(path: str | os.PathLike, *, split: str | None = None) -> ImageFil
         chosen = {parent for parent in parents if split in PurePosixPath(parent).parts[:-1]}
         if not chosen:
             names = sorted({part for parent in parents for part in PurePosixPath(parent).parts[:-1]})
-            raise NoSuchSplit(
-                f"{path}: got split {split!r}, expected a folder above the class folders"
-                + (f", one of {', '.join(names[:20])}" if names else "; there is none, so give no split")
+            choices = (
+                f", one of {', '.join(names[:20])}"
+                if names
+                else "; there is none: all of it is the split 'train' of a config, and mscm.prepare takes no --split"
             )
+            raise NoSuchSplit(f"{path}: got split {split!r}, expected a folder above the class folders{choices}")
         empty = {folder for folder in empty if split in PurePosixPath(folder).parts[:-1]}
         parents = chosen
     _check_classes(path, parents, empty)
@@ -150,6 +156,7 @@ def open_unlabelled(path: str | os.PathLike) -> ImageFiles:
 
     Raises:
       ValueError: no such path, not one of the three, damaged, or no images.
+      PermissionError: as `list_files`.
     """
     path = os.fspath(path)
     images, _, _ = _images_in(path, "NAME.png")
@@ -216,7 +223,9 @@ def list_files(path: str) -> tuple[dict[str, Place], Iterable[str]]:
     Without the resource forks that some archivers add, and other hidden files.
 
     Raises:
-      ValueError: no such path, not one of the three, damaged, or compressed so that files cannot be read one by one.
+      ValueError: no such path, not one of the three, empty, damaged, or compressed so that files cannot be read one by
+        one.
+      PermissionError: this user may not read the zip or tar.
     """
     found, folders = _list(path)
     return {name: place for name, place in found.items() if not _is_hidden(name)}, folders
@@ -225,8 +234,14 @@ def list_files(path: str) -> tuple[dict[str, Place], Iterable[str]]:
 def _list(path: str) -> tuple[dict[str, Place], Iterable[str]]:
     if os.path.isdir(path):
         return _list_folder(path)
-    if not os.path.exists(path):
+    if remote.is_url(path):
+        raise ValueError(f"got {path!r}, expected a folder, zip or tar of a disk: no data is read from a bucket")
+    if not remote.exists(path):
         raise ValueError(f"got {path!r}, expected an existing folder, zip or tar of images")
+    with open(path, "rb") as file:  # here: zipfile and tarfile would find fault with a file that may not be read
+        start = file.read(len(_ZIP_START))
+    if not start:
+        raise ValueError(f"{path}: got an empty file, expected a folder, zip or tar of images; copy it again")
     if zipfile.is_zipfile(path):
         try:
             return _list_zip(path)
@@ -234,6 +249,10 @@ def _list(path: str) -> tuple[dict[str, Place], Iterable[str]]:
             raise ValueError(f"{path}: {refusal}") from refusal
         except Exception as error:  # zipfile raises a dozen types for damaged bytes
             raise ValueError(f"{path}: got a damaged zip ({error}), expected a whole one") from error
+    if start == _ZIP_START:
+        raise ValueError(
+            f"{path}: got a cut or damaged zip (no list of files at its end), expected a whole one; copy it again"
+        )
     try:
         tar = tarfile.open(path, "r:")
     except tarfile.ReadError as error:

@@ -321,7 +321,7 @@ def open_source(
         return SOURCES[name](split)
     if name == "synthetic":
         return _synthetic(split=split, resolution=resolution, channels=channels, num_classes=num_classes)
-    return tfds_source.open_tfds(name, split=split)
+    return tfds_source.open_tfds(name, split=split, others=[*SOURCES, "synthetic"])
 
 
 def _files_of(path: str | os.PathLike, split: str, captioned: bool) -> folders.ImageFiles:

@@ -160,14 +160,16 @@ def _caption_reader(feature: Any) -> Callable[[Any], list[str]] | None:
     return None
 
 
-def open_tfds(name: str, *, split: str) -> TfdsSource:
+def open_tfds(name: str, *, split: str, others: Iterable[str] = ()) -> TfdsSource:
     """The data set `name` of TensorFlow Datasets, with all its images of one square size.
+
+    `others`: names of data sets that are not its, for the sentence about a name that nobody knows.
 
     Raises:
       ValueError: no such data set, not prepared as array_record, no such split, no image and label, or images of other
         sizes; the message says what to do.
     """
-    builder, _ = _builder(name, split)
+    builder, _ = _builder(name, split, others)
     keys = _keys(builder)
     shape = builder.info.features[keys[0]].shape
     if None in shape or shape[0] != shape[1]:
@@ -191,7 +193,7 @@ def _labels(records: Any, key: str, num_classes: int, name: str, split: str | No
     return labels
 
 
-def _builder(name: str, split: str | None) -> tuple[Any, str]:
+def _builder(name: str, split: str | None, others: Iterable[str] = ()) -> tuple[Any, str]:
     """The builder of a prepared data set, and the split, which it has."""
     import tensorflow_datasets as tfds  # here: half a second that only its users pay
 
@@ -199,9 +201,8 @@ def _builder(name: str, split: str | None) -> tuple[Any, str]:
     try:
         builder = tfds.builder(name, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:
-        raise ValueError(
-            f"got data set {name!r}, expected digits, synthetic, or a name that TensorFlow Datasets knows, {path}"
-        ) from error
+        known = ", ".join([*others, "or a name that TensorFlow Datasets knows"]).removeprefix("or ")
+        raise ValueError(f"got data set {name!r}, expected {known}, {path}") from error
     if not builder.is_prepared():
         raise ValueError(
             f"got data set {name!r}, which is not prepared in {builder.data_path}; prepare it once with pip install "

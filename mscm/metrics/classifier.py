@@ -178,7 +178,7 @@ def load_or_train(source: LabelledImages, cache_dir: str | os.PathLike, *, seed:
 
     A file that is damaged, or whose card or weights are not what they should be, is named in the log and replaced.
     """
-    path = os.path.join(os.path.expanduser(cache_dir), f"classifier_{source.name}_{source.split}_seed{seed}.npz")
+    path = os.path.join(cache_dir, f"classifier_{source.name}_{source.split}_seed{seed}.npz")
     try:
         return _load(path, _card(source, seed=seed))
     except FileNotFoundError:

@@ -15,6 +15,8 @@ from etils import epath
 from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from mscm import remote
+
 HARDWARE = "hardware"  # name of the text that says on what a session ran
 MAX_BYTES = 2**28  # of all files of a folder: the newest are read
 
@@ -53,7 +55,7 @@ def read(folder: str | os.PathLike) -> Events:
     files = sorted(place.glob("events.*")) if place.is_dir() else []
     left, newest = MAX_BYTES, []
     for file in reversed(files):
-        size = file.stat().length
+        size = remote.size(file)
         if size <= left:
             newest.append(file)
         left -= size

@@ -18,6 +18,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
+from mscm import remote
 from mscm.report.table import is_numeric
 
 _MAX_TEXT, _MAX_PARAGRAPH = 300, 4000  # characters of one text
@@ -163,7 +164,7 @@ def image(pixels: UInt8[np.ndarray, "h w c"], *, title: str, alt: str) -> str:
 def picture(path: str, *, title: str, alt: str) -> str:
     """A PNG file, on which there may be letters, as a part of the page itself; one that is too large is named."""
     file = epath.Path(path)
-    if file.stat().length > _MAX_PICTURE_BYTES:
+    if remote.size(file) > _MAX_PICTURE_BYTES:
         return text(f"{title}: see {path}")
     data = file.read_bytes()
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 33:

@@ -101,7 +101,7 @@ def test_a_folder_without_splits(tmp_path):
     [
         (TREE, None, "2 classes with two folders of their name.* choose one of test, train"),
         (TREE, "trian", "got split 'trian', expected a folder above the class folders, one of photos, test, train"),
-        ({"a/1.png": 1}, "train", "there is none, so give no split"),
+        ({"a/1.png": 1}, "train", "there is none: all of it is the split 'train' of a config, and mscm.prep"),
         ({"1.png": 1, "a/1.png": 1}, None, "images that are in no folder, expected one folder per class"),
         ({"x/cover.png": 1, "x/a/1.png": 1}, None, "in folders of different depth, x and x/a, expected one folder per"),
         ({"a/1.png": 1, "b/c/1.png": 1}, None, "in folders of different depth, a and b/c"),
@@ -143,6 +143,18 @@ def test_a_cut_tar_is_refused(tmp_path):
         (tmp_path / "cut.tar").write_bytes(data)
         with pytest.raises(ValueError, match="got a damaged or cut tar"):
             folders.open_files(tmp_path / "cut.tar")
+
+
+def test_a_cut_zip_and_an_empty_file_are_called_so(tmp_path):
+    """A zip's list of files is at its end: without it the file is no zip to the library."""
+    whole = _zip(tmp_path / "x.zip", TREE).read_bytes()
+    for size in (4, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "x.zip").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="x.zip: got a cut or damaged zip .*, expected a whole one; copy it again"):
+            folders.open_files(tmp_path / "x.zip", split="train")
+    (tmp_path / "x.zip").write_bytes(b"")
+    with pytest.raises(ValueError, match="x.zip: got an empty file, expected a folder, zip or tar of images; copy "):
+        folders.open_files(tmp_path / "x.zip")
 
 
 def test_a_cut_class_tar_is_refused(tmp_path):

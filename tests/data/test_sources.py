@@ -49,7 +49,8 @@ def test_halves_partition_the_set_and_are_stratified():
 
 
 def test_unknown_names_say_what_there_is():
-    with pytest.raises(ValueError, match="got data set 'digit', expected digits, synthetic, or a name that Tensor"):
+    known = ", ".join(sources.SOURCES)
+    with pytest.raises(ValueError, match=f"got data set 'digit', expected {known}, synthetic, or a name that Tensor"):
         sources.open_source("digit", split="all")
     with pytest.raises(ValueError, match="expected one of all, half_a, half_b; did you mean 'half_a'"):
         sources.open_source("digits", split="half_aa")

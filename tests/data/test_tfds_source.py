@@ -116,7 +116,7 @@ def test_a_data_set_can_be_prepared(tmp_path):
         ("mscm_uneven", "train", "expected one square size; run python -m mscm.prepare"),
         ("mscm_unlabelled", "train", "without an image and a class label"),
         ("mscm_unprepared", "train", "is not prepared in .* tfds build mscm_unprepared --file_format=array_record"),
-        ("no_such_data_set", "train", "got data set 'no_such_data_set', expected digits, synthetic"),
+        ("no_such_data_set", "train", "got data set 'no_such_data_set', expected digits, .*, or a name"),
     ],
 )
 def test_what_cannot_be_read_says_what_to_do(name, split, sentence):

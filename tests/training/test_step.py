@@ -162,7 +162,7 @@ def student():
 
 def test_dropout_is_the_same_in_both_calls_of_the_student(student, monkeypatch):
     """One key for f(z_t, t) and f(z_s, s): at one point the two calls agree; under another key they do not."""
-    outputs = []
+    outputs, alone = [], student.teacher.experiment
 
     def loss(student, teacher, schedule, x, key, **_):
         t = jnp.full(x.shape[0], 0.5)
@@ -181,6 +181,8 @@ def test_dropout_is_the_same_in_both_calls_of_the_student(student, monkeypatch):
     # The teacher does not drop out at all.
     np.testing.assert_array_equal(teacher, teacher_again)
     np.testing.assert_array_equal(teacher, teacher_other)
+    expected = alone.denoiser(params, batch["label"])(-jnp.ones((2, 8, 8, 1)), jnp.full(2, 0.5))
+    np.testing.assert_allclose(teacher, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_student_starts_with_its_teachers_weights(student, tmp_path):

@@ -132,7 +132,8 @@ def _user() -> str:
 def _is_out_of_device_memory(error: BaseException) -> bool:
     from jax.errors import JaxRuntimeError  # here: the data commands do without it
 
-    return isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    # A program that has run before is called without Python, and its errors become ValueErrors there.
+    return isinstance(error, (JaxRuntimeError, ValueError)) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

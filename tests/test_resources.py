@@ -364,10 +364,15 @@ def test_a_checkpoint_of_a_user_without_a_name(public, whole):
 TOO_LARGE = 1 << 44
 
 
+def more_than_there_is():
+    """Waits, for what is allocated behind other work raises only where it is used."""
+    return jnp.zeros((TOO_LARGE,)).block_until_ready()
+
+
 def test_training_beyond_the_memory_of_the_devices(whole, workdir, monkeypatch):
     """Says what needs it and what makes it less; the last checkpoint is whole."""
     with monkeypatch.context() as patch, pytest.raises(failures.OutOfDeviceMemory) as raised:
-        patch.setattr(training_loop.Progress, "add", lambda *_: jnp.zeros((TOO_LARGE,)))
+        patch.setattr(training_loop.Progress, "add", lambda *_: more_than_there_is())
         training_loop.run(whole.experiment, str(workdir))
     sentence, status = failures.explain(raised.value)
     assert status == 71
@@ -382,7 +387,7 @@ def test_training_beyond_the_memory_of_the_devices(whole, workdir, monkeypatch):
 
 def test_sampling_beyond_the_memory_of_the_devices(whole, monkeypatch):
     def large(params, key, indices, condition):
-        return jnp.zeros((TOO_LARGE,))
+        return more_than_there_is()
 
     monkeypatch.setattr(evaluation, "make_sample_fn", lambda *_: large)
     batches = evaluation.generate(
@@ -400,14 +405,26 @@ def test_sampling_beyond_the_memory_of_the_devices(whole, monkeypatch):
 
 def test_memory_that_nobody_has_a_name_for():
     """Of a feature network, say; another error of the compiler's is no matter of memory."""
-    with pytest.raises(jax.errors.JaxRuntimeError) as raised:
-        jnp.zeros((TOO_LARGE,))
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError)) as raised:  # the latter of a program that ran before
+        more_than_there_is()
     sentence, status = failures.explain(raised.value)
     assert status == 71 and sentence.startswith("got more than the memory of a device (Out of memory allocating")
     other = jax.errors.JaxRuntimeError("INVALID_ARGUMENT: something")
     assert failures.explain(other) is None
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID"), failures.device_memory("a", "b"):
         raise other
+
+
+def test_memory_that_a_program_lacks_when_it_is_called_again():
+    """JAX raises another error there than in the first call, which gets through as long as its input is not there."""
+    large = jax.jit(lambda x: jnp.zeros((TOO_LARGE,)) + x)
+    busy = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ y), x)[0, 0])(jnp.ones((500, 500)))
+    kept = []  # what is thrown away raises nothing
+    for value in (busy, jnp.zeros(())):
+        with pytest.raises(failures.OutOfDeviceMemory), failures.device_memory("a", "b"):
+            kept.append(large(value))
+            kept[-1].block_until_ready()
+
 
 
 # Workers.

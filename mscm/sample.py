@@ -35,6 +35,9 @@ TEXT_ENCODER = flags.DEFINE_string(
 )
 TEACHER = flags.DEFINE_bool("teacher", False, "In a grid, a student's teacher beside it, from the same noise.")
 
+# Nobody means a folder by these.
+_OTHER_FILES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf", ".svg", ".npy", ".zip")
+
 
 def main() -> None:
     """Checks, samples, writes."""
@@ -51,6 +54,8 @@ def main() -> None:
         output = os.path.join(workdir, "samples.png")
         cli.check_can_write(workdir)
     else:
+        if OUTPUT.value.lower().endswith(_OTHER_FILES):
+            raise ConfigError(f"--output: got {OUTPUT.value!r}, expected FILE.png, FILE.npz or a folder")
         output = cli.output_of(OUTPUT, "file" if OUTPUT.value.endswith((".png", ".npz")) else "folder")
     teacher = experiment.diffusion_teacher(workdir) if TEACHER.value else None
     if TEACHER.value and (teacher is None or not output.endswith(".png")):

@@ -478,6 +478,7 @@ SAMPLING = [
     ),
     ("sample --config=student.py --workdir=s --num_steps=3", "got ddim 3 steps .*, expected ddim with 2 steps"),
     (f"{SAMPLE} --output=", "--output: got an empty path"),
+    (f"{SAMPLE} --output=x.JPG", "--output: got 'x.JPG', expected FILE.png, FILE.npz or a folder"),
     (f"{SAMPLE} --output=gs://x/y.png", "--output: .*needs the library gcsfs"),
     (f"{SAMPLE} --output=f/x.png", "--output: got 'f/x.png', expected a file to write to: File exists", write("f")),
     (f"{SAMPLE} --output=d.png", "--output: got 'd.png', expected a file to write to: it is a folder", folder("d.png")),

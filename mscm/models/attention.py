@@ -8,8 +8,8 @@ out by a mask, those of a text, it is always `xla`: they are few.
 Products are in the type of the inputs with float32 sums, the softmax is in float32.
 
 - `xla` runs everywhere. It writes the n x n logits of every head to memory, several times over.
-- `one_by_one` is the same for one head of one example after the other, and once more in the backward pass: a CPU keeps
-  the logits of one in its cache.
+- `one_by_one` is the same for one example after the other, and once more in the backward pass: a CPU keeps the logits
+  of its heads in its caches, or of many tokens those of one head.
 - `splash` is JAX's Pallas kernel for TPUs, `cudnn` NVIDIA's for its GPUs: both keep the logits of a block on the chip.
 - `auto` is the kernel of the devices if it can take the shapes, else `xla`; on CPUs `one_by_one` from 128 tokens on.
 
@@ -34,12 +34,17 @@ from jaxtyping import Array, Bool, Float
 from mscm.models import placement
 
 Heads = Float[Array, "b n heads d"]
-Matrices = Float[Array, "matrices n d"]  # of one head of one example each
+Turns = Float[Array, "turns n together d"]  # of some heads of one example each
+# Of one head of one example; what leaves a loop transposed, and one number for each query.
+Matrix = Float[Array, "n d"]
+Transposed = Float[Array, "d n"]
+Row = Float[Array, "1 n"]
 
 IMPLEMENTATIONS = ("auto", "xla", "one_by_one", "splash", "cudnn")
 
 _LANES = 128  # of a TPU's vector unit: the kernel's blocks are multiples
 _LARGEST_BLOCK = 512
+_TOKENS_OF_HEADS_TOGETHER = 512  # logits of two heads of more are too large for a core's cache (measured on two cores)
 _CACHED_TOKENS = 128  # logits of fewer stay in a CPU's cache anyway (measured on one core, 32 examples of 3 heads)
 
 
@@ -136,19 +141,21 @@ def _on_every_device(kernel: Callable[[Heads, Heads, Heads], Heads], q: Heads, k
     return jax.shard_map(kernel, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q, k, v)
 
 
-def _of_matrices(attention: Callable[[Matrices, Matrices, Matrices], Matrices], q: Heads, k: Heads, v: Heads) -> Heads:
-    """`attention` of every head of every example, which does not scale its logits.
-
-    Rounding the scaled query costs what rounding the query itself did.
-    """
-    b, n, heads, d = q.shape
-    scaled = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype)
-    out = attention(*(jnp.swapaxes(x, 1, 2).reshape(b * heads, n, d) for x in (scaled, k, v)))
-    return jnp.swapaxes(out.reshape(b, heads, n, d), 1, 2)
+def _scaled(q: Heads) -> Heads:
+    """A query whose logits need no scaling. Rounding it costs what rounding the query itself did."""
+    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
 
 
 def _one_by_one(q: Heads, k: Heads, v: Heads) -> Heads:
-    return _of_matrices(_each, q, k, v)
+    b, n, heads, d = q.shape
+    # Heads together are as many cores' work, and theirs are not transposed to lie one after the other.
+    together = heads if n <= _TOKENS_OF_HEADS_TOGETHER else 1
+
+    def turns(x: Heads) -> Turns:
+        return jnp.moveaxis(x.reshape(b, n, -1, together, d), 2, 1).reshape(-1, n, together, d)
+
+    out = _in_turn(turns(_scaled(q)), turns(k), turns(v))
+    return jnp.moveaxis(out.reshape(b, -1, n, together, d), 1, 2).reshape(b, n, heads, d)
 
 
 # Of plain matrices: JAX's own function has axes of batch and heads even where these are 1, and its products take up to
@@ -156,13 +163,12 @@ def _one_by_one(q: Heads, k: Heads, v: Heads) -> Heads:
 # over the first axis of a large matrix, which takes a CPU two and a half times as long. `out` and the gradient of q
 # leave the loops transposed, because inside of them XLA would turn their products round.
 @jax.custom_vjp
-def _each(q: Matrices, k: Matrices, v: Matrices) -> Matrices:
-    return _each_forward(q, k, v)[0]
+def _in_turn(q: Turns, k: Turns, v: Turns) -> Turns:
+    return _in_turn_forward(q, k, v)[0]
 
 
-def _each_forward(q: Matrices, k: Matrices, v: Matrices) -> tuple[Matrices, tuple[jax.Array, ...]]:
-    def one(qkv: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        q, k, v = qkv
+def _in_turn_forward(q: Turns, k: Turns, v: Turns) -> tuple[Turns, tuple[jax.Array, ...]]:
+    def one_head(q: Matrix, k: Matrix, v: Matrix) -> tuple[Transposed, Row]:
         logits = jnp.matmul(k, q.T, preferred_element_type=jnp.float32)
         largest = logits.max(axis=0, keepdims=True)
         weights = jnp.exp(logits - largest)
@@ -170,13 +176,17 @@ def _each_forward(q: Matrices, k: Matrices, v: Matrices) -> tuple[Matrices, tupl
         out = jnp.matmul(v.T, weights.astype(v.dtype), preferred_element_type=jnp.float32) / total
         return out.astype(v.dtype), largest + jnp.log(total)
 
+    def one(qkv: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(jnp.stack(of_heads) for of_heads in zip(*map(one_head, *map(_heads_of, qkv)), strict=True))
+
     out, log_total = jax.lax.map(one, (q, k, v))
-    return jnp.swapaxes(out, 1, 2), (q, k, v, out, log_total)  # without the logits
+    return jnp.moveaxis(out, 3, 1), (q, k, v, out, log_total)  # without the logits
 
 
-def _each_backward(kept: tuple[jax.Array, ...], g: Matrices) -> tuple[Matrices, Matrices, Matrices]:
-    def one(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v, out, log_total, g = arrays
+def _in_turn_backward(kept: tuple[jax.Array, ...], g: Turns) -> tuple[Turns, Turns, Turns]:
+    def one_head(
+        q: Matrix, k: Matrix, v: Matrix, out: Transposed, log_total: Row, g: Matrix
+    ) -> tuple[Transposed, Matrix, Matrix]:
         weights = jnp.exp(jnp.matmul(k, q.T, preferred_element_type=jnp.float32) - log_total)
         by_weight = jnp.matmul(v, g.T, preferred_element_type=jnp.float32)
         # The mean of by_weight over the keys, by their weights, is g . out.
@@ -184,18 +194,29 @@ def _each_backward(kept: tuple[jax.Array, ...], g: Matrices) -> tuple[Matrices, 
         by_logit = (weights * (by_weight - mean)).astype(q.dtype)
         return jnp.matmul(k.T, by_logit), jnp.matmul(by_logit, q), jnp.matmul(weights.astype(g.dtype), g)
 
+    def one(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v, out, log_total, g = arrays
+        of_heads = map(one_head, *map(_heads_of, (q, k, v)), out, log_total, _heads_of(g))
+        by_q, by_k, by_v = zip(*of_heads, strict=True)
+        return jnp.stack(by_q), jnp.stack(by_k, axis=1), jnp.stack(by_v, axis=1)
+
     by_q, by_k, by_v = jax.lax.map(one, (*kept, g))
-    return jnp.swapaxes(by_q, 1, 2), by_k, by_v
+    return jnp.moveaxis(by_q, 3, 1), by_k, by_v
 
 
-_each.defvjp(_each_forward, _each_backward)
+def _heads_of(x: Float[Array, "n heads d"]) -> list[Matrix]:
+    """`n d` for each head of `n heads d`."""
+    return [x[:, i] for i in range(x.shape[1])]
+
+
+_in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
 def _splash(q: Heads, k: Heads, v: Heads) -> Heads:
     # Here, because it takes a second and only a TPU's program needs it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    b, n, heads, _ = q.shape
+    b, n, heads, d = q.shape
     block = math.gcd(n, _LARGEST_BLOCK)
     # One kernel for all three gradients saves a product, but writes as many gradients of q as there are blocks of keys.
     fused = block == n
@@ -211,7 +232,8 @@ def _splash(q: Heads, k: Heads, v: Heads) -> Heads:
     # An example's heads have no more to do with each other than with another's: all are the kernel's heads.
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((n, n))] * (b * heads))
     kernel = splash_attention_kernel.make_splash_mha_single_device(mask=mask, block_sizes=sizes)
-    return _of_matrices(kernel, q, k, v)
+    q, k, v = (jnp.swapaxes(x, 1, 2).reshape(b * heads, n, d) for x in (_scaled(q), k, v))
+    return jnp.swapaxes(kernel(q, k, v).reshape(b, heads, n, d), 1, 2)
 
 
 def _cudnn(q: Heads, k: Heads, v: Heads) -> Heads:

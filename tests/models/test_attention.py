@@ -92,6 +92,13 @@ def test_values_and_gradients_are_those_of_float64(implementation, shape, dtype)
     assert_close(got, reference(*arguments), tokens=shape[1], head_dim=shape[3], dtype=dtype)
 
 
+def test_heads_one_after_the_other_are_heads_together(monkeypatch):
+    arguments = tensors((2, 16, 3, 32), jnp.float32)
+    monkeypatch.setattr(attention, "_TOKENS_OF_HEADS_TOGETHER", 15)
+    got = jax.jit(functools.partial(value_and_gradients, implementation="one_by_one"))(*arguments)
+    assert_close(got, reference(*arguments), tokens=16, head_dim=32, dtype=jnp.float32)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "one_by_one"])
 def test_large_logits_do_not_overflow(implementation):
     """Of several hundred: float32 has no exponential from 89 on."""
@@ -161,9 +168,10 @@ def test_auto_asks_the_devices_of_the_mesh_and_not_this_machine():
 
 def test_on_cpus_auto_keeps_the_logits_of_many_tokens_out_of_memory():
     cpu, many, few = mesh_of("cpu", "cpu"), (64, 512, 4, 64), (64, 64, 4, 64)
-    assert "[32,512,64]" in program(cpu, shape=many)  # of each device: 16 examples x 2 heads
+    assert "[16,512,2,64]" in program(cpu, shape=many)  # of each device: 16 examples of 2 heads
     assert "f32[512,512]" in program(cpu, shape=many) and "4,512,512]" not in program(cpu, shape=many)
     assert "4,512,512]" in program(None, shape=many) and "4,64,64]" in program(cpu, shape=few)
+    assert "[32,1024,1,64]" in program(cpu, shape=(64, 1024, 4, 64))  # 16 examples x 2 heads
 
 
 def test_one_by_one_sums_over_the_first_axis_of_no_large_matrix():
@@ -174,7 +182,7 @@ def test_one_by_one_sums_over_the_first_axis_of_no_large_matrix():
     shapes = dict(re.findall(r"%([\w.-]+) = f32\[([\d,]*)\]", text))
     products = re.findall(r"dot\(%([\w.-]+), %[\w.-]+\), lhs_contracting_dims=\{(\d)\}", text)
     large = [axis for name, axis in products if shapes[name] == "128,128"]
-    assert len(products) == 7 and large and set(large) == {"1"}  # two forward, five backward
+    assert len(products) == 14 and large and set(large) == {"1"}  # of each head two forward, five backward
 
 
 @pytest.mark.parametrize("shape", [(8, 64, 4, 128), (8, 256, 4, 64), (8, 196, 4, 128)])

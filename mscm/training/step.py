@@ -124,7 +124,8 @@ def make_train_steps(
 
     def steps(state: TrainState, frozen: Params, batches: Batch, root: Key) -> tuple[TrainState, Averages]:
         if jax.tree.leaves(batches)[0].shape[0] == 1:
-            # No loop around one step: in one, XLA's CPU backend takes 30 times as long for a convolution's gradient.
+            # No loop around one step: in one, XLA's CPU backend takes 30 times as long for the gradient of a
+            # convolution that is not written for it as those of `models/layers.py` are, such as a feature distance's.
             return one_step(state, frozen, jax.tree.map(lambda batch: batch[0], batches), root)
         state, averages = jax.lax.scan(lambda state, batch: one_step(state, frozen, batch, root), state, batches)
         totals = {name: jax.tree.map(lambda sums: jnp.sum(sums, axis=0), a) for name, a in averages.items()}

@@ -132,8 +132,11 @@ def _user() -> str:
 def _is_out_of_device_memory(error: BaseException) -> bool:
     from jax.errors import JaxRuntimeError  # here: the data commands do without it
 
-    # A program that has run before is called without Python, and its errors become ValueErrors there.
-    return isinstance(error, (JaxRuntimeError, ValueError)) and "RESOURCE_EXHAUSTED" in str(error)
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return False
+    # A program that has run before is called without Python, and its errors become ValueErrors there. A bucket's limits
+    # are ValueErrors too, of the library that writes to it.
+    return isinstance(error, JaxRuntimeError) or (isinstance(error, ValueError) and "allocat" in str(error))
 
 
 def _first_line(error: BaseException) -> str:

@@ -411,6 +411,7 @@ def test_memory_that_nobody_has_a_name_for():
     assert status == 71 and sentence.startswith("got more than the memory of a device (Out of memory allocating")
     other = jax.errors.JaxRuntimeError("INVALID_ARGUMENT: something")
     assert failures.explain(other) is None
+    assert failures.explain(ValueError("RESOURCE_EXHAUSTED: HTTP response code 429: too many writes to gs://x")) is None
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID"), failures.device_memory("a", "b"):
         raise other
 

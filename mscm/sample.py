@@ -6,11 +6,13 @@
   python -m mscm.sample --config=configs/captioned_digits_cd8.py --workdir=DIR --teacher --prompt="a seven above a two"
 
 The name of --output decides: FILE.png is a grid, FILE.npz holds `images` (uint8, n h w c) and `labels` or `captions`,
-any other name is a folder with one PNG per image. Image i depends on --seed, i and its label or caption only.
+any other name is a folder with one PNG per image, written batch by batch. Image i depends on --seed, i and its label or
+caption only.
 """
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from etils import epath
@@ -18,7 +20,9 @@ from etils import epath
 from mscm import cli, run_flags, sampler_flags, terminal
 
 if TYPE_CHECKING:
-    from mscm.evaluation import Shown
+    import numpy as np
+
+    from mscm.evaluation import SamplerSpec, Shown
     from mscm.experiment import Experiment
 
 flags.adopt_module_key_flags(run_flags)  # so that --help lists them
@@ -66,42 +70,63 @@ def main() -> None:
     if not output.endswith((".png", ".npz")):
         _refuse_others(output)
 
-    models = [(experiment, averages.read(experiment, workdir, average, sampler_flags.STEP.value), spec)]
+    params = averages.read(experiment, workdir, average, sampler_flags.STEP.value)
+    title = f"{experiment.name}, {spec}" + (f", ema {average}" if average else "")
+    drawn = {title: _batches(title, experiment, params, spec, shown)}
     if teacher is not None:
         of_teacher = evaluation.diffusion_samplers(experiment)[-1]
         if spec.guidance:  # an input of both
             of_teacher = of_teacher.guided(spec.guidance)
-        models.append((teacher.experiment, evaluation.read_ema(teacher.experiment, teacher.workdir), of_teacher))
-    panels = {}
-    for model, params, of_model in models:
-        title = f"{model.name}, {of_model}" + (f", ema {average}" if average and model is experiment else "")
-        batches = []
-        with terminal.Progress(title, NUM_IMAGES.value) as progress:
-            for batch in evaluation.generate(
-                model,
-                params,
-                of_model,
-                num_images=NUM_IMAGES.value,
-                batch_size=min(NUM_IMAGES.value, experiment.eval.batch_size),
-                seed=SEED.value,
-                conditions=shown.conditions,
-            ):
-                batches.append(batch)
-                progress.add(len(batch))
-        panels[title] = np.concatenate(batches)
-    title, images = next(iter(panels.items()))
-    if output.endswith(".png"):
-        columns = min(len(images), shown.columns)
-        grid.save_png(output, grid.side_by_side(panels, columns=columns, captions=shown.texts))
-    elif output.endswith(".npz"):
-        of_images = {"labels": shown.labels} if shown.texts is None else {"captions": np.array(shown.texts)}
-        with atomic.writing(output) as file:
-            np.savez(file, images=images, **of_images)
+        params = evaluation.read_ema(teacher.experiment, teacher.workdir)
+        title_of_teacher = f"{teacher.experiment.name}, {of_teacher}"
+        drawn[title_of_teacher] = _batches(title_of_teacher, teacher.experiment, params, of_teacher, shown)
+    if not output.endswith((".png", ".npz")):
+        _write_folder(output, drawn[title])
     else:
-        for i, image in enumerate(images):
-            grid.save_png(os.path.join(output, _name_of(i)), image)
+        panels = {title: np.concatenate(list(batches)) for title, batches in drawn.items()}
+        if output.endswith(".png"):
+            columns = min(NUM_IMAGES.value, shown.columns)
+            grid.save_png(output, grid.side_by_side(panels, columns=columns, captions=shown.texts))
+        else:
+            of_images = {"labels": shown.labels} if shown.texts is None else {"captions": np.array(shown.texts)}
+            with atomic.writing(output) as file:
+                np.savez(file, images=panels[title], **of_images)
     nfe = evaluation.num_evaluations(experiment, spec)
-    print(f"{len(images)} images of {title}, NFE {nfe}: {output}", flush=True)
+    print(f"{NUM_IMAGES.value} images of {title}, NFE {nfe}: {output}", flush=True)
+
+
+def _batches(
+    title: str, model: "Experiment", params: Any, spec: "SamplerSpec", shown: "Shown"
+) -> Iterator["np.ndarray"]:
+    """The images in batches, uint8 `b h w c`, while a line says how far they are."""
+    from mscm import evaluation
+
+    with terminal.Progress(title, NUM_IMAGES.value) as progress:
+        for batch in evaluation.generate(
+            model,
+            params,
+            spec,
+            num_images=NUM_IMAGES.value,
+            batch_size=min(NUM_IMAGES.value, model.eval.batch_size),
+            seed=SEED.value,
+            conditions=shown.conditions,
+        ):
+            yield batch
+            progress.add(len(batch))
+
+
+def _write_folder(folder: str, batches: Iterable["np.ndarray"]) -> None:
+    """Each batch as it is drawn: many do not fit into memory, and hours of them are not lost with the last."""
+    from mscm.report import grid
+
+    num_written = 0
+    for batch in batches:
+        if num_written == 0:  # ended before its end, the folder is not half of an older one
+            for path in epath.Path(folder).glob("*.png"):  # this command's: others have been refused
+                path.unlink()
+        for i, image in enumerate(batch, start=num_written):
+            grid.save_png(os.path.join(folder, _name_of(i)), image)
+        num_written += len(batch)
 
 
 def _name_of(i: int) -> str:

@@ -1,5 +1,6 @@
 """The commands on a network of 20,000 parameters: train, continue, score, sample, and refuse with one sentence."""
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from mscm import evaluation, evaluation_loop, lease, training_loop
 from mscm.checkpoint import CheckpointError, reading
 from mscm.config import load_config
 from mscm.experiment import DataSpec, build
+from tests import commands
 from tests.commands import refusal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,6 +241,28 @@ def test_sample_does_not_mix_its_images_with_others(flags, tmp_path, capfd):
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "000003.png") as image:
         assert np.asarray(image).any()
+
+
+def test_sample_loses_no_image_that_was_drawn(flags, tmp_path, capfd, monkeypatch):
+    """Where a batch fails, those before it are there, and no image of an older command after them."""
+    for i in range(6):
+        Image.new("L", (8, 8)).save(tmp_path / f"{i:06d}.png")
+    generate, drawn = evaluation.generate, []
+
+    def failing(*args, **kwargs):
+        for batch in generate(*args, **kwargs | {"batch_size": 2}):
+            if len(drawn) == 2:
+                raise OSError(errno.EIO, "Input/output error", "x")
+            drawn.append(batch)
+            yield batch
+
+    monkeypatch.setattr(evaluation, "generate", failing)
+    assert commands.run("sample", *flags, "--num_images=6", f"--output={tmp_path}") == 74
+    files = sorted(tmp_path.iterdir())
+    assert [path.name for path in files] == [f"{i:06d}.png" for i in range(4)]
+    for path, image in zip(files, np.concatenate(drawn), strict=True):
+        with Image.open(path) as file:
+            np.testing.assert_array_equal(np.asarray(file), image[..., 0])
 
 
 def test_sample_refuses_what_the_student_was_not_trained_for(tiny, flags, tmp_path, capfd):

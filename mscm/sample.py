@@ -10,9 +10,10 @@ any other name is a folder with one PNG per image, written batch by batch. Image
 caption only.
 """
 
+import functools
 import os
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 from etils import epath
@@ -22,7 +23,7 @@ from mscm import cli, run_flags, sampler_flags, terminal
 if TYPE_CHECKING:
     import numpy as np
 
-    from mscm.evaluation import SamplerSpec, Shown
+    from mscm.evaluation import Shown
     from mscm.experiment import Experiment
 
 flags.adopt_module_key_flags(run_flags)  # so that --help lists them
@@ -55,35 +56,42 @@ def main() -> None:
     experiment, workdir = build(run_flags.CONFIG.value).for_evaluation(), cli.path_of(run_flags.WORKDIR)
     spec, average = sampler_flags.chosen(experiment)
     if OUTPUT.value is None:
-        output = os.path.join(workdir, "samples.png")
+        output, is_folder = os.path.join(workdir, "samples.png"), False
         cli.check_can_write(workdir)
     else:
         if OUTPUT.value.lower().endswith(_OTHER_FILES):
             raise ConfigError(f"--output: got {OUTPUT.value!r}, expected FILE.png, FILE.npz or a folder")
-        output = cli.output_of(OUTPUT, "file" if OUTPUT.value.endswith((".png", ".npz")) else "folder")
+        is_folder = not OUTPUT.value.endswith((".png", ".npz"))
+        output = cli.output_of(OUTPUT, "folder" if is_folder else "file")
     teacher = experiment.diffusion_teacher(workdir) if TEACHER.value else None
     if TEACHER.value and (teacher is None or not output.endswith(".png")):
         raise ConfigError(
             f"--teacher: got {experiment.name!r} and {output!r}, expected a student and a grid, whose name ends in .png"
         )
     shown = _what_to_show(experiment)
-    if not output.endswith((".png", ".npz")):
+    if is_folder:
         _refuse_others(output)
 
+    draw = functools.partial(
+        evaluation.generate,
+        num_images=NUM_IMAGES.value,
+        batch_size=min(NUM_IMAGES.value, experiment.eval.batch_size),
+        seed=SEED.value,
+        conditions=shown.conditions,
+    )
     params = averages.read(experiment, workdir, average, sampler_flags.STEP.value)
     title = f"{experiment.name}, {spec}" + (f", ema {average}" if average else "")
-    drawn = {title: _batches(title, experiment, params, spec, shown)}
+    drawn = {title: draw(experiment, params, spec)}
     if teacher is not None:
         of_teacher = evaluation.diffusion_samplers(experiment)[-1]
         if spec.guidance:  # an input of both
             of_teacher = of_teacher.guided(spec.guidance)
         params = evaluation.read_ema(teacher.experiment, teacher.workdir)
-        title_of_teacher = f"{teacher.experiment.name}, {of_teacher}"
-        drawn[title_of_teacher] = _batches(title_of_teacher, teacher.experiment, params, of_teacher, shown)
-    if not output.endswith((".png", ".npz")):
-        _write_folder(output, drawn[title])
+        drawn[f"{teacher.experiment.name}, {of_teacher}"] = draw(teacher.experiment, params, of_teacher)
+    if is_folder:
+        _write_folder(output, _in_progress(title, drawn[title]))
     else:
-        panels = {title: np.concatenate(list(batches)) for title, batches in drawn.items()}
+        panels = {name: np.concatenate(list(_in_progress(name, batches))) for name, batches in drawn.items()}
         if output.endswith(".png"):
             columns = min(NUM_IMAGES.value, shown.columns)
             grid.save_png(output, grid.side_by_side(panels, columns=columns, captions=shown.texts))
@@ -95,22 +103,10 @@ def main() -> None:
     print(f"{NUM_IMAGES.value} images of {title}, NFE {nfe}: {output}", flush=True)
 
 
-def _batches(
-    title: str, model: "Experiment", params: Any, spec: "SamplerSpec", shown: "Shown"
-) -> Iterator["np.ndarray"]:
-    """The images in batches, uint8 `b h w c`, while a line says how far they are."""
-    from mscm import evaluation
-
+def _in_progress(title: str, batches: Iterable["np.ndarray"]) -> Iterator["np.ndarray"]:
+    """The same batches, while a line says how far they are."""
     with terminal.Progress(title, NUM_IMAGES.value) as progress:
-        for batch in evaluation.generate(
-            model,
-            params,
-            spec,
-            num_images=NUM_IMAGES.value,
-            batch_size=min(NUM_IMAGES.value, model.eval.batch_size),
-            seed=SEED.value,
-            conditions=shown.conditions,
-        ):
+        for batch in batches:
             yield batch
             progress.add(len(batch))
 
@@ -122,8 +118,8 @@ def _write_folder(folder: str, batches: Iterable["np.ndarray"]) -> None:
     num_written = 0
     for batch in batches:
         if num_written == 0:  # ended before its end, the folder is not half of an older one
-            for path in epath.Path(folder).glob("*.png"):  # this command's: others have been refused
-                path.unlink()
+            for name in _images_in(folder) & _own_names():
+                (epath.Path(folder) / name).unlink()
         for i, image in enumerate(batch, start=num_written):
             grid.save_png(os.path.join(folder, _name_of(i)), image)
         num_written += len(batch)
@@ -133,13 +129,19 @@ def _name_of(i: int) -> str:
     return f"{i:06d}.png"
 
 
+def _own_names() -> set[str]:
+    return {_name_of(i) for i in range(NUM_IMAGES.value)}
+
+
+def _images_in(folder: str) -> set[str]:
+    return {path.name for path in epath.Path(folder).iterdir() if path.name.endswith(".png")}
+
+
 def _refuse_others(folder: str) -> None:
     """Images that this command does not write over would be scored with those that it writes."""
     from mscm.config import ConfigError
 
-    own = {_name_of(i) for i in range(NUM_IMAGES.value)}
-    names = (path.name for path in epath.Path(folder).iterdir())
-    others = sorted(name for name in names if name.endswith(".png") and name not in own)
+    others = sorted(_images_in(folder) - _own_names())
     if others:
         raise ConfigError(
             f"--output: got {folder!r} with {len(others)} other images, such as {others[0]}, expected an empty folder, "

@@ -10,7 +10,6 @@ any other name is a folder with one PNG per image, written batch by batch. Image
 caption only.
 """
 
-import functools
 import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -72,22 +71,25 @@ def main() -> None:
     if is_folder:
         _refuse_others(output)
 
-    draw = functools.partial(
-        evaluation.generate,
-        num_images=NUM_IMAGES.value,
-        batch_size=min(NUM_IMAGES.value, experiment.eval.batch_size),
-        seed=SEED.value,
-        conditions=shown.conditions,
-    )
     params = averages.read(experiment, workdir, average, sampler_flags.STEP.value)
     title = f"{experiment.name}, {spec}" + (f", ema {average}" if average else "")
-    drawn = {title: draw(experiment, params, spec)}
+    models = {title: (experiment, params, spec)}
     if teacher is not None:
         of_teacher = evaluation.diffusion_samplers(experiment)[-1]
         if spec.guidance:  # an input of both
             of_teacher = of_teacher.guided(spec.guidance)
         params = evaluation.read_ema(teacher.experiment, teacher.workdir)
-        drawn[f"{teacher.experiment.name}, {of_teacher}"] = draw(teacher.experiment, params, of_teacher)
+        models[f"{teacher.experiment.name}, {of_teacher}"] = teacher.experiment, params, of_teacher
+    drawn = {
+        name: evaluation.generate(
+            *model,
+            num_images=NUM_IMAGES.value,
+            batch_size=min(NUM_IMAGES.value, experiment.eval.batch_size),
+            seed=SEED.value,
+            conditions=shown.conditions,
+        )
+        for name, model in models.items()
+    }
     if is_folder:
         _write_folder(output, _in_progress(title, drawn[title]))
     else:

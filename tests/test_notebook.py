@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "launch" / "colab_demo.ipynb"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture  # of each test its own: to run it writes outputs into it
 def notebook():
     return nbformat.read(NOTEBOOK, as_version=4)
 
